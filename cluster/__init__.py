@@ -1,0 +1,1 @@
+"""Where actors run: placement, launch, supervision, object references and the Serve deployment."""

@@ -1,0 +1,41 @@
+"""Speculative speculative decoding on Ray.
+
+The public names are loaded when they are first used: importing this package imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssd_ray.config import SamplingParams
+    from ssd_ray.errors import SsdRayError
+    from ssd_ray.llm import LLM, EngineStats, RequestOutput
+
+__version__ = "0.1.0"
+
+# A public name goes in three places: here, in __all__, and above for type checkers.
+_HOME_OF = {
+    "LLM": "ssd_ray.llm",
+    "EngineStats": "ssd_ray.llm",
+    "RequestOutput": "ssd_ray.llm",
+    "SamplingParams": "ssd_ray.config",
+    "SsdRayError": "ssd_ray.errors",
+}
+
+__all__ = ["LLM", "EngineStats", "RequestOutput", "SamplingParams", "SsdRayError", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from the module that defines it (PEP 562)."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

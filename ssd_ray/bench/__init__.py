@@ -1,0 +1,1 @@
+"""What ``ssd-ray bench`` runs."""

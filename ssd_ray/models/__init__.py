@@ -1,0 +1,1 @@
+"""Running a Hugging Face causal language model over a slot-addressed KV cache."""

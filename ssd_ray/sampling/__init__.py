@@ -1,0 +1,1 @@
+"""Random draws, logit processing and the verification rule."""

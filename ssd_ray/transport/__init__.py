@@ -1,0 +1,1 @@
+"""The channel between drafts and target: its contract and its implementations."""

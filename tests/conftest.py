@@ -1,0 +1,12 @@
+"""What every test shares: an environment without network, without surprises from Ray, and with one thread for maths."""
+
+import os
+
+# Before anything imports torch, transformers or ray: they read these once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+)
