@@ -112,3 +112,16 @@ def test_links_are_relative(name):
     if not link.is_symlink():
         pytest.skip("not a checkout")
     assert os.readlink(link) == f"../{name}"
+
+
+def test_a_job_ships_the_library_and_little_else(tmp_path):
+    """What `ray job submit --working-dir .` packs: the linked packages as files, neither tests nor environments."""
+    from ray._private.runtime_env.packaging import create_package  # no public function packs without a cluster
+
+    create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True, excludes=[])
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        names = set(package.namelist())
+        size = sum(entry.compress_size for entry in package.infolist())
+    assert {f"ssd_ray/{name}" for name in git_files(*LINKED)} <= names
+    assert not [name for name in names if name.startswith(("tests/", ".git/", ".venv/", "dist/"))]
+    assert size < 250 * 2**20  # Ray refuses more than 500 MiB
