@@ -1,0 +1,176 @@
+"""Configuration: small frozen dataclasses that validate themselves.
+
+Validation is pure: it looks at the value alone and raises :class:`~ssd_ray.errors.ConfigError`, so that bad input is
+refused before anything is started. Paths and models are looked at by the loader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any, Literal, get_args
+
+from ssd_ray.errors import ConfigError
+
+Method = Literal["ssd", "sd", "ar"]
+FanOut = Literal["auto", "uniform", "geometric", "histogram", "confidence"]
+Backup = Literal["auto", "draft", "ngram", "none"]
+Sampler = Literal["coupled", "rejection"]
+Transport = Literal["auto", "zmq", "ray"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+MAX_LOOKAHEAD = 7
+"""Largest lookahead: a verification has one fixed shape of 8 tokens, the bonus token and 7 guesses."""
+
+SEED_MASK = (1 << 63) - 1
+
+
+def _require(ok: bool, name: str, expected: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(name, expected, value)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _require(ok, name, f"an integer from {low} to {high}", value)
+
+
+def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and low <= value <= high
+    bounds = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
+    _require(ok and not (open_low and value == low), name, bounds, value)
+
+
+def _choice(name: str, value: object, literal: Any) -> None:
+    options = get_args(literal)
+    _require(value in options, name, "one of " + ", ".join(map(repr, options)), value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when they end.
+
+    Attributes:
+        temperature: 0 is greedy decoding; above 0 logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability reaches it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest.
+        max_tokens: tokens to generate at most.
+        stop: strings that end the text; the text ends before the earliest of them.
+        stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens.
+        seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
+        ignore_eos: go on after an end-of-sequence token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _real("temperature", self.temperature, 0.0, 100.0)
+        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("seed", self.seed, 0, SEED_MASK)
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        strings = isinstance(stop, list | tuple) and all(isinstance(text, str) and text for text in stop)
+        _require(strings, "stop", "a non-empty string or a list of them", self.stop)
+        ids = self.stop_token_ids
+        tokens = isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
+        _require(tokens, "stop_token_ids", "a list of token ids", ids)
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no noise is added."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What an engine is made of. Every field is a keyword of :class:`~ssd_ray.LLM` and a flag of the command line.
+
+    Attributes:
+        target: folder or hub id of the target model; None is the bundled one.
+        draft: folder or hub id of the draft model; None is the bundled one.
+        method: "ssd" (drafts work while the target verifies), "sd" (in turn, in one process) or "ar" (no draft).
+        num_drafts: draft actors at the start; 0 is allowed and decodes without speculation.
+        lookahead: tokens in one speculation at most, 1 to 7, or "auto".
+        budget: guessed outcomes that a round's trees are opened for at first, over all drafts, or "auto".
+        fan_out: which outcomes are prepared for.
+        backup: what a row does when its outcome was not prepared for.
+        sampler: "coupled" (one seed, one text) or "rejection" (the paper's).
+        transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
+        inline_max_bytes: frames above it ride on Ray object refs.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto" is the checkpoint's.
+        compile: compile the forwards at their fixed shapes with torch.compile.
+        max_num_seqs: sequences that decode at the same time at most.
+        max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit.
+        prefill_chunk: prompt tokens in one prefill forward.
+    """
+
+    target: str | None = None
+    draft: str | None = None
+    method: Method = "ssd"
+    num_drafts: int = 1
+    lookahead: int | Literal["auto"] = "auto"
+    budget: int | Literal["auto"] = "auto"
+    fan_out: FanOut = "auto"
+    backup: Backup = "auto"
+    sampler: Sampler = "coupled"
+    transport: Transport = "auto"
+    inline_max_bytes: int = 1 << 16
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    compile: bool = False
+    max_num_seqs: int = 16
+    max_model_len: int | None = None
+    prefill_chunk: int = field(default=256)
+
+    def __post_init__(self) -> None:
+        for name, literal in _CHOICES.items():
+            _choice(name, getattr(self, name), literal)
+        for name in ("target", "draft"):
+            path = getattr(self, name)
+            _require(path is None or (isinstance(path, str) and path != ""), name, "a folder, a hub id or None", path)
+        _integer("num_drafts", self.num_drafts, 0, 1024)
+        if self.lookahead != "auto":
+            _integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
+        if self.budget != "auto":
+            _integer("budget", self.budget, 1, 4096)
+        _integer("inline_max_bytes", self.inline_max_bytes, 1 << 10, 1 << 24)
+        _integer("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _integer("prefill_chunk", self.prefill_chunk, 8, 1 << 16)
+        if self.max_model_len is not None:
+            _integer("max_model_len", self.max_model_len, 2, 1 << 24)
+        device = self.device if isinstance(self.device, str) else ""
+        _require(device.partition(":")[0] in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu' or 'cuda'", self.device)
+        _require(isinstance(self.compile, bool), "compile", "True or False", self.compile)
+
+    @classmethod
+    def from_kwargs(cls, **values: Any) -> EngineConfig:
+        """Build a config, refusing unknown names with the list of known ones."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            _require(name in known, name, "a field of the engine: " + ", ".join(known), values[name])
+        return cls(**values)
+
+
+_CHOICES: dict[str, Any] = {
+    "method": Method,
+    "fan_out": FanOut,
+    "backup": Backup,
+    "sampler": Sampler,
+    "transport": Transport,
+    "dtype": Dtype,
+}

@@ -1,0 +1,74 @@
+"""Every exception that leaves ssd_ray.
+
+    SsdRayError
+    ├── ConfigError            a field of a config or of SamplingParams has a value that it does not take
+    ├── ModelError             a model cannot be loaded or cannot be used
+    │   ├── UnsupportedModelError   its architecture cannot work here; the message names the reason
+    │   └── VocabularyMismatchError the draft does not share the target's vocabulary
+    ├── RequestError           one request cannot be served; the engine goes on
+    │   └── PromptTooLongError      prompt and max_tokens do not fit the context
+    ├── ResourceError          the machine or the cluster lacks what the engine needs (memory, cores, GPUs)
+    ├── EngineError            the engine failed while it ran
+    │   └── EngineClosedError       it was used after close()
+    └── ProtocolError          a frame is not a message of this protocol version
+
+The command line maps ConfigError, ModelError, RequestError and ResourceError to exit code 2, the others to 1.
+"""
+
+from __future__ import annotations
+
+
+class SsdRayError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(SsdRayError):
+    """A field has a value that it does not take.
+
+    The message always reads ``field: what it takes, got value``.
+    """
+
+    def __init__(self, field: str, expected: str, value: object) -> None:
+        super().__init__(f"{field}: expected {expected}, got {value!r}")
+        self.field = field
+        self.expected = expected
+        self.value = value
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object]]:
+        return type(self), (self.field, self.expected, self.value)
+
+
+class ModelError(SsdRayError):
+    """A model cannot be loaded or used."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture cannot work with slot-addressed KV; the message names the reason."""
+
+
+class VocabularyMismatchError(ModelError):
+    """Target and draft do not share one vocabulary."""
+
+
+class RequestError(SsdRayError):
+    """One request cannot be served."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt does not fit the context."""
+
+
+class ResourceError(SsdRayError):
+    """Memory, cores or GPUs are missing."""
+
+
+class EngineError(SsdRayError):
+    """The engine failed while it ran."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was used after it was closed."""
+
+
+class ProtocolError(SsdRayError):
+    """A frame is not a message of this protocol."""

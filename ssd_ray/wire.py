@@ -1,0 +1,201 @@
+"""Every message that travels between target, drafts and driver.
+
+A frame is msgpack: ``[version, session, message]``. ``session`` is a random number that one engine's actors share, so
+that a frame of another engine is recognised and dropped. Messages are frozen structs with a tag and with limits on every
+length; nothing is ever unpickled. :func:`decode` raises :class:`~ssd_ray.errors.ProtocolError` for anything else, and
+the receivers count such frames and drop them.
+
+Positions count from the first prompt token. *Round r* of a sequence is its r-th verification. The verification of round
+r runs over the *trunk* of that round: the bonus token (depth 0) and the speculated tokens (depths 1 to n).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ssd_ray.config import SamplingParams
+from ssd_ray.errors import ConfigError, ProtocolError
+
+VERSION = 1
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Token = Annotated[int, Meta(ge=0, lt=2**31)]
+Name = Annotated[str, Meta(max_length=64)]
+Tokens = Annotated[list[Token], Meta(max_length=1 << 22)]
+Speculation = Annotated[list[Token], Meta(max_length=64)]
+Parent = Annotated[int, Meta(ge=-65, le=2**53)]
+
+
+class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of all messages."""
+
+
+# From a draft to the target.
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """The draft is there, its model is loaded: deal it a share of every open sequence."""
+
+    name: Name
+
+
+class Nodes(Message, frozen=True, tag="nodes"):
+    """New nodes of the draft's tree for one sequence.
+
+    Node i has the id ``first + i``; ids are unique in (draft, sequence) and never used again. ``parents[i]`` is the id
+    of an earlier node, or ``-1 - depth`` for a guess that follows the trunk token at that depth of round ``round``.
+    """
+
+    sequence: Count
+    round: Count
+    first: Count
+    parents: Annotated[list[Parent], Meta(max_length=4096)]
+    tokens: Annotated[list[Token], Meta(max_length=4096)]
+    step_ms: Annotated[float, Meta(ge=0.0)] = 0.0
+
+
+class Lost(Message, frozen=True, tag="lost"):
+    """The draft does not know the sequence's past (it joined late or missed an outcome): open it again."""
+
+    sequence: Count
+
+
+class Goodbye(Message, frozen=True, tag="goodbye"):
+    """The draft leaves; its share goes to the others."""
+
+    name: Name
+
+
+# From the target to a draft.
+
+
+class Open(Message, frozen=True, tag="open"):
+    """A sequence as it stands: all committed tokens, the bonus token of ``round`` last, and what is being verified."""
+
+    sequence: Count
+    round: Count
+    tokens: Tokens
+    speculation: Speculation
+    params: SamplingParams
+    share: Count = 0
+    shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+
+
+class Outcome(Message, frozen=True, tag="outcome"):
+    """What the verification of ``round`` decided, and what the next one verifies.
+
+    ``accepted`` speculated tokens and then ``bonus_token`` were committed; ``position`` is that of the bonus token.
+    ``speculation`` is what the verification of ``round + 1`` runs over. ``hit`` says whether it was prepared.
+    Guesses are dealt: this draft takes share ``share`` of ``shares``.
+    """
+
+    sequence: Count
+    round: Count
+    position: Count
+    accepted: Count
+    bonus_token: Token
+    speculation: Speculation
+    hit: bool
+    share: Count = 0
+    shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+
+
+class Close(Message, frozen=True, tag="close"):
+    """The sequence has ended."""
+
+    sequence: Count
+
+
+# From the target to the driver.
+
+
+class Misses(Struct, frozen=True, array_like=True):
+    """Rounds whose speculation was not prepared, by cause.
+
+    Attributes:
+        fan_out: guesses for this many accepted tokens were there, this token was not among them.
+        late: the draft was at work on the round, but had not come to this outcome.
+        stale: the draft was still at work on an earlier round.
+        cold: no draft had sent anything for this sequence yet.
+        no_draft: no draft was connected.
+    """
+
+    fan_out: int = 0
+    late: int = 0
+    stale: int = 0
+    cold: int = 0
+    no_draft: int = 0
+
+
+class RequestStats(Struct, frozen=True, array_like=True):
+    """Figures of one request, or sums over several.
+
+    Attributes:
+        rounds: verifications.
+        tokens: tokens generated.
+        prompt_tokens: tokens of the prompt.
+        hits: rounds that began with a prepared speculation; ``misses`` the others. The first round of a request counts
+            as neither.
+        accepted: histogram; ``accepted[k]`` rounds accepted exactly k tokens.
+        speculated: histogram; ``speculated[n]`` rounds verified n tokens.
+        verify_ms, wait_ms, host_ms: milliseconds inside verification forwards, waiting for drafts, and the rest of the
+            rounds.
+        prefill_ms: milliseconds of prefill.
+        waits: rounds that waited for a draft.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    hits: int = 0
+    misses: Misses = Misses()
+    accepted: tuple[int, ...] = ()
+    speculated: tuple[int, ...] = ()
+    verify_ms: float = 0.0
+    wait_ms: float = 0.0
+    host_ms: float = 0.0
+    prefill_ms: float = 0.0
+    waits: int = 0
+
+
+class Output(Message, frozen=True, tag="output"):
+    """Tokens of one request. The last message of a request has a ``finish_reason`` and its ``stats``.
+
+    ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled" or "error"
+    (then ``error`` says what happened).
+    """
+
+    request: Count
+    tokens: Tokens
+    finish_reason: Name | None = None
+    stats: RequestStats | None = None
+    error: Annotated[str, Meta(max_length=4096)] | None = None
+
+
+AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Close | Output
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[int, int, AnyMessage])
+
+
+def encode(session: int, message: Message) -> bytes:
+    """Make a frame."""
+    return _encoder.encode((VERSION, session, message))
+
+
+def decode(session: int, frame: bytes) -> AnyMessage:
+    """Read a frame of this session.
+
+    Raises:
+        ProtocolError: the frame is malformed, of another version or of another session.
+    """
+    try:
+        version, other, message = _decoder.decode(frame)
+    except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
+        raise ProtocolError(f"not a message: {error}") from None
+    if version != VERSION or other != session:
+        raise ProtocolError(f"version {version} and session {other:#x}, expected {VERSION} and {session:#x}")
+    return message
