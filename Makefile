@@ -5,18 +5,26 @@ STAMP := $(VENV)/.installed
 PROMPT ?= def fibonacci(n):
 PYTEST_ARGS ?=
 
-.PHONY: run test check bench clean
+.PHONY: run test check lint types pytest bench clean
+# One thing at a time, whatever MAKEFLAGS says: the tests measure.
+.NOTPARALLEL:
 
 run: $(STAMP)  ## generate a text with the bundled pair of models
 	$(BIN)/ssd-ray generate "$(PROMPT)"
 
-test: check  ## everything that needs neither a GPU nor much time
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+test: lint types pytest  ## everything that needs neither a GPU nor much time
 
-check: $(STAMP)  ## lint and types only
+check: lint types  ## what can be seen without running anything
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
 	$(BIN)/mypy
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## compare ssd, sd and ar on the bundled pair
 	$(BIN)/ssd-ray bench
