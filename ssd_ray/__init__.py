@@ -27,14 +27,15 @@ _HOME_OF = {
 __all__ = ["LLM", "EngineStats", "RequestOutput", "SamplingParams", "SsdRayError", "__version__"]
 
 
-def __getattr__(name: str) -> object:
-    """Load a public name from the module that defines it (PEP 562)."""
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take __getattr__ to mean that every name exists
+
+    def __getattr__(name: str) -> object:
+        """Load a public name from the module that defines it (PEP 562)."""
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(home), name)
+        return value
 
 
 def __dir__() -> list[str]:

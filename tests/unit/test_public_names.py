@@ -29,7 +29,7 @@ def test_a_name_is_itself_whichever_way_it_is_imported():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Engine'"):
         _ = ssd_ray.Engine
-    with pytest.raises(ImportError):
+    with pytest.raises(ImportError, match="Engine"):
         from ssd_ray import Engine  # noqa: F401
 
 
