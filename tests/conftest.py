@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Before anything imports torch, transformers or ray: they read these once.
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -10,3 +12,12 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
+
+
+def pytest_runtest_setup(item):
+    """A test marked gpu skips on a machine without one."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
