@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from ssd_ray.config import SamplingParams
 
 # 1 / temperature must stay finite in float32. The law is that of greedy decoding long before.
 _COLDEST = 1e-20
-# Tokens looked at before the whole vocabulary is sorted.
+# The largest logits, which top-p looks at before it sorts a whole vocabulary.
 _HEAD = 256
 
 
@@ -36,17 +37,17 @@ def scores(logits: Tensor, params: SamplingParams, noise: Tensor | None = None) 
         return logits
     # Multiplied, not divided: CPU and CUDA then round alike.
     scaled = logits * (1.0 / max(params.temperature, _COLDEST))
-    top_k = params.top_k if 0 < params.top_k < logits.shape[-1] else 0
-    if top_k or params.top_p < 1.0:
-        scaled = _keep_head(scaled, top_k, params.top_p)
+    if 0 < params.top_k < logits.shape[-1]:
+        _keep_top_k(scaled, params.top_k)
+    if params.top_p < 1.0:
+        _keep_top_p(scaled, params.top_p)
     if params.min_p > 0.0:
-        floor = scaled.amax(-1, keepdim=True) + log(params.min_p)
-        scaled = scaled.masked_fill_(scaled < floor, -torch.inf)
+        _keep_min_p(scaled, params.min_p)
     return scaled if noise is None else scaled.add_(noise)
 
 
 def scores_by_row(logits: Tensor, params: Sequence[SamplingParams], noise: Tensor | None = None) -> Tensor:
-    """Like :func:`scores` for R rows with one SamplingParams each: rows that agree are scored together."""
+    """Do the same for R rows with one SamplingParams each and noise [R, V]: rows that agree are scored together."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for row, each in enumerate(params):
         key = (0.0,) if each.greedy else (each.temperature, each.top_k, each.top_p, each.min_p)
@@ -60,37 +61,50 @@ def scores_by_row(logits: Tensor, params: Sequence[SamplingParams], noise: Tenso
     return result
 
 
-def _keep_head(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Bar all but the top k (0: all) and of those all but the smallest set that has mass ``top_p``; reuses logits."""
-    if not logits.is_cuda and top_k < _HEAD < logits.shape[-1]:
-        head = logits.topk(_HEAD).values
-        keep = _head_size(head, logits, top_k, top_p)
-        last = head.gather(-1, keep - 1)
-        # The head suffices if what comes after the last token kept is seen, and differs from it.
-        after = head.gather(-1, keep.clamp(max=_HEAD - 1))
-        if bool(((after < last) | (last == -torch.inf)).all()):
-            return logits.masked_fill_(logits < last, -torch.inf)
-    return _keep_sorted(logits, top_k, top_p)
+def _keep_top_k(logits: Tensor, top_k: int) -> None:
+    smallest = logits.topk(top_k).values[:, -1:]
+    _bar_below(logits, smallest, torch.full_like(smallest, top_k, dtype=torch.int64))
 
 
-def _keep_sorted(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Do the same by sorting; the only way that breaks ties, and on a GPU the one that needs no answer from it."""
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    keep = _head_size(ordered, logits, top_k, top_p)
-    barred = torch.arange(logits.shape[-1], device=logits.device) >= keep  # [R, V], by rank
-    return logits.masked_fill_(torch.empty_like(barred).scatter_(-1, ids, barred), -torch.inf)
+def _keep_top_p(logits: Tensor, top_p: float) -> None:
+    peak = logits.amax(-1, keepdim=True)
+    # Masses are added in float64, so that the order of additions, which differs between shapes, has no say.
+    needed = top_p * (logits - peak).exp_().sum(-1, keepdim=True, dtype=torch.float64)  # [R, 1]
+    # A GPU sorts everything at once: it is fast at that, and asking it whether a head suffices would stall it.
+    whole = logits.is_cuda or logits.shape[-1] <= _HEAD
+    ordered = _sorted(logits) if whole else logits.topk(_HEAD).values
+    kept = _nucleus_size(ordered, peak, needed)
+    if not whole and bool((kept == _HEAD).any()):
+        ordered = _sorted(logits)
+        kept = _nucleus_size(ordered, peak, needed)
+    _bar_below(logits, ordered.gather(-1, kept - 1), kept)
 
 
-def _head_size(ordered: Tensor, logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Count the tokens to keep, int64 [R, 1], given the largest logits in falling order, [R, H]."""
-    if top_k:
-        ordered = ordered[:, :top_k]
-    if top_p >= 1.0:
-        return torch.full_like(ordered[:, :1], ordered.shape[-1], dtype=torch.int64)
-    peak = ordered[:, :1]
-    mass = (ordered - peak).exp_()
-    total = (mass if top_k else (logits - peak).exp_()).sum(-1, keepdim=True, dtype=torch.float64)
-    # A token belongs to the smallest set if those before it have not reached top_p. In float64, so that the order of
-    # additions, which differs between devices and shapes, has no say.
-    before = mass[:, :-1].cumsum(-1, dtype=torch.float64)
-    return (before < top_p * total).sum(-1, keepdim=True) + 1
+def _sorted(logits: Tensor) -> Tensor:
+    """Sort rows, falling. On a CPU torch sorts indices along and takes five times as long as NumPy."""
+    if logits.is_cuda:
+        return logits.sort(descending=True).values
+    return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
+
+
+def _nucleus_size(ordered: Tensor, peak: Tensor, needed: Tensor) -> Tensor:
+    """Count the smallest set of logits with the needed mass, int64 [R, 1]; all of ``ordered`` if it has less."""
+    mass = (ordered[:, :-1] - peak).exp_().cumsum(-1, dtype=torch.float64)
+    # A token belongs to the set if those before it fall short.
+    return (mass < needed).sum(-1, keepdim=True) + 1
+
+
+def _keep_min_p(logits: Tensor, min_p: float) -> None:
+    floor = logits.amax(-1, keepdim=True) + log(min_p)
+    logits.masked_fill_(logits < floor, -torch.inf)
+
+
+def _bar_below(logits: Tensor, smallest: Tensor, kept: Tensor) -> None:
+    """Keep the ``kept`` [R, 1] largest logits of each row, the last of which equals ``smallest`` [R, 1]."""
+    barred = logits < smallest
+    if logits.is_cuda or int(barred.sum()) + int(kept.sum()) < logits.numel():
+        # Some of those that equal the smallest are too many: the higher ids go.
+        ties = logits == smallest
+        allowed = kept - (logits > smallest).sum(-1, keepdim=True)
+        barred |= ties & (ties.cumsum(-1) > allowed)
+    logits.masked_fill_(barred, -torch.inf)
