@@ -1,0 +1,72 @@
+"""The attention that decoding uses: torch's fused kernels under an explicit mask, without copying K and V.
+
+Transformers' own function repeats K and V for every group of query heads as soon as a mask is given. Here the groups
+are left to the kernel on a CPU, and folded into the query's token dimension elsewhere (CUDA's fused kernels take a mask
+or groups, not both).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from ssd_ray.errors import UnsupportedModelError
+
+NAME = "ssd_ray"
+
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
+
+
+def masked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query [R, heads, T, D] over key and value [R, kv_heads, E, D] under an additive mask [., 1, T, E].
+    Without a mask it is causal, as transformers' own function is.
+
+    Returns ([R, T, heads, D], None), as transformers wants it.
+
+    Raises:
+        UnsupportedModelError: the model asks for a term that the fused kernels lack.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"the model's attention needs {name}, which fused attention does not have")
+    rows, heads, tokens, _ = query.shape
+    groups = heads // key.shape[1]
+    packed = False
+    if groups > 1 and attention_mask is not None and query.device.type != "cpu":
+        packed = True
+        query = query.reshape(rows, key.shape[1], groups * tokens, -1)
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None and tokens > 1,
+        scale=scaling,
+        enable_gqa=groups > 1 and not packed,
+    )
+    return output.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def choose_attention(model: PreTrainedModel) -> str:
+    """The attention implementation for a model: ours, or the model's own eager one where it is more than a softmax."""
+    kind = type(model)
+    if not getattr(kind, "_supports_sdpa", False):
+        return "eager"
+    return NAME if getattr(kind, "_supports_attention_backend", False) else "sdpa"
+
+
+AttentionInterface.register(NAME, masked_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,277 @@
+"""From a path to a runner: what can be refused is refused before weights are read, in our own words."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
+
+from ssd_ray.errors import ConfigError, ModelError, ResourceError, SsdRayError, VocabularyMismatchError
+from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.support import max_positions, refuse_unsupported
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["target", "draft"]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What a model's config.json says, before any weight is read.
+
+    Attributes:
+        vocab_size: entries of the embedding; padding beyond the tokenizer's included.
+        max_length: positions that the model can take, or None if its config sets no limit.
+        eos_token_ids: tokens that end a text.
+        parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
+        kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
+    """
+
+    vocab_size: int
+    max_length: int | None
+    eos_token_ids: tuple[int, ...]
+    parameter_bytes: int
+    kv_bytes_per_slot: int
+
+
+def model_info(path: str | None, *, role: Role = "target") -> ModelInfo:
+    """Describe a model from its config.json alone; ``path`` as in :func:`load_runner`.
+
+    Raises:
+        ModelError: no such model.
+        UnsupportedModelError: its architecture cannot work here.
+    """
+    source = _source(path, role)
+    config = _config(source, role)
+    refuse_unsupported(config, role)
+    text = config.get_text_config()
+    return ModelInfo(
+        vocab_size=text.vocab_size,
+        max_length=max_positions(config),
+        eos_token_ids=_eos_token_ids(source, config),
+        parameter_bytes=_bytes_on_disk(source),
+        kv_bytes_per_slot=_kv_bytes(config, checkpoint_dtype(config)),
+    )
+
+
+def load_tokenizer(path: str | None, *, role: Role = "target") -> Any:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    source = _source(path, role)
+    with _mapped(role, source):
+        return AutoTokenizer.from_pretrained(source, local_files_only=os.path.isdir(source))
+
+
+def check_pair(target: str | None, draft: str | None) -> int:
+    """Check that two models share one vocabulary; return its size, the number of token ids that both know.
+
+    Tokenizers decide where both models have one: the same strings under the same ids. The embeddings may then differ in
+    padding. Without tokenizers the sizes of the vocabularies have to be equal.
+
+    Raises:
+        VocabularyMismatchError: they do not.
+        ModelError: a model is not there.
+    """
+    ours, theirs = _vocabulary(target, "target"), _vocabulary(draft, "draft")
+    sizes = model_info(target, role="target").vocab_size, model_info(draft, role="draft").vocab_size
+    if ours is None or theirs is None:
+        if sizes[0] != sizes[1]:
+            raise VocabularyMismatchError(
+                f"draft: its vocabulary has {sizes[1]} tokens, the target's has {sizes[0]}; a pair shares one"
+            )
+    elif ours != theirs:
+        differing = len(ours.items() ^ theirs.items())
+        raise VocabularyMismatchError(
+            f"draft: its tokenizer is not the target's: {differing} of {max(len(ours), len(theirs))} entries differ; "
+            "a pair shares one vocabulary"
+        )
+    return min(sizes)
+
+
+def load_runner(
+    path: str | None,
+    *,
+    role: Role,
+    rows: int,
+    max_length: int | None = None,
+    scratch: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
+    prefill_chunk: int = 256,
+    vocab_size: int | None = None,
+) -> HFRunner:
+    """Load a model and give it a KV cache.
+
+    Args:
+        path: a folder, a hub id, or None for the bundled model of this role. Nothing is fetched for a folder.
+        role: names the field in messages.
+        rows, scratch: see :class:`HFRunner`.
+        max_length: positions of a row; None is the model's own limit.
+        device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
+        compile, prefill_chunk, vocab_size: see :class:`HFRunner`.
+
+    Raises:
+        ModelError: no such model, or it cannot be read.
+        UnsupportedModelError: its architecture cannot work here, or not at this length.
+        ConfigError: ``max_length`` is above the model's limit.
+        ResourceError: weights and KV do not fit the memory that is free.
+    """
+    source = _source(path, role)
+    config = _config(source, role)
+    length = _length(config, max_length, role)
+    refuse_unsupported(config, role, length)
+    where = torch.device(_device(device))
+    kind = checkpoint_dtype(config) if dtype == "auto" else getattr(torch, dtype)
+    kv_bytes = _kv_bytes(config, kind) * rows * (length + scratch)
+    weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
+    _require_memory(role, weight_bytes, kv_bytes, where)
+    with _mapped(role, source):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, local_files_only=os.path.isdir(source))
+        model = model.to(where)
+        return HFRunner(
+            model,
+            rows=rows,
+            max_length=length,
+            scratch=scratch,
+            prefill_chunk=prefill_chunk,
+            compile=compile,
+            vocab_size=vocab_size,
+        )
+
+
+def _vocabulary(path: str | None, role: Role) -> dict[str, int] | None:
+    """Token strings and their ids; None if there is no tokenizer beside the model."""
+    source = _source(path, role)
+    if os.path.isdir(source) and not any(Path(source).glob("*tokenizer*")) and not any(Path(source).glob("vocab.*")):
+        return None
+    vocabulary: dict[str, int] = load_tokenizer(path, role=role).get_vocab()
+    return vocabulary
+
+
+def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint says it is in; float32 if it says nothing."""
+    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+
+
+def _source(path: str | None, role: Role) -> str:
+    """A folder that exists, or a hub id."""
+    if path is None:
+        folder = ASSETS / role
+        if not folder.is_dir():
+            raise ModelError(f"{role}: the bundled model is not in this installation ({folder}); give a path")
+        return str(folder)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{role}: no config.json in {folder}")
+        return str(folder)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"{role}: no folder at {path}")
+    return path
+
+
+def _config(source: str, role: Role) -> PreTrainedConfig:
+    with _mapped(role, source):
+        return AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
+
+
+@contextmanager
+def _mapped(role: Role, source: str) -> Iterator[None]:
+    """Turn whatever a foreign library raises into our errors."""
+    try:
+        yield
+    except SsdRayError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"{role}: out of memory while loading {source}: {error}") from error
+    except Exception as error:  # a broken file raises nearly anything
+        raise ModelError(f"{role}: cannot load {source}: {type(error).__name__}: {error}") from error
+
+
+def _length(config: PreTrainedConfig, wanted: int | None, role: Role) -> int:
+    limit = max_positions(config)
+    if wanted is None and limit is None:
+        raise ConfigError("max_model_len", f"a number, since the {role}'s config sets no limit", None)
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ConfigError("max_model_len", f"at most {limit}, the positions of the {role}", wanted)
+    return wanted or limit or 0
+
+
+def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
+    """End tokens of the generation config where there is one (chat models list more there), else of the config."""
+    # Imported here: transformers loads generation lazily, and actors never need it.
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(source, local_files_only=os.path.isdir(source)).eos_token_id
+    except (OSError, ValueError):
+        found = None
+    found = config.get_text_config().eos_token_id if found is None else found
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def _bytes_on_disk(source: str) -> int:
+    folder = Path(source)
+    if not folder.is_dir():
+        known = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        folder = Path(known).parent if known else folder
+    for pattern in WEIGHT_FILES:
+        if sizes := [file.stat().st_size for file in folder.glob(pattern)]:
+            return sum(sizes)
+    return 0
+
+
+def _kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of one slot over all layers, as the config has it."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ResourceError(f"device: {device} was asked for, but PyTorch sees no CUDA device")
+    return device
+
+
+def _require_memory(role: Role, weight_bytes: int, kv_bytes: int, device: torch.device) -> None:
+    needed, free = weight_bytes + kv_bytes, _free_bytes(device)
+    if needed > free:
+        raise ResourceError(
+            f"{role}: {weight_bytes / 2**30:.2f} GiB of weights and {kv_bytes / 2**30:.2f} GiB of KV do not fit the "
+            f"{free / 2**30:.2f} GiB that are free on {device}; lower max_num_seqs or max_model_len"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        # What can be had without swapping; the page cache counts.
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,171 @@
+"""The runner of Hugging Face models: an unchanged AutoModelForCausalLM over our slot-addressed KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ssd_ray.errors import UnsupportedModelError
+from ssd_ray.models.attention import choose_attention
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.graphs import Forward, eager_forward, graphed_forward
+from ssd_ray.models.slots import LayerShape, SlotCache
+
+SMALLEST_CHUNK = 8
+
+
+class HFRunner(ModelRunner):
+    """Runs one model; see :class:`~ssd_ray.models.contract.ModelRunner` for the operations.
+
+    Args:
+        model: a causal LM on its device, in its dtype. Its attention implementation is set here.
+        rows, max_length, scratch: a row has ``max_length + scratch`` slots.
+        prefill_chunk: tokens in one prefill forward at most; shorter rests are padded to a power of two.
+        read_bucket: slots read grow in steps of it.
+        compile: compile the decoding forwards with torch.compile, once for each shape.
+        vocab_size: logits beyond it are cut off (rows of padding in the embedding).
+
+    Raises:
+        UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int,
+        max_length: int,
+        scratch: int,
+        prefill_chunk: int = 256,
+        read_bucket: int = 64,
+        compile: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        model.eval().requires_grad_(False)
+        model.set_attn_implementation(choose_attention(model))
+        self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
+        self.max_length = max_length
+        self.rows, self.slots = rows, max_length + scratch
+        self.dtype, self.device = model.dtype, model.device
+        self._chunk, self._bucket = prefill_chunk, read_bucket
+        self._body = model.get_decoder()
+        shapes = probe_layers(model)
+        self._kv = SlotCache(shapes, rows=rows, slots=self.slots, dtype=self.dtype, device=self.device)
+        self._eager = eager_forward(model, self._kv)
+        self._decode: Forward = graphed_forward(model, self._kv, compile=compile) or self._eager
+        self._counter = torch.arange(self.slots + prefill_chunk, device=self.device)
+        self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
+        # Not -inf: a token that sees nothing then gives a finite average instead of NaN, and its KV harms nobody.
+        self._hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
+        self._strip = self._causal_strip(prefill_chunk)
+
+    def extent(self, needed: int) -> int:
+        return min(self.slots, -(-needed // self._bucket) * self._bucket)
+
+    @torch.inference_mode()
+    def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+        mask = torch.where(visible.to(self.device), self._seen, self._hidden)[:, None]  # [R, 1, T, E]
+        tokens, positions, slots = tokens.to(self.device), positions.to(self.device), slots.to(self.device)
+        return self._logits(self._decode(rows, tokens, positions, slots, mask))
+
+    @torch.inference_mode()
+    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
+        length = tokens.shape[1]
+        last = max(starts) + length
+        if last > self.slots:
+            raise ValueError(f"tokens up to slot {last - 1}, but a row has {self.slots} slots")
+        slots, mask = self._trunk(starts, length, self.extent(last))
+        return self._logits(self._decode(rows, tokens.to(self.device), self._positions(slots), slots, mask))
+
+    @torch.inference_mode()
+    def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
+        if start + len(tokens) > self.slots:
+            raise ValueError(f"tokens up to slot {start + len(tokens) - 1}, but a row has {self.slots} slots")
+        for first in range(0, len(tokens), self._chunk):
+            self._prefill_chunk(row, tokens[first : first + self._chunk], start + first)
+
+    @torch.inference_mode()
+    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
+        if source:
+            self._kv.move(row, source, destination)
+
+    def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int) -> None:
+        # The shape depends on the number of tokens alone, so equal prompts give equal KV, bit for bit.
+        count = len(tokens)
+        padded = min(self._chunk, max(SMALLEST_CHUNK, 1 << (count - 1).bit_length()))
+        inputs = torch.zeros(1, padded, dtype=torch.int64)
+        inputs[0, :count] = torch.tensor(tokens, dtype=torch.int64)
+        extent = self.extent(start + count)
+        slots, mask = self._trunk([start], padded, extent)
+        # Padding is computed but not written: the slots after the prompt may hold someone's branches.
+        self._kv.aim([row], slots[:, :count], extent)
+        self._body(
+            input_ids=inputs.to(self.device),
+            attention_mask=mask,
+            position_ids=self._positions(slots),
+            past_key_values=self._kv,
+            use_cache=True,
+        )
+
+    def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, Tensor]:
+        """Slots, int64 [1 or R, T], and mask, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
+        if length > len(self._strip):
+            self._strip = self._causal_strip(length)
+        common = starts[:1] if len(set(starts)) == 1 else starts
+        slots = [self._counter[start : start + length] for start in common]
+        masks = [self._strip[:length, self.slots - start : self.slots - start + extent] for start in common]
+        if len(common) == 1:
+            return slots[0][None], masks[0][None, None]
+        return torch.stack(slots), torch.stack(masks)[:, None]
+
+    def _causal_strip(self, length: int) -> Tensor:
+        """Additive mask [length, 2*slots] in which token i sees column j iff ``j <= slots + i``.
+
+        Columns from ``slots - start`` on are then the causal mask of tokens that begin at slot ``start``.
+        """
+        columns = torch.arange(2 * self.slots, device=self.device)
+        visible = columns <= self.slots + torch.arange(length, device=self.device)[:, None]
+        return torch.where(visible, self._seen, self._hidden)
+
+    def _positions(self, slots: Tensor) -> Tensor:
+        # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
+        return slots.clamp(max=self.max_length - 1)
+
+    def _logits(self, logits: Tensor) -> Tensor:
+        return logits[..., : self.vocab_size].float()
+
+
+@torch.inference_mode()
+def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
+    """Run one token and see what each layer puts into the cache.
+
+    Raises:
+        UnsupportedModelError: some layer puts nothing there (recurrent or shared state, or the cache is ignored).
+    """
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+    try:
+        model(input_ids=zero, attention_mask=mask, position_ids=zero, past_key_values=cache, use_cache=True)
+    except Exception as error:  # whatever a foreign model raises means the same: it cannot run this way
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run with a custom KV cache, a 4-D mask and explicit positions: {error}"
+        ) from error
+    expected = model.config.get_text_config().num_hidden_layers
+    shapes = [shape for layer in cache.layers if (shape := _shape(layer))]
+    if len(shapes) != expected:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps keys and values of {len(shapes)} of its {expected} layers in the KV cache; "
+            "recurrent state and shared layers cannot be addressed by slot"
+        )
+    return shapes
+
+
+def _shape(layer: DynamicLayer) -> LayerShape | None:
+    if not layer.is_initialized or layer.keys.shape[2] != 1:
+        return None
+    return LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])

@@ -1,0 +1,62 @@
+"""Which models can work with slot-addressed KV, as far as a config.json tells."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ssd_ray.errors import UnsupportedModelError
+
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions that a model can take, or None if its config sets no limit."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def refuse_unsupported(config: PreTrainedConfig, role: str, length: int | None = None) -> None:
+    """Refuse an architecture that cannot work, naming the reason; with ``length`` also one that cannot at that length.
+
+    Raises:
+        UnsupportedModelError: see the message.
+    """
+    reason = _kind_reason(config) or _layers_reason(config)
+    if reason is None and length is not None:
+        reason = _window_reason(config, length)
+    if reason is not None:
+        raise UnsupportedModelError(f"{role}: {config.model_type} models cannot be served: {reason}")
+
+
+def _kind_reason(config: PreTrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "encoder-decoder models are not causal language models"
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        return "transformers has no causal language model for this config"
+    if getattr(kind, "_is_stateful", False):
+        return "their recurrent state cannot be rolled back"
+    return None
+
+
+def _layers_reason(config: PreTrainedConfig) -> str | None:
+    other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    if other:
+        return f"layers of type {', '.join(sorted(other))} keep recurrent state, which cannot be rolled back"
+    return None
+
+
+def _window_reason(config: PreTrainedConfig, length: int) -> str | None:
+    text = config.get_text_config()
+    layers = getattr(text, "layer_types", None)
+    kinds = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    for kind, name in kinds.items():
+        window = getattr(text, name, None)
+        if isinstance(window, int) and window < length and (layers is None or kind in layers):
+            return f"{name}={window} is shorter than the context of {length}; set max_model_len to at most {window}"
+    return None

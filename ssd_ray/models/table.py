@@ -1,0 +1,148 @@
+"""A tiny model with known probabilities, for tests: the runner's contract in exact arithmetic, without a network.
+
+It works like a transformer of two layers whose attention is a sum of hashes. Layer 1 keeps a hash of (token, position)
+in the token's slot. Layer 2 keeps a hash of that and of everything that the token saw when it was run. The logits after
+a token are a row of a fixed random table, picked by a hash of all that it sees in layer 2. So they change whenever a
+token, a position, a mask, a slot or a move is wrong, and when a slot still holds KV of another context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssd_ray.models.contract import ModelRunner
+
+Hashes = NDArray[np.uint64]
+
+READ_BUCKET = 16
+
+
+class TableModel(ModelRunner):
+    """The contract of :class:`~ssd_ray.models.contract.ModelRunner` over a table of logits.
+
+    Args:
+        vocab_size: V.
+        contexts: rows of the table; contexts that pick the same row have the same distribution.
+        order: the distribution depends on the last ``order`` tokens alone (the visible ones of highest position,
+            whatever the position is); None: on all tokens, their positions and order.
+        seed: names the table and the hash. Models with equal seeds and contexts see the world alike.
+        rows, max_length, scratch: a row has ``max_length + scratch`` slots.
+        sharpness: standard deviation of the logits; 0 is the uniform distribution.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 32,
+        *,
+        contexts: int = 1024,
+        order: int | None = None,
+        seed: int = 0,
+        rows: int = 1,
+        max_length: int = 256,
+        scratch: int = 128,
+        sharpness: float = 2.0,
+    ) -> None:
+        self.vocab_size, self.max_length = vocab_size, max_length
+        self.rows, self.slots = rows, max_length + scratch
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self._order, self._salt = order, np.uint64(seed)
+        normal = np.random.default_rng(seed).standard_normal((contexts, vocab_size))
+        self._table = torch.from_numpy((sharpness * normal).astype(np.float32))  # [contexts, V]
+        self._positions = np.zeros((rows, self.slots), np.int64)
+        self._first = np.zeros((rows, self.slots), np.uint64)
+        self._second = np.zeros((rows, self.slots), np.uint64)
+
+    def perturbed(self, agreement: float, seed: int = 1) -> Self:
+        """A fresh model of the same size that has this one's logits in a fraction of contexts, other ones elsewhere."""
+        random = np.random.default_rng(seed)
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        contexts = len(self._table)
+        agrees = torch.from_numpy(random.random((contexts, 1)) < agreement)
+        other._table = torch.where(agrees, self._table, self._table[random.permutation(contexts)])
+        for name in ("_positions", "_first", "_second"):
+            setattr(other, name, np.zeros_like(getattr(self, name)))
+        return other
+
+    def distribution(self, tokens: Sequence[int]) -> NDArray[np.float64]:
+        """The true distribution of the token after ``tokens`` (at least one), at positions 0, 1, ..: float64 [V]."""
+        count = len(tokens)
+        row = np.asarray(tokens, np.int64)[None]
+        positions = np.arange(count)[None]
+        visible = np.tri(count, dtype=bool)[None]
+        first = self._token_hash(row, positions)
+        second = _mix(first + self._seen(visible, first))
+        picked = self._picked(visible, positions, first, second)[0, -1]
+        logits = self._table[int(picked)].double()
+        return np.asarray(torch.softmax(logits, -1).numpy())
+
+    def extent(self, needed: int) -> int:
+        return min(self.slots, -(-needed // READ_BUCKET) * READ_BUCKET)
+
+    def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+        at = np.asarray(rows)[:, None]
+        to = slots.numpy()
+        sees = visible.numpy()
+        extent = sees.shape[-1]
+        # As in a transformer: all tokens write a layer before any of them reads it.
+        self._positions[at, to] = positions.numpy()
+        self._first[at, to] = own = self._token_hash(tokens.numpy(), positions.numpy())
+        self._second[at, to] = _mix(own + self._seen(sees, self._first[rows, :extent]))
+        placed, first, second = self._positions[rows, :extent], self._first[rows, :extent], self._second[rows, :extent]
+        return self._table[torch.from_numpy(self._picked(sees, placed, first, second))]
+
+    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
+        slots = torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
+        if int(slots.max()) >= self.slots:
+            raise ValueError(f"tokens up to slot {int(slots.max())}, but a row has {self.slots} slots")
+        visible = torch.arange(self.extent(int(slots.max()) + 1)) <= slots[..., None]
+        return self.extend(rows, tokens, slots, slots, visible)
+
+    def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
+        if tokens:
+            self.append([row], torch.tensor([list(tokens)]), [start])
+
+    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
+        for kept in (self._positions, self._first, self._second):
+            kept[row, list(destination)] = kept[row, list(source)]
+
+    def _token_hash(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Hashes:
+        if self._order is not None:
+            positions = np.zeros_like(positions)
+        return _mix(_mix(tokens.astype(np.uint64) + self._salt) + positions.astype(np.uint64))
+
+    @staticmethod
+    def _seen(visible: NDArray[np.bool_], hashes: Hashes) -> Hashes:
+        """Sum of the visible hashes, uint64 [R, T]: positions are in the hashes, so order counts."""
+        return np.asarray(np.where(visible, hashes[:, None], np.uint64(0)).sum(-1, dtype=np.uint64))
+
+    def _picked(
+        self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes, second: Hashes
+    ) -> NDArray[np.int64]:
+        """The table's row for each token, int64 [R, T]."""
+        seen = self._seen(visible, second) if self._order is None else self._latest(visible, positions, first)
+        return np.asarray((_mix(seen) % np.uint64(len(self._table))).astype(np.int64))
+
+    def _latest(self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes) -> Hashes:
+        """A hash of the ``order`` visible tokens of highest position, uint64 [R, T]."""
+        age = np.where(visible, -positions[:, None], np.iinfo(np.int64).max)  # [R, T, E]
+        newest = np.argsort(age, -1, kind="stable")[..., : self._order]
+        there = np.take_along_axis(visible, newest, -1)
+        hashes = np.take_along_axis(np.broadcast_to(first[:, None], visible.shape), newest, -1)
+        total = np.zeros(visible.shape[:2], np.uint64)
+        for place in range(newest.shape[-1]):
+            total = _mix(total + np.where(there[..., place], hashes[..., place], np.uint64(0)))
+        return total
+
+
+def _mix(values: Hashes) -> Hashes:
+    """The finaliser of splitmix64: a bijection of 64-bit integers that scatters them."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (values ^ (values >> np.uint64(31))) + np.uint64(0x9E3779B97F4A7C15)

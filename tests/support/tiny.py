@@ -1,0 +1,88 @@
+"""Tiny random models in folders: config, weights and a tokenizer, loadable like any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "gpt2")
+
+EOS = 0
+
+
+def tiny_config(architecture: str, *, vocab: int = 96, context: int = 128, layers: int = 2, **overrides: Any) -> Any:
+    """A config small enough for milliseconds; weights are drawn wide, so that logits depend on what is attended to."""
+    values: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+    if architecture.startswith("gemma"):
+        values |= {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": context}
+    if architecture == "mistral":
+        values["sliding_window"] = None
+    if architecture == "gpt2":
+        values = {key: values[key] for key in ("vocab_size", "initializer_range", "eos_token_id", "dtype")}
+        values |= {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": context, "bos_token_id": EOS}
+    return AutoConfig.for_model(architecture, **(values | overrides))
+
+
+def tiny_model(architecture: str = "llama", *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A random model in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, **config))
+    return model.eval()
+
+
+def tiny_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One token a byte, blanks and ASCII first; token 0 ends a text. Bytes beyond ``vocab`` are dropped."""
+    characters = sorted(
+        pre_tokenizers.ByteLevel.alphabet(), key=lambda text: (text not in "ĠĊ", len(text.encode()), text)
+    )
+    words = ["<|end|>", *characters, *(f"<|{number}|>" for number in range(vocab))][:vocab]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def save_model(folder: Path, model: PreTrainedModel) -> Path:
+    """Write config, weights and tokenizer."""
+    model.save_pretrained(folder)
+    tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def tiny_pair(
+    tmp_path: Path,
+    architecture: str = "llama",
+    *,
+    vocab: int = 96,
+    context: int = 128,
+    noise: float = 0.02,
+    seed: int = 0,
+) -> tuple[str, str]:
+    """A target and a draft in folders. The draft is the target with ``noise`` (relative) on its weights: it agrees
+    often, not always."""
+    target = tiny_model(architecture, vocab=vocab, context=context, seed=seed)
+    save_model(tmp_path / "target", target)
+    random = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for weight in target.parameters():
+            weight += noise * weight.std(correction=0) * torch.randn(weight.shape, generator=random)
+    save_model(tmp_path / "draft", target)
+    return str(tmp_path / "target"), str(tmp_path / "draft")
