@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cluster",),
     ("actors",),
     ("speculation", "models", "transport"),
+    ("stats", "text"),
     ("sampling", "saguaro", "wire"),
     ("config",),
     ("errors",),
@@ -35,7 +36,7 @@ ONLY_IN: dict[str, frozenset[str]] = {
     "zmq": frozenset({"transport"}),
     "transformers": frozenset({"models", "actors", "cluster", "llm", "cli", "bench"}),
     "fastapi": frozenset({"cluster"}),
-    "typer": frozenset({"cli"}),
+    "typer": frozenset({"cli", "bench"}),
     "rich": frozenset({"cli", "bench"}),
 }
 

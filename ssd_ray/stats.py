@@ -1,0 +1,114 @@
+"""Figures of requests, and their sums over an engine's life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import msgspec
+
+from ssd_ray.wire import RequestStats
+
+
+def add(a: RequestStats, b: RequestStats) -> RequestStats:
+    """Sum two figures; histograms add entry by entry."""
+    return _add(a, b)
+
+
+def _add(a: Any, b: Any) -> Any:
+    if isinstance(a, tuple):
+        return tuple(left + right for left, right in zip_longest(a, b, fillvalue=0))
+    if isinstance(a, msgspec.Struct):
+        return type(a)(*(_add(getattr(a, name), getattr(b, name)) for name in a.__struct_fields__))
+    return a + b
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """What one request did, or several together. Ratios over nothing are 0.
+
+    Attributes:
+        sums: the counts behind the properties; :class:`~ssd_ray.wire.RequestStats` explains each.
+    """
+
+    sums: RequestStats = field(default_factory=RequestStats)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated."""
+        return self.sums.tokens
+
+    @property
+    def rounds(self) -> int:
+        """Verifications."""
+        return self.sums.rounds
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens that a verification yields, from 1 to lookahead + 1."""
+        return _ratio(self.sums.tokens, self.sums.rounds)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of rounds whose speculation was there when they began; a request's first round does not count."""
+        return _ratio(self.sums.hits, self.sums.hits + sum(self.misses.values()))
+
+    @property
+    def misses(self) -> dict[str, int]:
+        """Rounds that began without a prepared speculation, by cause; :class:`~ssd_ray.wire.Misses` explains each."""
+        return msgspec.structs.asdict(self.sums.misses)
+
+    @property
+    def accepted(self) -> tuple[int, ...]:
+        """Histogram: entry k counts the rounds that accepted exactly k tokens."""
+        return self.sums.accepted
+
+    @property
+    def verify_ms(self) -> float:
+        """Milliseconds inside verification forwards."""
+        return self.sums.verify_ms
+
+    @property
+    def wait_ms(self) -> float:
+        """Milliseconds of waiting for drafts."""
+        return self.sums.wait_ms
+
+    @property
+    def host_ms(self) -> float:
+        """Milliseconds of the rounds that were neither verification nor waiting."""
+        return self.sums.host_ms
+
+    @property
+    def duty_cycle(self) -> float:
+        """Share of the rounds' time inside verification forwards. 1 is the limit of speculative decoding."""
+        return _ratio(self.verify_ms, self.verify_ms + self.wait_ms + self.host_ms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts, ready for JSON."""
+        ratios = {name: getattr(self, name) for name in ("tokens_per_round", "hit_rate", "duty_cycle")}
+        return msgspec.structs.asdict(self.sums) | {"misses": self.misses} | ratios
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats(Stats):
+    """What an engine has done so far.
+
+    Attributes:
+        requests: requests that have ended.
+        drafts: names of the drafts that are connected now.
+        draft_restarts: drafts that died and were replaced.
+    """
+
+    requests: int = 0
+    drafts: tuple[str, ...] = ()
+    draft_restarts: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts, ready for JSON."""
+        own = {name: getattr(self, name) for name in ("requests", "drafts", "draft_restarts")}
+        return Stats.as_dict(self) | own
