@@ -1,0 +1,65 @@
+"""A bounded queue of frames between threads of one process."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from threading import Condition
+
+QUEUE_FRAMES = 256
+"""Frames of one peer that wait for a slow reader at most; further ones are dropped."""
+
+
+class Inbox:
+    """Frames that wait to be received. Any number of threads put, one gets.
+
+    The bound holds for each sender by itself: one that floods loses its own frames, not those of others.
+    """
+
+    def __init__(self, limit: int = QUEUE_FRAMES) -> None:
+        self._limit = limit
+        self._frames: deque[tuple[str, bytes]] = deque()
+        self._waiting: Counter[str] = Counter()
+        self._changed = Condition()
+        self._closed = False
+
+    def put(self, sender: str, frame: bytes) -> bool:
+        """Append a frame; False if it was dropped because the sender has too many here or the inbox is closed."""
+        with self._changed:
+            if self._closed or self._waiting[sender] >= self._limit:
+                return False
+            self._waiting[sender] += 1
+            self._frames.append((sender, frame))
+            self._changed.notify()
+            return True
+
+    def get(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+        """Take the oldest (sender, frame), waiting up to ``timeout`` seconds for one; None if there is none."""
+        with self._changed:
+            if not self._frames and timeout > 0:
+                self._changed.wait_for(self._has_news, timeout)
+            if not self._frames:
+                return None
+            sender, frame = self._frames.popleft()
+            self._waiting[sender] -= 1
+            if not self._waiting[sender]:
+                del self._waiting[sender]
+            return sender, frame
+
+    def get_all(self, timeout: float = 0.0) -> list[tuple[str, bytes]]:
+        """Take everything that is here, waiting up to ``timeout`` seconds for the first; empty if there is nothing."""
+        item, items = self.get(timeout), []
+        while item is not None:
+            items.append(item)
+            item = self.get()
+        return items
+
+    def close(self) -> None:
+        """Drop all frames, refuse further ones and wake whoever waits."""
+        with self._changed:
+            self._closed = True
+            self._frames.clear()
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def _has_news(self) -> bool:
+        return bool(self._frames) or self._closed

@@ -1,0 +1,165 @@
+"""Channels over ZeroMQ: a ROUTER at the hub, a DEALER at each spoke, CURVE on every connection.
+
+On Linux the peers of one machine meet at an abstract socket, a name in the kernel without a file: whoever dies, nothing
+is left behind. Such a name is open to every process of the machine, as a TCP port is to every process of the network,
+so all connections are encrypted and authenticated by CURVE with a key pair made for each hub.
+
+The hub's *public* key is the capability to talk to it. A CURVE client proves in its first message that it knows that
+key, and the key itself never crosses the wire. It is handed to spokes, inside :class:`ZmqAddress`, by Ray. Checking
+client keys as well would add nothing, since they would have to be handed out in the same envelope.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from dataclasses import dataclass, field
+from math import ceil
+from time import monotonic
+from typing import Literal
+
+import zmq
+
+from ssd_ray.errors import EngineError, ResourceError
+from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
+from ssd_ray.transport.inbox import QUEUE_FRAMES
+
+_CURVE_OVERHEAD_BYTES = 256
+"""Upper bound on what encryption adds to a frame."""
+
+_DROPPED = (zmq.EAGAIN, zmq.EHOSTUNREACH)
+"""What sending says when the peer's queue is full, or nobody of that name is connected."""
+
+_HEARTBEAT_MS = 1000
+_HEARTBEAT_TIMEOUT_MS = 5000
+_RECONNECT_MS = 10
+_RECONNECT_MAX_MS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class ZmqAddress:
+    """Where a hub listens and the key that opens it. Picklable; hand it over in private: it is a capability."""
+
+    url: str
+    server_key: bytes = field(repr=False)
+
+
+class _ZmqChannel(Channel):
+    """One socket in a context of its own, with the options that both ends share."""
+
+    def __init__(self, name: str, kind: int) -> None:
+        self.name = name
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(kind)
+        self._timeout_ms = -1
+        options = {
+            zmq.LINGER: 0,
+            zmq.SNDHWM: QUEUE_FRAMES,
+            zmq.RCVHWM: QUEUE_FRAMES,
+            zmq.MAXMSGSIZE: MAX_FRAME_BYTES + _CURVE_OVERHEAD_BYTES,
+            zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
+            zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS,
+        }
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+
+    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+        if self._socket.closed:
+            return None
+        deadline = None
+        while True:
+            try:
+                while (item := self._open(self._socket.recv_multipart(zmq.NOBLOCK))) is None:
+                    pass
+                return item
+            except zmq.Again:
+                now = monotonic()
+            deadline = now + timeout if deadline is None else deadline
+            if now >= deadline or not self._socket.poll(ceil((deadline - now) * 1000)):
+                return None
+
+    def close(self) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+    def _offer(self, parts: list[bytes]) -> bool:
+        if not self._socket.closed and len(parts[-1]) <= MAX_FRAME_BYTES:
+            try:
+                self._socket.send_multipart(parts, zmq.NOBLOCK)
+                return True
+            except zmq.ZMQError as error:
+                if error.errno not in _DROPPED:
+                    raise EngineError(f"channel {self.name}: {error}") from error
+        self.dropped += 1
+        return False
+
+    def _open(self, parts: list[bytes]) -> tuple[str, bytes] | None:
+        """Turn the parts of a message into (peer, frame); None if there are too few or too many."""
+        raise NotImplementedError
+
+
+class ZmqHub(_ZmqChannel):
+    """The hub. ``address`` is what its spokes are made with."""
+
+    def __init__(self, bind: Literal["ipc", "tcp"] = "ipc", host: str = "127.0.0.1") -> None:
+        """Listen on this machine alone ("ipc") or on a free port of ``host``, an address of this machine ("tcp").
+
+        Without abstract sockets, that is outside Linux, "ipc" is a port of the loopback interface.
+
+        Raises:
+            ResourceError: nothing can listen there.
+        """
+        super().__init__(HUB, zmq.ROUTER)
+        public, secret = zmq.curve_keypair()
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self.address = ZmqAddress(self._listen(bind, host), public)
+
+    def send(self, peer: str, frame: bytes) -> bool:
+        return self._offer([peer.encode(), frame])
+
+    def _listen(self, bind: Literal["ipc", "tcp"], host: str) -> str:
+        if bind == "ipc" and sys.platform == "linux":
+            url = f"ipc://@ssd-ray-{secrets.token_hex(16)}"
+        else:
+            host = "127.0.0.1" if bind == "ipc" else host
+            self._socket.setsockopt(zmq.IPV6, ":" in host)
+            url = f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+        try:
+            self._socket.bind(url)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ResourceError(f"cannot listen on {url}: {error}") from error
+        return self._socket.get_string(zmq.LAST_ENDPOINT)
+
+    def _open(self, parts: list[bytes]) -> tuple[str, bytes] | None:
+        # The name is whatever the peer says it is: one that nobody has given out is the caller's to ignore.
+        return (parts[0].decode(errors="backslashreplace"), parts[1]) if len(parts) == 2 else None
+
+
+class ZmqSpoke(_ZmqChannel):
+    """A spoke. One made under a name that is in use takes that name over."""
+
+    def __init__(self, address: ZmqAddress, name: str) -> None:
+        super().__init__(name, zmq.DEALER)
+        public, secret = zmq.curve_keypair()
+        self._socket.setsockopt(zmq.IDENTITY, name.encode())
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, address.server_key)
+        self._socket.setsockopt(zmq.IPV6, "[" in address.url)
+        self._socket.connect(address.url)
+
+    def send(self, peer: str, frame: bytes) -> bool:
+        if peer != HUB:
+            self.dropped += 1
+            return False
+        return self._offer([frame])
+
+    def _open(self, parts: list[bytes]) -> tuple[str, bytes] | None:
+        return (HUB, parts[0]) if len(parts) == 1 else None
