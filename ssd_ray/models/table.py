@@ -51,7 +51,7 @@ class TableModel(ModelRunner):
         self.vocab_size, self.max_length = vocab_size, max_length
         self.rows, self.slots = rows, max_length + scratch
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self._order, self._salt = order, np.uint64(seed)
+        self.order, self._salt = order, np.uint64(seed)
         normal = np.random.default_rng(seed).standard_normal((contexts, vocab_size))
         self._table = torch.from_numpy((sharpness * normal).astype(np.float32))  # [contexts, V]
         self._positions = np.zeros((rows, self.slots), np.int64)
@@ -113,7 +113,7 @@ class TableModel(ModelRunner):
             kept[row, list(destination)] = kept[row, list(source)]
 
     def _token_hash(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Hashes:
-        if self._order is not None:
+        if self.order is not None:
             positions = np.zeros_like(positions)
         return _mix(_mix(tokens.astype(np.uint64) + self._salt) + positions.astype(np.uint64))
 
@@ -126,18 +126,18 @@ class TableModel(ModelRunner):
         self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes, second: Hashes
     ) -> NDArray[np.int64]:
         """The table's row for each token, int64 [R, T]."""
-        seen = self._seen(visible, second) if self._order is None else self._latest(visible, positions, first)
+        seen = self._seen(visible, second) if self.order is None else self._latest(visible, positions, first)
         return np.asarray((_mix(seen) % np.uint64(len(self._table))).astype(np.int64))
 
     def _latest(self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes) -> Hashes:
         """A hash of the ``order`` visible tokens of highest position, uint64 [R, T]."""
         age = np.where(visible, -positions[:, None], np.iinfo(np.int64).max)  # [R, T, E]
-        newest = np.argsort(age, -1, kind="stable")[..., : self._order]
+        newest = np.argsort(age, -1, kind="stable")[..., : self.order]
         there = np.take_along_axis(visible, newest, -1)
         hashes = np.take_along_axis(np.broadcast_to(first[:, None], visible.shape), newest, -1)
         total = np.zeros(visible.shape[:2], np.uint64)
         for place in range(newest.shape[-1]):
-            total = _mix(total + np.where(there[..., place], hashes[..., place], np.uint64(0)))
+            total = np.where(there[..., place], _mix(total + hashes[..., place]), total)
         return total
 
 

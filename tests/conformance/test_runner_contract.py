@@ -1,0 +1,341 @@
+"""One suite for every model runner: whatever way the KV went, logits are those of a plain forward over the tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.table import TableModel
+from tests.support.tiny import ARCHITECTURES, tiny_model
+
+LENGTH, SCRATCH, ROWS, VOCAB = 128, 64, 3, 96
+TOLERANCE = 1e-5  # of the largest logit
+
+
+@dataclass
+class Subject:
+    """A fresh runner, and the logits that it should give after every token of a sequence: [n] -> [n, V]."""
+
+    runner: ModelRunner
+    reference: Callable[[Sequence[int]], Tensor]
+
+    def check(self, logits: Tensor, tokens: Sequence[int], last: int = 1) -> None:
+        """``logits`` [last, V] are those after the last tokens of ``tokens``."""
+        assert logits.dtype == torch.float32
+        want = self.reference(tokens)[-last:].log_softmax(-1)
+        error = (logits.log_softmax(-1) - want).abs().max() / want.abs().max()
+        assert error < TOLERANCE
+
+
+def table_subject(order: int | None = None) -> Subject:
+    runner = TableModel(VOCAB, order=order, rows=ROWS, max_length=LENGTH, scratch=SCRATCH)
+
+    def reference(tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(np.log([runner.distribution(tokens[: end + 1]) for end in range(len(tokens))]))
+
+    return Subject(runner, reference)
+
+
+@pytest.fixture(scope="module", params=["table", "table of order 2", *ARCHITECTURES])
+def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
+    if request.param.startswith("table"):
+        return lambda: table_subject(2 if "2" in request.param else None)
+    model = tiny_model(request.param, vocab=VOCAB, context=LENGTH)
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+
+    def reference(tokens: Sequence[int]) -> Tensor:
+        with torch.inference_mode():
+            return plain(torch.tensor([tokens])).logits[0].double()
+
+    def build(**options: int) -> Subject:
+        return Subject(HFRunner(model, rows=ROWS, max_length=LENGTH, scratch=SCRATCH, **options), reference)
+
+    return build
+
+
+@pytest.fixture
+def subject(make: Callable[..., Subject]) -> Subject:
+    return make()
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+
+def grow(
+    runner: ModelRunner, row: int, trunk: int, tokens: list[int], parents: list[int], slots: list[int], news: slice
+) -> Tensor:
+    """Extend with the nodes ``news`` of a tree whose node i follows ``parents[i]`` (-1: the trunk); logits [n, V]."""
+    extent = runner.extent(max(trunk, *slots) + 1)
+    visible = torch.zeros(len(tokens), extent, dtype=torch.bool)
+    depth = []
+    for node, parent in enumerate(parents):
+        visible[node] = visible[parent] if parent >= 0 else torch.arange(extent) < trunk
+        visible[node, slots[node]] = True
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+    positions = torch.tensor(depth) + trunk
+    at = torch.tensor(slots)
+    args = (torch.tensor(tokens)[news][None], positions[news][None], at[news][None], visible[news][None])
+    return runner.extend([row], *args)[0]
+
+
+def path(tokens: list[int], parents: list[int], node: int) -> list[int]:
+    before = path(tokens, parents, parents[node]) if parents[node] >= 0 else []
+    return [*before, tokens[node]]
+
+
+TREE = [-1, -1, 0, 0, 1, 2, 4, 4, 5]  # parents; levels end after nodes 2, 5, 8 and 9
+LEVELS = (slice(0, 2), slice(2, 5), slice(5, 8), slice(8, 9))
+TREE_SLOTS = [LENGTH + offset for offset in (3, 9, 4, 30, 31, 12, 50, 7, 63)]
+
+
+def test_append_after_prefill(subject: Subject) -> None:
+    tokens = text(70)
+    subject.runner.prefill(1, tokens[:60])
+    subject.check(subject.runner.append([1], torch.tensor([tokens[60:]]), [60])[0], tokens, last=10)
+
+
+def test_prefill_goes_on_where_it_stopped(subject: Subject) -> None:
+    tokens = text(50)
+    subject.runner.prefill(0, tokens[:7])
+    subject.runner.prefill(0, tokens[7:40], start=7)
+    subject.check(subject.runner.append([0], torch.tensor([tokens[40:]]), [40])[0], tokens, last=10)
+
+
+def test_one_token_at_a_time(subject: Subject) -> None:
+    tokens = text(12)
+    logits = [subject.runner.append([2], torch.tensor([[token]]), [at])[0, 0] for at, token in enumerate(tokens)]
+    subject.check(torch.stack(logits), tokens, last=12)
+
+
+def test_branches_see_the_trunk_and_their_own_ancestors(subject: Subject) -> None:
+    trunk, nodes = text(40), text(len(TREE), seed=1)
+    subject.runner.prefill(0, trunk)
+    for news in LEVELS:
+        logits = grow(subject.runner, 0, 40, nodes, TREE, TREE_SLOTS, news)
+        for node in range(news.start, news.stop):
+            subject.check(logits[node - news.start][None], trunk + path(nodes, TREE, node))
+
+
+def test_a_whole_tree_in_one_forward(subject: Subject) -> None:
+    trunk, nodes = text(40), text(len(TREE), seed=1)
+    subject.runner.prefill(0, trunk)
+    logits = grow(subject.runner, 0, 40, nodes, TREE, TREE_SLOTS, slice(0, len(TREE)))
+    for node in range(len(TREE)):
+        subject.check(logits[node][None], trunk + path(nodes, TREE, node))
+
+
+def test_a_moved_branch_is_the_trunk(subject: Subject) -> None:
+    trunk, nodes = text(40), text(len(TREE), seed=1)
+    subject.runner.prefill(0, trunk)
+    grow(subject.runner, 0, 40, nodes, TREE, TREE_SLOTS, slice(0, len(TREE)))
+    winner = [0, 2, 5, 8]
+    subject.runner.move(0, [TREE_SLOTS[node] for node in winner], list(range(40, 44)))
+    tokens = trunk + [nodes[node] for node in winner] + text(8, seed=2)
+    subject.check(subject.runner.append([0], torch.tensor([tokens[44:]]), [44])[0], tokens, last=8)
+
+
+def test_an_overlapping_move_reads_before_it_writes(subject: Subject) -> None:
+    trunk = text(20)
+    subject.runner.prefill(0, trunk)
+    at = [LENGTH, LENGTH + 1, LENGTH + 2]
+    nodes = text(3, seed=1)
+    grow(subject.runner, 0, 20, nodes, [-1, 0, 1], at, slice(0, 3))
+    subject.runner.move(0, at, [at[1], at[2], at[2] + 1])
+    logits = grow(subject.runner, 0, 20, [*nodes, 5], [-1, 0, 1, 2], [at[1], at[2], at[2] + 1, at[0]], slice(3, 4))
+    subject.check(logits, [*trunk, *nodes, 5])
+
+
+def test_moving_nothing_is_allowed(subject: Subject) -> None:
+    subject.runner.move(0, [], [])
+
+
+def test_a_move_stays_in_its_row(subject: Subject) -> None:
+    tokens = text(20)
+    for row in range(ROWS):
+        subject.runner.prefill(row, tokens)
+    subject.runner.move(1, [0, 1, 2], [10, 11, 12])
+    for row in (0, 2):
+        subject.check(subject.runner.append([row], torch.tensor([[7]]), [20])[0], [*tokens, 7])
+
+
+def test_rollback_is_writing_again(subject: Subject) -> None:
+    tokens, others = text(40), text(20, seed=1)
+    subject.runner.prefill(0, tokens)
+    for start in (30, 12):
+        logits = subject.runner.append([0], torch.tensor([others[:9]]), [start])
+        subject.check(logits[0], tokens[:start] + others[:9], last=9)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [0, 2], [2, 0]])
+def test_rows_of_different_lengths_in_one_call(subject: Subject, rows: list[int]) -> None:
+    starts = {0: 11, 1: 70, 2: 64}
+    texts = {row: text(start + 6, seed=row) for row, start in starts.items()}
+    for row, tokens in texts.items():
+        subject.runner.prefill(row, tokens[:-6])
+    logits = subject.runner.append(rows, torch.tensor([texts[row][-6:] for row in rows]), [starts[row] for row in rows])
+    for of_row, row in zip(logits, rows, strict=True):
+        subject.check(of_row, texts[row], last=6)
+        # It was written to this row and to no other one.
+        subject.check(subject.runner.append([row], torch.tensor([[3]]), [starts[row] + 6])[0], [*texts[row], 3])
+
+
+def test_equal_starts_in_several_rows(subject: Subject) -> None:
+    texts = [text(30, seed=row) for row in range(ROWS)]
+    for row, tokens in enumerate(texts):
+        subject.runner.prefill(row, tokens[:25])
+    logits = subject.runner.append(range(ROWS), torch.tensor([tokens[25:] for tokens in texts]), [25] * ROWS)
+    for of_row, tokens in zip(logits, texts, strict=True):
+        subject.check(of_row, tokens, last=5)
+
+
+def test_padding_is_overwritten(subject: Subject) -> None:
+    tokens = text(40)
+    subject.runner.prefill(0, tokens[:30])
+    for end in (33, 34, 40):
+        start = {33: 30, 34: 33, 40: 34}[end]
+        padded = tokens[start:end] + [0] * (8 - (end - start))
+        logits = subject.runner.append([0], torch.tensor([padded]), [start])[0]
+        subject.check(logits[: end - start], tokens[:end], last=end - start)
+
+
+def test_a_token_that_sees_nothing_harms_nobody(subject: Subject) -> None:
+    trunk = text(20)
+    subject.runner.prefill(0, trunk)
+    extent = subject.runner.extent(LENGTH + 2)
+    visible = torch.zeros(1, 2, extent, dtype=torch.bool)
+    visible[0, 0, :20] = visible[0, 0, LENGTH] = True
+    slots = torch.tensor([[LENGTH, LENGTH + 1]])
+    logits = subject.runner.extend([0], torch.tensor([[4, 0]]), torch.tensor([[20, 0]]), slots, visible)
+    subject.check(logits[0, :1], [*trunk, 4])
+    logits = grow(subject.runner, 0, 20, [4, 5], [-1, 0], [LENGTH, LENGTH + 2], slice(1, 2))
+    subject.check(logits, [*trunk, 4, 5])
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, LENGTH - 1, LENGTH])
+def test_bucket_borders(subject: Subject, length: int) -> None:
+    tokens = text(length)
+    subject.runner.prefill(0, tokens[:-2])
+    subject.check(subject.runner.append([0], torch.tensor([tokens[-2:]]), [length - 2])[0], tokens, last=2)
+
+
+def test_the_last_slot_can_be_used(subject: Subject) -> None:
+    trunk = text(5)
+    subject.runner.prefill(1, trunk)
+    last = subject.runner.slots - 1
+    logits = grow(subject.runner, 1, 5, [8, 9], [-1, 0], [last, last - 1], slice(0, 2))
+    subject.check(logits[1][None], [*trunk, 8, 9])
+
+
+def test_extent_rounds_up_to_at_most_all_slots(subject: Subject) -> None:
+    runner = subject.runner
+    extents = [runner.extent(needed) for needed in range(1, runner.slots + 1)]
+    assert all(needed <= extent <= runner.slots for needed, extent in enumerate(extents, 1))
+    assert extents == sorted(extents)
+    assert len(set(extents)) < runner.slots / 8
+
+
+def test_prefill_writes_its_own_slots_only(make: Callable[..., Subject]) -> None:
+    subject = make()
+    trunk, nodes = text(20), text(3, seed=1)
+    subject.runner.prefill(0, trunk)
+    at = [30, 21, 25]
+    grow(subject.runner, 0, 20, nodes, [-1, 0, 1], at, slice(0, 3))
+    subject.runner.prefill(0, trunk)
+    logits = grow(subject.runner, 0, 20, [*nodes, 6], [-1, 0, 1, 2], [*at, 40], slice(3, 4))
+    subject.check(logits, [*trunk, *nodes, 6])
+
+
+def test_prefill_reaches_the_last_slot(subject: Subject) -> None:
+    runner = subject.runner
+    runner.prefill(0, text(20))
+    runner.prefill(0, text(3), start=runner.slots - 3)
+    subject.check(runner.append([0], torch.tensor([[1]]), [20])[0], [*text(20), 1])
+
+
+def test_slots_beyond_the_row_are_refused(subject: Subject) -> None:
+    slots = subject.runner.slots
+    with pytest.raises(ValueError, match="slots"):
+        subject.runner.append([0], torch.tensor([[1, 2]]), [slots - 1])
+    with pytest.raises(ValueError, match="slots"):
+        subject.runner.prefill(0, [1, 2], start=slots - 1)
+
+
+def test_the_suite_can_fail(subject: Subject) -> None:
+    """A hidden token, a wrong position and a stale slot change the logits by far more than the tolerance."""
+    tokens = text(12)
+    subject.runner.prefill(0, tokens[:-1])
+    at = torch.tensor([[11]])
+    visible = torch.arange(subject.runner.extent(12))[None, None] < 12
+    last = torch.tensor([tokens[-1:]])
+    subject.check(subject.runner.extend([0], last, at, at, visible)[0], tokens)
+    hidden = visible.clone()
+    hidden[..., 10] = False
+    with pytest.raises(AssertionError):
+        subject.check(subject.runner.extend([0], last, at, at, hidden)[0], tokens)
+    if not (isinstance(subject.runner, TableModel) and subject.runner.order == 2):
+        with pytest.raises(AssertionError):
+            subject.check(subject.runner.extend([0], last, at + 9, at, visible)[0], tokens)
+    subject.runner.move(0, [3], [10])
+    with pytest.raises(AssertionError):
+        subject.check(subject.runner.extend([0], last, at, at, visible)[0], tokens)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_prefill_chunks_do_not_change_the_model(architecture: str) -> None:
+    model = tiny_model(architecture, vocab=VOCAB, context=LENGTH)
+    tokens = text(60)
+    logits = []
+    for chunk in (8, 16, 64):
+        runner = HFRunner(model, rows=1, max_length=LENGTH, scratch=SCRATCH, prefill_chunk=chunk, read_bucket=32)
+        runner.prefill(0, tokens)
+        logits.append(runner.append([0], torch.tensor([[1]]), [60]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-5, atol=1e-5)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[int]]:
+    """A trunk, and a tree's tokens, parents and slots (distinct, in any order, after the trunk)."""
+    trunk = draw(st.lists(st.integers(0, 7), min_size=1, max_size=20))
+    count = draw(st.integers(1, 14))
+    parents = [draw(st.integers(-1, node - 1)) for node in range(count)]
+    tokens = draw(st.lists(st.integers(0, 7), min_size=count, max_size=count))
+    slots = draw(st.lists(st.integers(len(trunk) + count, 63), min_size=count, max_size=count, unique=True))
+    return trunk, tokens, parents, slots
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=trees(), winner=st.integers(0, 13), split=st.integers(1, 14), order=st.sampled_from([None, 2]))
+def test_random_trees(
+    tree: tuple[list[int], list[int], list[int], list[int]], winner: int, split: int, order: int | None
+) -> None:
+    trunk, tokens, parents, slots = tree
+    model = TableModel(8, order=order, max_length=48, scratch=16)
+    model.prefill(0, trunk)
+    split = min(split, len(tokens))
+    parts = [slice(0, split), slice(split, len(tokens))] if split < len(tokens) else [slice(0, split)]
+    logits = torch.cat([grow(model, 0, len(trunk), tokens, parents, slots, part) for part in parts])
+    for node in range(len(tokens)):
+        want = model.distribution(trunk + path(tokens, parents, node))
+        np.testing.assert_allclose(logits[node].double().softmax(-1).numpy(), want, atol=1e-12)
+    branch, node = [], winner % len(tokens)
+    while node >= 0:
+        branch.insert(0, node)
+        node = parents[node]
+    moved = list(range(len(trunk), len(trunk) + len(branch)))
+    model.move(0, [slots[node] for node in branch], moved)
+    whole = trunk + [tokens[node] for node in branch] + [3]
+    after = model.append([0], torch.tensor([[3]]), [len(whole) - 1])[0, 0]
+    np.testing.assert_allclose(after.double().softmax(-1).numpy(), model.distribution(whole), atol=1e-12)
