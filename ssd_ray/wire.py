@@ -103,6 +103,17 @@ class Outcome(Message, frozen=True, tag="outcome"):
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
 
 
+class Begin(Message, frozen=True, tag="begin"):
+    """What the verification of ``round`` runs over, where that is more than the last outcome said: the target waited
+    for more of a branch."""
+
+    sequence: Count
+    round: Count
+    speculation: Speculation
+    share: Count = 0
+    shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+
+
 class Close(Message, frozen=True, tag="close"):
     """The sequence has ended."""
 
@@ -175,7 +186,7 @@ class Output(Message, frozen=True, tag="output"):
     error: Annotated[str, Meta(max_length=4096)] | None = None
 
 
-AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Close | Output
+AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Begin | Close | Output
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[int, int, AnyMessage])

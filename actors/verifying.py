@@ -1,0 +1,386 @@
+"""The loop of the target: requests in, one batched verification after the other, tokens out.
+
+A round is: fix the speculations, one forward, choose, commit, tell the drafts, tell the driver, wait where that pays.
+Nothing in it asks anybody anything: speculations are looked up in the target's own memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
+from ssd_ray.errors import ProtocolError
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.saguaro.backup import Pace
+from ssd_ray.sampling.logits import scores
+from ssd_ray.sampling.noise import NoiseRows
+from ssd_ray.speculation.target import TargetSession
+from ssd_ray.stats import EngineStats, add
+from ssd_ray.text import Detokenizer
+from ssd_ray.transport.channel import Channel
+from ssd_ray.wire import (
+    Begin,
+    Close,
+    Goodbye,
+    Hello,
+    Lost,
+    Message,
+    Nodes,
+    Open,
+    Outcome,
+    Output,
+    RequestStats,
+    decode,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+SHAPE = MAX_LOOKAHEAD + 1
+"""Tokens of every decoding forward, whatever the method: one shape, one rounding, one text also in bfloat16."""
+
+DRIVER = "driver"
+"""The driver's name on the channel."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One running request: its session, its KV row, its noise, and who has been told what."""
+
+    session: TargetSession
+    number: int
+    noise: NoiseRows | None
+    text: Detokenizer | None
+    announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it waits for its turn."""
+
+    number: int
+    tokens: Sequence[int]
+    params: SamplingParams
+
+
+class Target:
+    """A target without its process: everything but where it runs.
+
+    Args:
+        runner: the model.
+        channel: the hub of the drafts and the driver.
+        session: the engine's number on the wire.
+        lookahead: tokens in one speculation at most.
+        exact_lookahead: with ``patient``, wait for ``lookahead`` tokens rather than for the best number of them.
+        patient: wait for drafts however long they take: the draft is in this process and never late.
+        end_tokens: tokens that end a text.
+        tokenizer: needed for stop strings alone.
+        concurrency: requests that run at the same time.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        channel: Channel,
+        session: int,
+        *,
+        lookahead: int = MAX_LOOKAHEAD,
+        exact_lookahead: bool = False,
+        patient: bool = False,
+        end_tokens: Collection[int] = (),
+        tokenizer: Any = None,
+        concurrency: int = 1,
+    ) -> None:
+        self._runner = runner
+        self._channel = channel
+        self._session = session
+        self._lookahead = lookahead
+        self._exact_lookahead = exact_lookahead
+        self._patient = patient
+        self._end_tokens = end_tokens
+        self._tokenizer = tokenizer
+        self._concurrency = min(concurrency, runner.rows)
+        self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
+        self._waiting: deque[Request] = deque()
+        self._rows: list[Row] = []
+        self._drafts: list[str] = []
+        self._outbox: deque[Output] = deque()
+        self._done = RequestStats()
+        self._requests = 0
+        self._pace = Pace()
+        self.malformed = 0
+
+    # Called from any thread
+
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number."""
+        self._commands.append(Request(number, tokens, params))
+
+    def cancel(self, number: int) -> None:
+        """End a request early, with the reason "cancelled"."""
+        self._commands.append(number)
+
+    def detach(self, draft: str) -> None:
+        """Forget a draft."""
+        self._commands.append(draft)
+
+    def stats(self) -> EngineStats:
+        """Figures of all requests so far, the running ones included."""
+        total = self._done
+        for row in list(self._rows):
+            total = add(total, row.session.stats())
+        return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts))
+
+    # The loop
+
+    def turn(self, idle_seconds: float = 0.005) -> bool:
+        """Run one round of what is there; without requests wait for a message. Returns whether a round ran."""
+        self._take_commands()
+        self._receive(0.0)
+        self._flush()
+        self._admit()
+        if not self._rows:
+            self._receive(idle_seconds)
+            return False
+        self._round()
+        return True
+
+    def _round(self) -> None:
+        start = perf_counter()
+        rows = self._rows
+        for row in rows:
+            self._begin(row)
+        verify_start = perf_counter()
+        logits = self._verify(rows)
+        verify_ms = 1e3 * (perf_counter() - verify_start)
+        choices = self._choose(rows, logits)
+        self._receive(0.0)
+        for row, row_choices in zip(rows, choices, strict=True):
+            self._commit(row, row_choices, verify_ms)
+        wait_ms = self._wait([row for row in rows if row.session.finish_reason is None])
+        host_ms = 1e3 * (perf_counter() - start) - verify_ms - wait_ms
+        for row in rows:
+            tally = row.session.tally
+            tally.verify_ms += verify_ms / len(rows)
+            tally.wait_ms += wait_ms / len(rows)
+            tally.host_ms += host_ms / len(rows)
+            tally.waits += wait_ms > 0.0
+        self._rows = [row for row in rows if not self._ended(row)]
+
+    def _begin(self, row: Row) -> None:
+        speculation = row.session.begin(self._lookahead)
+        if speculation != row.announced:
+            session = row.session
+            for share, draft in enumerate(self._drafts):
+                self._send(draft, Begin(session.sequence, session.round, speculation, share, len(self._drafts)))
+
+    @torch.inference_mode()
+    def _verify(self, rows: Sequence[Row]) -> torch.Tensor:
+        """One forward over all rows; logits, float32 [rows, SHAPE, V]."""
+        tokens = torch.zeros(len(rows), SHAPE, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            inputs = row.session.inputs
+            tokens[index, : len(inputs)] = torch.tensor(inputs)
+        return self._runner.append([row.number for row in rows], tokens, [row.session.position for row in rows])
+
+    @torch.inference_mode()
+    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[list[int]]:
+        """The target's token after each input of each row."""
+        choices = []
+        for row, row_logits in zip(rows, logits, strict=True):
+            session, count = row.session, len(row.session.inputs)
+            noise = None
+            if row.noise is not None:
+                noise = row.noise.rows(range(session.position + 1, session.position + 1 + count))
+            choices.append(scores(row_logits[:count], session.params, noise).argmax(-1).tolist())
+        return choices
+
+    def _commit(self, row: Row, choices: Sequence[int], verify_ms: float) -> None:
+        session = row.session
+        offered, position = len(choices) - 1, session.position
+        outcome, added = session.commit(choices, self._drafts)
+        self._pace.saw_verification(verify_ms, offered, outcome.accepted)
+        self._look_for_stop(row, added)
+        if session.finish_reason is None:
+            row.announced = session.cache.speculate(session.most(self._lookahead))
+            for share, draft in enumerate(self._drafts):
+                message = Outcome(
+                    session.sequence,
+                    session.round - 1,
+                    position + outcome.accepted + 1,
+                    outcome.accepted,
+                    outcome.bonus_token,
+                    row.announced,
+                    session.hit,
+                    share,
+                    len(self._drafts),
+                )
+                self._send(draft, message)
+        self._emit(Output(session.sequence, added))
+
+    def _look_for_stop(self, row: Row, added: list[int]) -> None:
+        """End the request behind the token that completes a stop string."""
+        if row.text is None:
+            return
+        row.text.push(added)
+        if row.text.stopped:
+            surplus = len(row.session.generated) - row.text.count
+            del added[len(added) - surplus :]
+            row.session.finish("stop", row.text.count)
+
+    def _wait(self, rows: Sequence[Row]) -> float:
+        """Wait for drafts where a longer speculation is worth it; returns milliseconds."""
+        start = perf_counter()
+        waited = False
+        for row in rows:
+            waited |= self._wait_for(row.session, start)
+        return 1e3 * (perf_counter() - start) if waited else 0.0
+
+    def _wait_for(self, session: TargetSession, start: float) -> bool:
+        most = session.most(self._lookahead)
+        available = session.cache.available(most)
+        wanted = most if self._exact_lookahead else self._pace.best_length(available, most)
+        if wanted <= available or not self._worth_waiting(session):
+            return False
+        steps = wanted - available
+        deadline = start + (3600.0 if self._patient else 1e-3 * self._pace.patience_ms(steps))
+        while available < wanted and (left := deadline - perf_counter()) > 0:
+            if not self._receive(left) and self._patient:
+                break
+            available = session.cache.available(most)
+        self._pace.saw_wait(1e3 * (perf_counter() - start), steps)
+        return True
+
+    def _worth_waiting(self, session: TargetSession) -> bool:
+        """Whether some draft is at work on this sequence: it has said something about the round before this one."""
+        return self._patient or max(session.cache.latest.values(), default=-1) >= max(0, session.round - 1)
+
+    # Requests
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            if isinstance(command, Request):
+                self._waiting.append(command)
+            elif isinstance(command, int):
+                self._cancel(command)
+            else:
+                self._remove_draft(command)
+
+    def _cancel(self, number: int) -> None:
+        for row in self._rows:
+            if row.session.sequence == number:
+                row.session.finish("cancelled")
+        self._rows = [row for row in self._rows if not self._ended(row)]
+        for request in [request for request in self._waiting if request.number == number]:
+            self._waiting.remove(request)
+            self._emit(Output(number, [], "cancelled", RequestStats(prompt_tokens=len(request.tokens))))
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._rows) < self._concurrency:
+            self._start(self._waiting.popleft())
+
+    def _start(self, request: Request) -> None:
+        tokens, params = [int(token) for token in request.tokens], request.params
+        session = TargetSession(
+            request.number,
+            tokens,
+            params,
+            end_tokens=self._end_tokens,
+            max_length=self._runner.max_length,
+            vocab_size=self._runner.vocab_size,
+        )
+        number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
+        noise = None if params.greedy else NoiseRows(params.seed, self._runner.vocab_size)
+        text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
+        row = Row(session, number, noise, text)
+        for draft in self._drafts:
+            self._open(draft, row)
+        start = perf_counter()
+        self._runner.prefill(number, tokens[:-1])
+        session.tally.prefill_ms = 1e3 * (perf_counter() - start)
+        self._rows.append(row)
+
+    def _ended(self, row: Row) -> bool:
+        """Say goodbye to a row that has a finish reason."""
+        session = row.session
+        if session.finish_reason is None:
+            return False
+        for draft in self._drafts:
+            self._send(draft, Close(session.sequence))
+        stats = session.stats()
+        self._done = add(self._done, stats)
+        self._requests += 1
+        self._emit(Output(session.sequence, [], session.finish_reason, stats))
+        return True
+
+    # Messages
+
+    def _receive(self, timeout: float) -> bool:
+        """Take what has arrived, waiting for the first frame; returns whether anything came."""
+        received = self._channel.receive(timeout)
+        came = received is not None
+        while received is not None:
+            peer, frame = received
+            try:
+                self._handle(peer, decode(self._session, frame))
+            except ProtocolError as error:
+                self.malformed += 1
+                logger.debug("dropped a frame of %s: %s", peer, error)
+            received = self._channel.receive(0.0)
+        return came
+
+    def _handle(self, peer: str, message: Message) -> None:
+        match message:
+            case Nodes() if peer in self._drafts:
+                self._pace.saw_step(message.step_ms)
+                for row in self._rows:
+                    if row.session.sequence == message.sequence:
+                        row.session.add(peer, message)
+            case Hello() if message.name == peer and peer not in self._drafts:
+                self._drafts.append(peer)
+                for row in self._rows:
+                    self._open(peer, row)
+            case Lost() if peer in self._drafts:
+                for row in self._rows:
+                    if row.session.sequence == message.sequence:
+                        self._open(peer, row)
+            case Goodbye():
+                self._remove_draft(peer)
+            case _:
+                pass
+
+    def _remove_draft(self, draft: str) -> None:
+        """The guesses are dealt anew with the next outcome."""
+        if draft in self._drafts:
+            self._drafts.remove(draft)
+            for row in self._rows:
+                row.session.cache.forget(draft)
+
+    def _open(self, draft: str, row: Row) -> None:
+        session = row.session
+        share, shares = self._drafts.index(draft), len(self._drafts)
+        speculation = session.cache.speculation
+        self._send(
+            draft,
+            Open(session.sequence, session.round, session.tokens, speculation, session.params, share, shares),
+        )
+
+    def _send(self, draft: str, message: Message) -> None:
+        self._channel.send(draft, encode(self._session, message))
+
+    def _emit(self, output: Output) -> None:
+        """Tokens must not get lost: what the channel does not take now is sent later, in order."""
+        self._outbox.append(output)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._outbox and self._channel.send(DRIVER, encode(self._session, self._outbox[0])):
+            self._outbox.popleft()

@@ -1,0 +1,122 @@
+"""The target's speculation cache: what drafts have prepared for one sequence, found where the verification ends.
+
+Drafts push nodes at any time and the network may lose, repeat, reorder or delay them. Nothing that arrives here can
+change the output: a wrong token is rejected by the verification, so the cache only has to stay small and well formed.
+"""
+
+from __future__ import annotations
+
+from ssd_ray.speculation.tree import Node, TokenTree
+from ssd_ray.wire import Nodes
+
+MAX_NODES = 4096
+"""Nodes that one sequence may hold; more are dropped."""
+
+
+class CachedNode(Node):
+    """A node and the (draft, id) pairs under which drafts know it."""
+
+    __slots__ = ("known_as",)
+
+    def __init__(self, token: int) -> None:
+        super().__init__(token)
+        self.known_as: list[tuple[str, int]] = []
+
+
+class SpeculationCache:
+    """Speculations of one sequence, keyed by outcome.
+
+    Attributes:
+        round: the round that is being verified.
+        latest: per draft, the newest round about which it sent something.
+    """
+
+    def __init__(self, bonus_token: int, vocab_size: int, round: int = 0) -> None:
+        self.tree: TokenTree[CachedNode] = TokenTree(CachedNode, bonus_token)
+        self.round = round
+        self.latest: dict[str, int] = {}
+        self._vocab_size = vocab_size
+        self._nodes: dict[tuple[str, int], CachedNode] = {}
+        self._count = 1
+        self._last_outcome: tuple[int, int] | None = None  # (accepted, bonus token) of the round before
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def speculation(self) -> list[int]:
+        """What is being verified now."""
+        return self.tree.speculation
+
+    def available(self, limit: int) -> int:
+        """How many tokens a speculation after the bonus token could have now."""
+        return len(self.tree.root.chain(limit))
+
+    def speculate(self, limit: int) -> list[int]:
+        """Fix the speculation of this round: at most ``limit`` tokens of what is there."""
+        self.tree.trunk = [self.tree.root, *self.tree.root.chain(limit)]
+        return self.tree.speculation
+
+    def guesses(self, depth: int) -> int:
+        """How many outcomes with exactly ``depth`` accepted tokens are prepared for."""
+        stem = self.tree.trunk[depth]
+        drafted = depth + 1 < len(self.tree.trunk) and self.tree.trunk[depth + 1].token in stem.children
+        return len(stem.children) - drafted
+
+    def advance(self, accepted: int, bonus_token: int) -> bool:
+        """Take the outcome of the round; returns whether the bonus token had been guessed."""
+        guessed = self.tree.advance(accepted, bonus_token)
+        self.round += 1
+        self._last_outcome = (accepted, bonus_token)
+        self._nodes = {}
+        self._count = 0
+        for node in self.tree.root.subtree():
+            self._count += 1
+            for name in node.known_as:
+                self._nodes[name] = node
+        return guessed
+
+    def forget(self, draft: str) -> None:
+        """Forget which node ids a draft used; its tokens stay."""
+        self.latest.pop(draft, None)
+        self._nodes = {name: node for name, node in self._nodes.items() if name[0] != draft}
+        for node in self.tree.root.subtree():
+            node.known_as = [name for name in node.known_as if name[0] != draft]
+
+    def add(self, draft: str, message: Nodes) -> int:
+        """Take nodes of a draft; returns how many are of use now."""
+        if message.round > self.round or len(message.parents) != len(message.tokens):
+            return 0
+        self.latest[draft] = max(self.latest.get(draft, 0), message.round)
+        used = 0
+        for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
+            node = self._place(draft, message.round, parent, token)
+            if node is not None:
+                used += 1
+                name = (draft, message.first + offset)
+                if name not in self._nodes and len(self._nodes) < MAX_NODES:
+                    self._nodes[name] = node
+                    node.known_as.append(name)
+        return used
+
+    def _place(self, draft: str, round: int, parent: int, token: int) -> CachedNode | None:
+        """Find or make the node of one pushed token; None if it has no place in the tree any more."""
+        if parent >= 0:
+            stem = self._nodes.get((draft, parent))
+        elif round == self.round:
+            stem = self.tree.trunk[-1 - parent] if -1 - parent < len(self.tree.trunk) else None
+        else:
+            return self._late_guess(round, -1 - parent, token)
+        if stem is None or token >= self._vocab_size:
+            return None
+        known = stem.children.get(token)
+        if known is None:
+            if self._count >= MAX_NODES:
+                return None
+            self._count += 1
+        return known or self.tree.grow(stem, token)
+
+    def _late_guess(self, round: int, depth: int, token: int) -> CachedNode | None:
+        """A guess about the round before, come after its outcome: if it was right, it is the root now."""
+        right = round == self.round - 1 and self._last_outcome == (depth, token)
+        return self.tree.root if right else None

@@ -1,0 +1,375 @@
+"""The draft's side of one sequence, as a state machine without I/O and without tensors.
+
+The session says what to run next (:meth:`DraftSession.next_step`), takes the ranked tokens that the model gave after
+each item and returns the nodes to push (:meth:`DraftSession.complete`). It always has a next-best thing to do: a tree
+is of use at every moment and spare time widens it. The value of an item is the number of accepted tokens that running
+it is expected to add: the chance that its outcome happens and that its token is accepted then.
+
+KV: committed tokens have slot = position. Tree nodes sit in a window of scratch slots beyond them; when an outcome
+commits a node, its KV is moved to its position and never computed again. What another draft drafted, and what was
+committed without this draft, is run like any other item, all of it in one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
+from ssd_ray.saguaro.fanout import FanOutPolicy
+from ssd_ray.speculation.tree import Node, TokenTree
+from ssd_ray.wire import Begin, Nodes, Open, Outcome
+
+WINDOW = 192
+"""Tree nodes with KV that one sequence may hold."""
+
+WINDOW_STEP = 64
+
+SCRATCH = WINDOW + 2 * WINDOW_STEP
+"""Slots beyond the longest sequence that a row of a draft needs."""
+
+RESERVE = 2 * (MAX_LOOKAHEAD + 1)
+"""Slots of the window that branches leave to the trunk."""
+
+CATCH_UP = 16
+"""More committed tokens than this without KV are prefilled, not run in a step."""
+
+_ACCEPTANCE = 0.7
+_BEYOND = 0.25
+"""How much each further token of a branch is worth, and one beyond the lookahead: they order the work, no more."""
+
+
+class DraftNode(Node):
+    """A node with what the draft knows of it.
+
+    Attributes:
+        id: its number on the wire; -1 before it was pushed.
+        slot: where its KV is; -1 before it ran.
+        path: slots of its ancestors in the tree and its own.
+        ranked: the draft's tokens after it, best first; empty before it ran.
+        depth: tokens of its branch up to it, the guess being 1.
+        chance: probability that its outcome happens and that it is accepted then.
+    """
+
+    __slots__ = ("chance", "depth", "id", "path", "ranked", "slot")
+
+    def __init__(self, token: int) -> None:
+        super().__init__(token)
+        self.id = -1
+        self.slot = -1
+        self.path: tuple[int, ...] = ()
+        self.ranked: Sequence[int] = ()
+        self.depth = 0
+        self.chance = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One token to run.
+
+    Attributes:
+        token, position, slot: what is run and where its KV goes.
+        trunk: slots 0 .. trunk-1 are seen.
+        path: the other slots that are seen.
+        node: None for a committed token, of which only the KV is wanted.
+    """
+
+    token: int
+    position: int
+    slot: int
+    trunk: int
+    path: tuple[int, ...]
+    node: DraftNode | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Write the KV of committed tokens from position ``start`` on."""
+
+    start: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Copy KV between slots, all read before any is written."""
+
+    source: Sequence[int]
+    destination: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something to run: ``node`` below ``stem``, or the guess of this rank at this depth of the trunk, not made yet."""
+
+    stem: DraftNode
+    node: DraftNode | None = None
+    depth: int = 0
+    rank: int = 0
+
+
+class DraftSession:
+    """One sequence on one draft.
+
+    Args:
+        opened: the sequence as the target told it.
+        policy: which outcomes to prepare for; it learns from the outcomes.
+        lookahead: tokens that a speculation has at most.
+        branching: open guesses. Without it only the chain after the bonus token is drafted, as plain speculative
+            decoding does.
+    """
+
+    def __init__(
+        self, opened: Open, policy: FanOutPolicy, *, lookahead: int = MAX_LOOKAHEAD, branching: bool = True
+    ) -> None:
+        self.sequence = opened.sequence
+        self._policy = policy
+        self._lookahead = lookahead
+        self._branching = branching
+        self._next_id = 0
+        self._filled = 0  # committed tokens whose KV is in place
+        self._tie = count()
+        self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
+        self._start(opened)
+
+    def _start(self, opened: Open) -> None:
+        self.params: SamplingParams = opened.params
+        self.tokens = list(opened.tokens)
+        self.round = opened.round
+        self._base = window_base(self.position)
+        self._tree: TokenTree[DraftNode] = TokenTree(DraftNode, self.tokens[-1])
+        self._follow(opened)
+
+    @property
+    def position(self) -> int:
+        """Position of the bonus token."""
+        return len(self.tokens) - 1
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the tree."""
+        return sum(1 for _ in self._tree.root.subtree())
+
+    # Events. None may come between next_step and complete.
+
+    def reopen(self, opened: Open) -> None:
+        """Start again from what the target says; the KV of the common beginning stays."""
+        limit = min(self._filled, len(opened.tokens) - 1)
+        self._filled = next((i for i in range(limit) if self.tokens[i] != opened.tokens[i]), limit)
+        self._start(opened)
+
+    def expects(self, outcome: Outcome) -> bool:
+        """Whether this outcome is the one that comes next, and possible."""
+        return (
+            outcome.round == self.round
+            and outcome.accepted < len(self._tree.trunk)
+            and outcome.position == self.position + outcome.accepted + 1
+        )
+
+    def advance(self, outcome: Outcome) -> Moves:
+        """Take the outcome of the running round, which :meth:`expects` approved of; returns the KV to move first."""
+        self._learn(outcome)
+        committed = self._tree.trunk[: outcome.accepted + 1]
+        start = self.position
+        self.tokens += [node.token for node in committed[1:]]
+        self.tokens.append(outcome.bonus_token)
+        self._tree.advance(outcome.accepted, outcome.bonus_token)
+        self.round += 1
+        moves = self._move_kv(committed, start)
+        self._follow(outcome)
+        return moves
+
+    def begin(self, message: Begin) -> None:
+        """Take what the target verifies after all, once it has waited for more of a branch."""
+        if message.round == self.round:
+            self._follow(message)
+
+    def prefill(self) -> Prefill | None:
+        """The committed tokens to prefill before the next step, if they are many."""
+        if self.position - self._filled <= CATCH_UP:
+            return None
+        start, self._filled = self._filled, self.position
+        return Prefill(start, self.tokens[start : self.position])
+
+    def next_step(self, width: int) -> list[Item]:
+        """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches.
+
+        Empty when the tree is complete. Otherwise :meth:`complete` must follow.
+        """
+        items = [*self._missing_tokens(), *self._missing_trunk()]
+        for _ in range(width):
+            candidate = self._pop() if len(self._free) > RESERVE else None
+            if candidate is None:
+                break
+            items.append(self._item(*candidate))
+        return items
+
+    def complete(
+        self, items: Sequence[Item], ranked: Sequence[Sequence[int]], *, step_ms: float = 0.0
+    ) -> Nodes | None:
+        """Take the model's tokens after each item, best first; returns what to push, if anything.
+
+        ``step_ms`` is what a step of this draft takes, for the target's plans.
+        """
+        for item, tokens in zip(items, ranked, strict=True):
+            if item.node is not None:
+                item.node.ranked = tokens
+        self._open_guesses()
+        for item in items:
+            if item.node is not None and item.node.depth > 0:
+                self._extend(item.node)
+        return self._push(step_ms)
+
+    # The tree
+
+    def _follow(self, message: Open | Outcome | Begin) -> None:
+        """Take what is being verified and this draft's share of the guesses, and order the work anew."""
+        self._tree.follow(message.speculation)
+        self._share, self._shares = message.share, message.shares
+        self._frontier: list[tuple[float, int, Candidate]] = []
+        self._guesses: dict[int, list[int]] = {}  # by depth of the trunk
+        for node, _ in self._unpushed:
+            node.id = -1
+        self._unpushed.clear()
+        self._weights = self._policy.depths(len(self._tree.trunk) - 1)
+        self._ranks = {full: self._policy.ranks(full) for full in (False, True)}
+        self._set_paths()
+        self._open_guesses()
+
+    def _set_paths(self) -> None:
+        used = set()
+        stack: list[tuple[DraftNode, tuple[int, ...]]] = [(self._tree.root, ())]
+        while stack:
+            node, path = stack.pop()
+            if node.slot >= 0:
+                used.add(node.slot)
+                node.path = (*path, node.slot)
+                stack.extend((child, node.path) for child in node.children.values())
+        self._free = [slot for slot in range(self._base + WINDOW - 1, self._base - 1, -1) if slot not in used]
+        for node in self._tree.trunk:
+            node.depth = 0
+
+    def _open_guesses(self) -> None:
+        """Rank the outcomes at every depth of the trunk whose logits are there and were not ranked yet."""
+        trunk = self._tree.trunk
+        for depth, node in enumerate(trunk):
+            if not node.ranked or depth in self._guesses:
+                continue
+            last = depth == len(trunk) - 1
+            drafted = -1 if last else trunk[depth + 1].token
+            self._guesses[depth] = [token for token in node.ranked if token != drafted]
+            if last:
+                self._make(node, self._guesses[depth][0], -1 - depth)
+            if last or self._branching:
+                self._offer_guess(depth, (self._share - depth) % self._shares)
+
+    def _offer_guess(self, depth: int, rank: int) -> None:
+        """Put a guess on the frontier. Guesses are dealt out over the drafts by rank, starting elsewhere each depth."""
+        if rank < len(self._guesses[depth]):
+            value = self._chance(depth, rank)
+            candidate = Candidate(self._tree.trunk[depth], None, depth, rank)
+            heappush(self._frontier, (-value, next(self._tie), candidate))
+
+    def _chance(self, depth: int, rank: int) -> float:
+        ranks = self._ranks[depth == len(self._tree.trunk) - 1]
+        return self._weights[depth] * (ranks[rank] if rank < len(ranks) else 0.0)
+
+    def _pop(self) -> tuple[DraftNode, DraftNode] | None:
+        """Take the best (stem, node) that has not run."""
+        while self._frontier:
+            _, _, candidate = heappop(self._frontier)
+            node = candidate.node or self._open(candidate)
+            if node.slot < 0:
+                return candidate.stem, node
+            self._extend(node)
+        return None
+
+    def _open(self, guess: Candidate) -> DraftNode:
+        """Make the node of a guess, and offer the next one at its depth."""
+        node = self._make(guess.stem, self._guesses[guess.depth][guess.rank], -1 - guess.depth)
+        node.depth = 1
+        node.chance = self._chance(guess.depth, guess.rank)
+        if self._branching:
+            self._offer_guess(guess.depth, guess.rank + self._shares)
+        return node
+
+    def _extend(self, node: DraftNode) -> None:
+        """Continue the branch of a node that ran by its best token."""
+        if node.depth > self._lookahead:
+            return
+        child = self._make(node, node.ranked[0], node.id)
+        child.depth = node.depth + 1
+        child.chance = node.chance * _ACCEPTANCE
+        value = child.chance if child.depth <= self._lookahead else child.chance * _BEYOND
+        heappush(self._frontier, (-value, next(self._tie), Candidate(node, child)))
+
+    def _make(self, stem: DraftNode, token: int, parent: int) -> DraftNode:
+        """The child of ``stem`` with this token; a new one gets its number and will be pushed."""
+        node = self._tree.grow(stem, token)
+        if node.id < 0:
+            node.id = self._next_id
+            self._next_id += 1
+            self._unpushed.append((node, parent))
+        return node
+
+    def _push(self, step_ms: float) -> Nodes | None:
+        if not self._unpushed:
+            return None
+        nodes, self._unpushed = self._unpushed, []
+        return Nodes(
+            sequence=self.sequence,
+            round=self.round,
+            first=nodes[0][0].id,
+            parents=[parent for _, parent in nodes],
+            tokens=[node.token for node, _ in nodes],
+            step_ms=step_ms,
+        )
+
+    # The KV
+
+    def _item(self, stem: DraftNode, node: DraftNode) -> Item:
+        node.slot = self._free.pop()
+        node.path = (*stem.path, node.slot)
+        return Item(node.token, self.position + len(node.path) - 1, node.slot, self.position, node.path, node)
+
+    def _missing_tokens(self) -> list[Item]:
+        start, self._filled = self._filled, self.position
+        return [
+            Item(self.tokens[position], position, position, position + 1, (), None)
+            for position in range(start, self.position)
+        ]
+
+    def _missing_trunk(self) -> list[Item]:
+        trunk = self._tree.trunk
+        stems = [DraftNode(-1), *trunk]  # the root has no stem: an empty path
+        return [self._item(stem, node) for stem, node in zip(stems, trunk, strict=False) if node.slot < 0]
+
+    def _move_kv(self, committed: Sequence[DraftNode], start: int) -> Moves:
+        """Bring the KV of committed nodes to their positions, and all other nodes out of the way if the window moves.
+
+        Nodes run after their ancestors, so those of the trunk that ran are its beginning.
+        """
+        source = [node.slot for node in committed if node.slot >= 0]
+        destination = list(range(start, start + len(source)))
+        self._filled += len(source)
+        if self.position > self._base:
+            self._base = window_base(self.position)
+            ran = [node for node in self._tree.root.subtree() if node.slot >= 0]
+            for slot, node in enumerate(ran, self._base):
+                source.append(node.slot)
+                destination.append(slot)
+                node.slot = slot
+        return Moves(source, destination)
+
+    def _learn(self, outcome: Outcome) -> None:
+        guesses = self._guesses.get(outcome.accepted)
+        if guesses is not None:
+            rank = guesses.index(outcome.bonus_token) if outcome.bonus_token in guesses else None
+            self._policy.observe(len(self._tree.trunk) - 1, outcome.accepted, rank)
+
+
+def window_base(position: int) -> int:
+    """First scratch slot for a bonus token at this position: some rounds beyond, so that the window rarely moves."""
+    return (position // WINDOW_STEP + 2) * WINDOW_STEP

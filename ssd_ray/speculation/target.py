@@ -1,0 +1,189 @@
+"""The target's side of one sequence, as a state machine without I/O.
+
+A round: :meth:`TargetSession.begin` fixes the speculation, the caller runs one forward over :attr:`inputs` and samples
+a choice after each of them, :meth:`TargetSession.commit` verifies, advances the speculation cache and says what was
+decided. Messages of drafts go to :meth:`TargetSession.add` at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
+from ssd_ray.sampling.verify import Outcome, verify
+from ssd_ray.speculation.cache import SpeculationCache
+from ssd_ray.wire import Misses, Nodes, RequestStats
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+MissCause = Literal["fan_out", "late", "stale", "cold", "no_draft"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Figures of one request while it runs; :class:`~ssd_ray.wire.RequestStats` says what they mean."""
+
+    rounds: int = 0
+    hits: int = 0
+    misses: dict[MissCause, int] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=lambda: [0] * (MAX_LOOKAHEAD + 1))
+    speculated: list[int] = field(default_factory=lambda: [0] * (MAX_LOOKAHEAD + 1))
+    verify_ms: float = 0.0
+    wait_ms: float = 0.0
+    host_ms: float = 0.0
+    prefill_ms: float = 0.0
+    waits: int = 0
+
+
+class TargetSession:
+    """One sequence. Slot = position; the bonus token at :attr:`position` is not in the KV cache yet.
+
+    Args:
+        sequence: its number, under which drafts know it.
+        prompt: at least one token. The last one is the first round's bonus token.
+        params: stop conditions are looked at here, except stop strings, which need text.
+        end_tokens: tokens that end a text unless ``params.ignore_eos``.
+        max_length: positions that the sequence can take; it ends there with "length".
+        vocab_size: tokens that drafts may name.
+    """
+
+    def __init__(
+        self,
+        sequence: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        end_tokens: Collection[int] = (),
+        max_length: int,
+        vocab_size: int,
+    ) -> None:
+        self.sequence = sequence
+        self.params = params
+        self.tokens = list(prompt)
+        self.finish_reason: FinishReason | None = None
+        self.tally = Tally()
+        self.hit = False
+        self.cache = SpeculationCache(self.tokens[-1], vocab_size)
+        self._prompt_tokens = len(self.tokens)
+        self._room = min(params.max_tokens, max_length - self._prompt_tokens)
+        self._end_tokens = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else end_tokens)
+
+    @property
+    def round(self) -> int:
+        """Number of the running round."""
+        return self.cache.round
+
+    @property
+    def position(self) -> int:
+        """Position of the bonus token."""
+        return len(self.tokens) - 1
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self._prompt_tokens :]
+
+    @property
+    def remaining(self) -> int:
+        """How many tokens may still be generated."""
+        return self._room - (len(self.tokens) - self._prompt_tokens)
+
+    def most(self, lookahead: int) -> int:
+        """How long a speculation can be of use: a round yields one token more than it accepts."""
+        return max(0, min(lookahead, self.remaining - 1))
+
+    def begin(self, lookahead: int) -> list[int]:
+        """Fix the speculation of the round that starts now: what has arrived, at most ``lookahead`` tokens."""
+        speculation = self.cache.speculate(self.most(lookahead))
+        self.tally.speculated[len(speculation)] += 1
+        return speculation
+
+    @property
+    def inputs(self) -> list[int]:
+        """Tokens of the verification forward: the bonus token and the speculation."""
+        return [self.tokens[-1], *self.cache.speculation]
+
+    def add(self, draft: str, message: Nodes) -> int:
+        """Take nodes of a draft; returns how many are of use."""
+        return self.cache.add(draft, message)
+
+    def commit(self, choices: Sequence[int], drafts: Collection[str]) -> tuple[Outcome, list[int]]:
+        """Verify the target's ``choices``, one after each input, and go on to the next round.
+
+        Args:
+            choices: the token that the target chose after each input.
+            drafts: who is connected, for the cause of a miss.
+
+        Returns:
+            The outcome and the tokens that it adds to the text. They are fewer than the outcome has when one of them
+            ends the sequence; ``finish_reason`` is set then.
+        """
+        outcome = verify(self.cache.speculation, choices)
+        added = self._until_end(choices[: outcome.accepted + 1])
+        self.tokens += added
+        cause = self._miss_cause(outcome, drafts)
+        self.cache.advance(outcome.accepted, outcome.bonus_token)
+        self.tally.rounds += 1
+        self.tally.accepted[outcome.accepted] += 1
+        self.hit = self.cache.available(1) > 0
+        if self.finish_reason is None:
+            self._count(cause)
+        return outcome, added
+
+    def finish(self, reason: FinishReason, generated: int | None = None) -> None:
+        """End the sequence for a reason from outside: a stop string, a cancellation, an error.
+
+        ``generated`` tokens after the prompt are kept, all if None.
+        """
+        self.finish_reason = reason
+        if generated is not None:
+            del self.tokens[self._prompt_tokens + generated :]
+
+    def stats(self) -> RequestStats:
+        """The figures so far."""
+        tally = self.tally
+        return RequestStats(
+            rounds=tally.rounds,
+            tokens=len(self.tokens) - self._prompt_tokens,
+            prompt_tokens=self._prompt_tokens,
+            hits=tally.hits,
+            misses=Misses(**tally.misses),
+            accepted=tuple(tally.accepted),
+            speculated=tuple(tally.speculated),
+            verify_ms=tally.verify_ms,
+            wait_ms=tally.wait_ms,
+            host_ms=tally.host_ms,
+            prefill_ms=tally.prefill_ms,
+            waits=tally.waits,
+        )
+
+    def _until_end(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens up to the one that ends the sequence, that one included."""
+        added = list(tokens[: self.remaining])
+        for count, token in enumerate(added, 1):
+            if token in self._end_tokens:
+                self.finish_reason = "stop"
+                return added[:count]
+        if len(added) == self.remaining:
+            self.finish_reason = "length"
+        return added
+
+    def _count(self, cause: MissCause) -> None:
+        if self.hit:
+            self.tally.hits += 1
+        else:
+            self.tally.misses[cause] = self.tally.misses.get(cause, 0) + 1
+
+    def _miss_cause(self, outcome: Outcome, drafts: Collection[str]) -> MissCause:
+        """Why the outcome would not be in the cache, if it is not; seen before the cache moves on."""
+        latest = [self.cache.latest[draft] for draft in drafts if draft in self.cache.latest]
+        if not drafts:
+            return "no_draft"
+        if not latest:
+            return "cold"
+        if max(latest) < self.round:
+            return "stale"
+        guesses = self.cache.guesses(outcome.accepted)
+        guessed = outcome.bonus_token in self.cache.tree.trunk[outcome.accepted].children
+        return "late" if guessed or not guesses else "fan_out"

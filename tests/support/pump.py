@@ -1,0 +1,164 @@
+"""A target and its drafts in one thread, over memory channels, with a schedule that the test chooses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ssd_ray.actors.drafting import Draft
+from ssd_ray.actors.verifying import DRIVER, Target
+from ssd_ray.config import SamplingParams
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.table import TableModel
+from ssd_ray.saguaro.fanout import Histogram
+from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.transport.memory import MemoryAddress, MemoryHub, MemorySpoke
+from ssd_ray.wire import Output, RequestStats, decode
+
+SESSION = 7
+
+
+@dataclass
+class Text:
+    """What came out of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stats: RequestStats = field(default_factory=RequestStats)
+
+
+class LossyHub(MemoryHub):
+    """A hub whose drafts' frames, both ways, are lost, repeated, delayed and mixed with garbage."""
+
+    def __init__(self, address: MemoryAddress, dice: random.Random, trouble: float) -> None:
+        super().__init__(address)
+        self._dice = dice
+        self._trouble = trouble
+        self._held: list[tuple[str, bytes]] = []
+
+    def send(self, peer: str, frame: bytes) -> bool:
+        if peer == DRIVER:
+            return super().send(peer, frame)
+        if self._dice.random() < self._trouble:
+            return True  # lost, and the sender does not know
+        sent = super().send(peer, frame)
+        if self._dice.random() < self._trouble:
+            super().send(peer, frame)
+        return sent
+
+    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+        received = super().receive(0.0)
+        if received is None:
+            return self._held.pop(self._dice.randrange(len(self._held))) if self._held else None
+        if self._dice.random() >= self._trouble:
+            return received
+        match self._dice.randrange(5):
+            case 0:
+                return self.receive()  # lost
+            case 1:
+                self._held += [received, received]  # repeated, late
+            case 2:
+                self._held.append(received)  # late
+            case 3:
+                return received[0], received[1][: self._dice.randrange(len(received[1]))]
+            case _:
+                return received[0], garbage(received[1], self._dice)
+        return self.receive()
+
+
+def garbage(frame: bytes, dice: random.Random) -> bytes:
+    """The frame with some bytes changed: often still a message, with other numbers."""
+    changed = bytearray(frame)
+    for _ in range(dice.randrange(1, 6)):
+        changed[dice.randrange(len(changed))] = dice.randrange(256)
+    return bytes(changed)
+
+
+class Meanwhile(ModelRunner):
+    """A runner that lets others work while it verifies."""
+
+    def __init__(self, runner: ModelRunner, work: Callable[[], None]) -> None:
+        self.__dict__.update(runner.__dict__)
+        self._runner, self._work = runner, work
+        self.extent, self.extend, self.prefill, self.move = runner.extent, runner.extend, runner.prefill, runner.move
+
+    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
+        self._work()
+        return self._runner.append(rows, tokens, starts)
+
+    extent = extend = prefill = move = None
+
+
+class Pump:
+    """Runs a target and drafts turn by turn: the drafts take their turns while the target verifies.
+
+    Args:
+        target: the target's model.
+        drafts: the drafts' models.
+        draft_turns: how many turns a draft gets during a verification.
+        trouble: probability that something happens to a frame.
+    """
+
+    def __init__(
+        self,
+        target: ModelRunner,
+        drafts: Sequence[ModelRunner],
+        *,
+        draft_turns: Callable[[], int] = lambda: 6,
+        trouble: float = 0.0,
+        seed: int = 0,
+        width: int = 8,
+        **options: object,
+    ) -> None:
+        address = MemoryAddress()
+        target = Meanwhile(target, self._run_drafts)
+        hub = LossyHub(address, random.Random(seed), trouble)
+        self.driver = MemorySpoke(address, DRIVER)
+        self.target = Target(target, hub, SESSION, **options)  # type: ignore[arg-type]
+        self._address, self._width, self._draft_turns = address, width, draft_turns
+        self.drafts = [self._draft(f"draft-{number}", model) for number, model in enumerate(drafts)]
+        self.texts: dict[int, Text] = {}
+
+    def _draft(self, name: str, model: ModelRunner) -> Draft:
+        return Draft(model, MemorySpoke(self._address, name), SESSION, Histogram, width=self._width)
+
+    def join(self, name: str, model: ModelRunner) -> Draft:
+        """Add a draft while requests run."""
+        self.drafts.append(self._draft(name, model))
+        return self.drafts[-1]
+
+    def turn(self) -> None:
+        """One turn of the target."""
+        if not self.target.turn(0.0):
+            self._run_drafts()
+        while (received := self.driver.receive()) is not None:
+            output = decode(SESSION, received[1])
+            if isinstance(output, Output):
+                text = self.texts.setdefault(output.request, Text())
+                text.tokens += output.tokens
+                text.finish_reason = output.finish_reason or text.finish_reason
+                text.stats = output.stats or text.stats
+
+    def _run_drafts(self) -> None:
+        for draft in self.drafts:
+            for _ in range(self._draft_turns()):
+                draft.turn(0.0)
+
+    def run(self, prompt: Sequence[int], params: SamplingParams, number: int = 1) -> Text:
+        """Run one request to its end."""
+        self.target.submit(number, prompt, params)
+        text = self.texts[number] = Text()
+        for _ in range(10_000):
+            if text.finish_reason is not None:
+                return text
+            self.turn()
+        raise TimeoutError(f"request {number} did not end")
+
+
+def table_pair(agreement: float = 0.8, drafts: int = 1, **options: int) -> tuple[TableModel, list[TableModel]]:
+    """A target and drafts of table models; drafts agree with the target in a fraction of contexts."""
+    target = TableModel(scratch=SCRATCH, **options)  # type: ignore[arg-type]
+    return target, [target.perturbed(agreement) for _ in range(drafts)]
