@@ -1,8 +1,9 @@
 """What a row does when its next speculation is short: wait for the draft, and for how many tokens.
 
 Waiting until j tokens are there takes the time of the draft steps that are missing, and a verification of j tokens
-earns 1 + a_1 + a_1 a_2 + .. tokens. The best j maximises tokens per time (paper, section 4.3); j = what is there already
-means going on at once. The rule is the same after a miss, where nothing is there, and after a hit whose branch is short.
+earns 1 + a_1 + a_1 a_2 + .. tokens. The best j maximises tokens per time (paper, section 4.3); j = what is there
+already means going on at once. The rule is the same after a miss, where nothing is there, and after a hit whose branch
+is short.
 """
 
 from __future__ import annotations

@@ -206,9 +206,7 @@ class DraftSession:
             items.append(self._item(*candidate))
         return items
 
-    def complete(
-        self, items: Sequence[Item], ranked: Sequence[Sequence[int]], *, step_ms: float = 0.0
-    ) -> Nodes | None:
+    def complete(self, items: Sequence[Item], ranked: Sequence[Sequence[int]], *, step_ms: float = 0.0) -> Nodes | None:
         """Take the model's tokens after each item, best first; returns what to push, if anything.
 
         ``step_ms`` is what a step of this draft takes, for the target's plans.

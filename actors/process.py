@@ -1,0 +1,61 @@
+"""What target and draft processes share: where they run and how they stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from ssd_ray.actors.drafting import Draft
+from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig
+from ssd_ray.models.loader import load_runner
+from ssd_ray.models.runner import HFRunner
+from ssd_ray.saguaro.fanout import POLICIES
+from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.transport.channel import Channel
+
+BUDGET = 16
+"""Branches in one draft forward where the configuration leaves it open."""
+
+
+def pin(cores: Sequence[int] | None) -> None:
+    """Keep the calling thread, and the threads that it makes, on these cores; None leaves it alone."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+
+
+def lookahead(config: EngineConfig) -> int:
+    """The longest speculation: a verification costs the same for all lengths, so it may as well be the most."""
+    return MAX_LOOKAHEAD if config.lookahead == "auto" else config.lookahead
+
+
+def load_draft(config: EngineConfig, channel: Channel, session: int, *, drafts: int = 1) -> Draft:
+    """Load the draft's model and make the draft, which shares the guesses with ``drafts - 1`` others."""
+    branching = config.method == "ssd"
+    budget = BUDGET if config.budget == "auto" else max(1, config.budget // max(1, drafts))
+    return Draft(
+        load_model(config, "draft", SCRATCH),
+        channel,
+        session,
+        POLICIES[config.fan_out],
+        width=budget,
+        lookahead=lookahead(config),
+        branching=branching,
+    )
+
+
+def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:
+    """Load the target's or the draft's model as the configuration has it."""
+    return load_runner(
+        getattr(config, role),
+        role=role,  # type: ignore[arg-type]
+        rows=config.max_num_seqs,
+        max_length=config.max_model_len,
+        scratch=scratch,
+        device=config.device,
+        dtype=config.dtype,
+        compile=config.compile,
+        prefill_chunk=config.prefill_chunk,
+    )

@@ -1,0 +1,78 @@
+"""The target's process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ssd_ray.actors.inline import INLINE, InlineChannel
+from ssd_ray.actors.process import load_draft, load_model, lookahead, pin
+from ssd_ray.actors.verifying import SHAPE, Target
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.models.loader import load_tokenizer, model_info
+from ssd_ray.stats import EngineStats
+from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.memory import MemorySpoke
+
+logger = logging.getLogger(__name__)
+
+
+class TargetActor:
+    """Verifies. With method "sd" its draft lives in the same process.
+
+    Args:
+        config: what to load.
+        channel: the hub of the drafts and of the driver; closed when :meth:`run` returns.
+        session: the engine's number on the wire.
+        cores: where to run; None leaves that to the system.
+    """
+
+    def __init__(self, config: EngineConfig, channel: Channel, *, session: int, cores: Sequence[int] | None) -> None:
+        pin(cores)
+        self._cores = cores
+        self._stopping = False
+        self._channel = InlineChannel(channel) if config.method == "sd" else channel
+        inline = isinstance(self._channel, InlineChannel)
+        self._target = Target(
+            load_model(config, "target", SHAPE),
+            self._channel,
+            session,
+            lookahead=lookahead(config) if config.method != "ar" else 0,
+            exact_lookahead=inline and config.lookahead != "auto",
+            patient=inline,
+            end_tokens=model_info(config.target).eos_token_ids,
+            tokenizer=load_tokenizer(config.target),
+        )
+        if isinstance(self._channel, InlineChannel):
+            self._channel.host(load_draft(config, MemorySpoke(self._channel.address, INLINE), session))
+
+    def run(self) -> None:
+        """Decode until :meth:`stop`, from one thread."""
+        pin(self._cores)
+        try:
+            while not self._stopping:
+                self._target.turn()
+        finally:
+            self._channel.close()
+
+    # From any thread
+
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request; see :meth:`Target.submit`."""
+        self._target.submit(number, tokens, params)
+
+    def cancel(self, number: int) -> None:
+        """End a request early."""
+        self._target.cancel(number)
+
+    def detach(self, name: str) -> None:
+        """Forget a draft that is gone or will be."""
+        self._target.detach(name)
+
+    def stats(self) -> EngineStats:
+        """Figures of all requests so far."""
+        return self._target.stats()
+
+    def stop(self) -> None:
+        """Let :meth:`run` return."""
+        self._stopping = True

@@ -1,0 +1,117 @@
+"""The actor classes as Ray runs them: an actor of :mod:`ssd_ray.actors` with the channel that the configuration names.
+
+Apply ``ray.remote(concurrency_groups=CONCURRENCY_GROUPS)`` where they are launched. ``run()`` holds the actor's main
+thread from start to stop, and its ref is the sentinel of the process; every other method has its own group of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from ssd_ray.actors.draft import DraftActor
+from ssd_ray.actors.target import TargetActor
+from ssd_ray.cluster.refs import RefEndpoint
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.stats import EngineStats
+from ssd_ray.transport.channel import HUB, Channel
+from ssd_ray.transport.zmq import ZmqAddress, ZmqHub, ZmqSpoke
+
+Cores = Sequence[int] | None
+
+
+class _Process(RefEndpoint):
+    def info(self) -> dict[str, Any]:
+        """Where the process runs: pid, node, cores and GPUs that it may use."""
+        return {
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "cores": sorted(os.sched_getaffinity(0)),
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        }
+
+
+class TargetProcess(_Process):
+    """A :class:`~ssd_ray.actors.target.TargetActor` in a Ray actor."""
+
+    def __init__(self, config: EngineConfig, *, session: int, cores: Cores = None, one_node: bool = True) -> None:
+        super().__init__(HUB, config.inline_max_bytes)
+        self._address: ZmqAddress | None = None
+        channel: Channel = self.refs
+        if config.transport != "ray":
+            hub = ZmqHub() if one_node else ZmqHub("tcp", ray.util.get_node_ip_address())
+            channel, self._address = hub, hub.address
+        self._actor = TargetActor(config, channel, session=session, cores=cores)
+
+    def address(self) -> ZmqAddress | None:
+        """Where spokes connect; None if frames travel in actor calls."""
+        return self._address
+
+    def run(self) -> None:
+        """Decode until :meth:`stop`."""
+        self._actor.run()
+
+    @ray.method(concurrency_group="inbox")
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request."""
+        self._actor.submit(number, tokens, params)
+
+    @ray.method(concurrency_group="inbox")
+    def cancel(self, number: int) -> None:
+        """End a request early."""
+        self._actor.cancel(number)
+
+    @ray.method(concurrency_group="inbox")
+    def attach(self, name: str, handle: Any) -> None:
+        """Connect a draft's process."""
+        self.refs.add_peer(name, handle)
+
+    @ray.method(concurrency_group="inbox")
+    def detach(self, name: str) -> None:
+        """Forget a draft."""
+        self._actor.detach(name)
+        self.refs.remove_peer(name)
+
+    @ray.method(concurrency_group="inbox")
+    def stats(self) -> EngineStats:
+        """Figures of all requests so far."""
+        return self._actor.stats()
+
+    @ray.method(concurrency_group="inbox")
+    def stop(self) -> None:
+        """Let :meth:`run` return."""
+        self._actor.stop()
+
+
+class DraftProcess(_Process):
+    """A :class:`~ssd_ray.actors.draft.DraftActor` in a Ray actor."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        session: int,
+        name: str,
+        address: ZmqAddress | None,
+        target: Any,
+        cores: Cores = None,
+    ) -> None:
+        super().__init__(name, config.inline_max_bytes)
+        self.refs.add_peer(HUB, target)
+        channel: Channel = self.refs if address is None else ZmqSpoke(address, name)
+        self._actor = DraftActor(config, channel, session=session, cores=cores)
+
+    def ready(self) -> None:
+        """Return when the model is loaded."""
+
+    def run(self) -> None:
+        """Draft until :meth:`stop`."""
+        self._actor.run()
+
+    @ray.method(concurrency_group="inbox")
+    def stop(self) -> None:
+        """Let :meth:`run` return."""
+        self._actor.stop()
