@@ -30,6 +30,9 @@ _CURVE_OVERHEAD_BYTES = 256
 _DROPPED = (zmq.EAGAIN, zmq.EHOSTUNREACH)
 """What sending says when the peer's queue is full, or nobody of that name is connected."""
 
+_LINGER_MS = 50
+"""How long close() waits for a last frame, such as a goodbye, to leave; a peer that reads takes it in one."""
+
 _HEARTBEAT_MS = 1000
 _HEARTBEAT_TIMEOUT_MS = 5000
 _RECONNECT_MS = 10
@@ -53,7 +56,7 @@ class _ZmqChannel(Channel):
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
         self._timeout_ms = -1
         options = {
-            zmq.LINGER: 0,
+            zmq.LINGER: _LINGER_MS,
             zmq.SNDHWM: QUEUE_FRAMES,
             zmq.RCVHWM: QUEUE_FRAMES,
             zmq.MAXMSGSIZE: MAX_FRAME_BYTES + _CURVE_OVERHEAD_BYTES,
@@ -79,7 +82,7 @@ class _ZmqChannel(Channel):
                 return None
 
     def close(self) -> None:
-        self._socket.close(0)
+        self._socket.close()
         self._context.term()
 
     def _offer(self, parts: list[bytes]) -> bool:
