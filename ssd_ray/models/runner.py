@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.models.graphs import Forward, eager_forward, graphed_forward
+from ssd_ray.models.graphs import decoding_forward
 from ssd_ray.models.slots import LayerShape, SlotCache
 
 SMALLEST_CHUNK = 8
@@ -55,8 +55,7 @@ class HFRunner(ModelRunner):
         self._body = model.get_decoder()
         shapes = probe_layers(model)
         self._kv = SlotCache(shapes, rows=rows, slots=self.slots, dtype=self.dtype, device=self.device)
-        self._eager = eager_forward(model, self._kv)
-        self._decode: Forward = graphed_forward(model, self._kv, compile=compile) or self._eager
+        self._decode = decoding_forward(model, self._kv, compile=compile)
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
         # Not -inf: a token that sees nothing then gives a finite average instead of NaN, and its KV harms nobody.

@@ -1,0 +1,93 @@
+"""Compiled and graphed forwards do what the plain one does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from ssd_ray.models.graphs import eager_forward, static_step
+from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.slots import SlotCache
+from tests.support.tiny import tiny_model
+
+SIZE = {"rows": 4, "max_length": 128, "scratch": 64}
+
+
+def tokens_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def caches(model: PreTrainedModel) -> tuple[HFRunner, SlotCache, SlotCache]:
+    """A runner (for its masks) and two KV caches with equal contents."""
+    runner = HFRunner(model, **SIZE)
+    for row in range(4):
+        runner.prefill(row, tokens_of(1, 40, seed=row)[0].tolist())
+    return runner, runner._kv, copy.deepcopy(runner._kv)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(("rows", "gather"), [([0, 1], False), ([0, 1], True), ([2, 0], True)])
+@pytest.mark.parametrize("starts", [(40, 40), (40, 33)])
+def test_the_static_step_is_the_plain_forward(
+    architecture: str, rows: list[int], gather: bool, starts: tuple[int, int]
+) -> None:
+    model = tiny_model(architecture)
+    runner, plain, static = caches(model)
+    tokens = tokens_of(2, 8, seed=9)
+    with torch.inference_mode():
+        slots, mask = runner._trunk(starts, 8, 64)
+        want = eager_forward(model, plain)(rows, tokens, slots, slots, mask)
+        span = slice(None) if gather else slice(2)
+        keys = [layer.keys[span] for layer in static.layers]
+        values = [layer.values[span] for layer in static.layers]
+        got = static_step(model, gather=gather)(keys, values, torch.tensor(rows), tokens, slots, slots, mask)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(static.banks, plain.banks, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def exercise(plain: HFRunner, graphed: HFRunner) -> None:
+    """The same operations on both give the same logits."""
+    for runner in (plain, graphed):
+        for row in range(4):
+            runner.prefill(row, tokens_of(1, 50, seed=row)[0].tolist())
+    for rows, starts in (([0], [50]), ([2], [49]), ([0, 1], [51, 51]), ([1, 2], [20, 60]), ([3, 0], [50, 51])):
+        tokens = tokens_of(len(rows), 4, seed=sum(starts))
+        want, got = (runner.append(rows, tokens, starts) for runner in (plain, graphed))
+        torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-4, atol=1e-4)
+        for runner in (plain, graphed):
+            runner.move(rows[0], [starts[0] + 3], [starts[0] + 1])
+    first = graphed.append([0], tokens_of(1, 4), [50])
+    kept = first.clone()
+    graphed.append([0], tokens_of(1, 4, seed=5), [50])
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")
+def test_compiled_forwards() -> None:
+    model = tiny_model("llama", layers=1)
+    exercise(HFRunner(model, **SIZE), HFRunner(model, **SIZE, compile=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2", "gpt2"])
+def test_cuda_graphs(architecture: str) -> None:
+    model = tiny_model(architecture)
+    plain = HFRunner(copy.deepcopy(model), **SIZE)
+    exercise(plain, HFRunner(model.to("cuda"), **SIZE))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_cuda_graphs() -> None:
+    model = tiny_model("llama", layers=1)
+    exercise(HFRunner(copy.deepcopy(model), **SIZE), HFRunner(model.to("cuda"), **SIZE, compile=True))
