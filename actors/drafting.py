@@ -69,6 +69,11 @@ class Draft:
         self.malformed = 0
 
     @property
+    def name(self) -> str:
+        """The draft's name on the channel."""
+        return self._channel.name
+
+    @property
     def sequences(self) -> dict[int, DraftSession]:
         """The open sequences by number."""
         return self._sequences

@@ -89,7 +89,7 @@ class Meanwhile(ModelRunner):
         self._work()
         return self._runner.append(rows, tokens, starts)
 
-    extent = extend = prefill = move = None
+    extent = extend = prefill = move = None  # type: ignore[assignment]
 
 
 class Pump:
