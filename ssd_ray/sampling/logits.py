@@ -50,8 +50,7 @@ def scores_by_row(logits: Tensor, params: Sequence[SamplingParams], noise: Tenso
     """Do the same for R rows with one SamplingParams each and noise [R, V]: rows that agree are scored together."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for row, each in enumerate(params):
-        key = (0.0,) if each.greedy else (each.temperature, each.top_k, each.top_p, each.min_p)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault((each.temperature, each.top_k, each.top_p, each.min_p), []).append(row)
     if len(groups) == 1:
         return scores(logits, params[0], noise)
     result = torch.empty_like(logits)
@@ -71,13 +70,14 @@ def _keep_top_p(logits: Tensor, top_p: float) -> None:
     # Masses are added in float64, so that the order of additions, which differs between shapes, has no say.
     needed = top_p * (logits - peak).exp_().sum(-1, keepdim=True, dtype=torch.float64)  # [R, 1]
     # A GPU sorts everything at once: it is fast at that, and asking it whether a head suffices would stall it.
-    whole = logits.is_cuda or logits.shape[-1] <= _HEAD
-    ordered = _sorted(logits) if whole else logits.topk(_HEAD).values
-    kept = _nucleus_size(ordered, peak, needed)
-    if not whole and bool((kept == _HEAD).any()):
-        ordered = _sorted(logits)
-        kept = _nucleus_size(ordered, peak, needed)
-    _bar_below(logits, ordered.gather(-1, kept - 1), kept)
+    if logits.is_cuda or logits.shape[-1] <= _HEAD:
+        smallest, kept = _nucleus(_sorted(logits), peak, needed)
+    else:
+        smallest, kept = _nucleus(logits.topk(_HEAD).values, peak, needed)
+        short = (kept == _HEAD).squeeze(-1)  # [R]
+        if bool(short.any()):
+            smallest[short], kept[short] = _nucleus(_sorted(logits[short]), peak[short], needed[short])
+    _bar_below(logits, smallest, kept)
 
 
 def _sorted(logits: Tensor) -> Tensor:
@@ -87,11 +87,15 @@ def _sorted(logits: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
 
 
-def _nucleus_size(ordered: Tensor, peak: Tensor, needed: Tensor) -> Tensor:
-    """Count the smallest set of logits with the needed mass, int64 [R, 1]; all of ``ordered`` if it has less."""
+def _nucleus(ordered: Tensor, peak: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the smallest set of logits with the needed mass, or all of ``ordered`` [R, H] if that has less.
+
+    Returns the smallest logit of the set, [R, 1], and its size, int64 [R, 1].
+    """
     mass = (ordered[:, :-1] - peak).exp_().cumsum(-1, dtype=torch.float64)
     # A token belongs to the set if those before it fall short.
-    return (mass < needed).sum(-1, keepdim=True) + 1
+    kept = (mass < needed).sum(-1, keepdim=True) + 1
+    return ordered.gather(-1, kept - 1), kept
 
 
 def _keep_min_p(logits: Tensor, min_p: float) -> None:

@@ -91,7 +91,7 @@ class NoiseRows:
     """The noise of one sequence, made in blocks of positions ahead and kept for a while.
 
     One call of :func:`gumbel` for a block costs little more than for a row, and rounds ask for the same positions
-    again. The last ``blocks`` blocks are held; asking for other positions works and costs their generation.
+    again. ``blocks`` blocks of ``block`` positions (a power of two) are held; any other position costs its block.
     """
 
     def __init__(

@@ -106,6 +106,21 @@ def test_the_whole_is_sorted_only_if_the_head_falls_short():
             scores(torch.zeros(2, 4096), SamplingParams(top_p=0.95))
 
 
+def test_wide_and_narrow_rows_share_a_batch():
+    logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(4)) * torch.tensor([[0.5, 8, 1, 3, 8, 0.1]]).T
+    params = SamplingParams(top_p=0.9)
+    alone = [scores(row[None], params) for row in logits]
+    assert torch.equal(scores(logits, params), torch.cat(alone))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_devices_keep_the_same_tokens():
+    logits = (torch.randn(6, 5000, generator=torch.Generator().manual_seed(5)) * 12).round() / 4
+    params = SamplingParams(temperature=0.7, top_k=3000, top_p=0.9, min_p=0.01)
+    assert torch.equal(scores(logits.cuda(), params).cpu(), scores(logits, params))
+
+
 def kept(row, **params):
     return scores(torch.tensor([row]), SamplingParams(**params))[0].isfinite().nonzero().flatten().tolist()
 
