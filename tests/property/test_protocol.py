@@ -62,9 +62,7 @@ def test_no_message_can_change_the_text(
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=40, seed=seed)
     dice = random.Random(seed)
     target, models = table_pair(agreement, drafts)
-    pump = Pump(
-        target, models, draft_turns=lambda: dice.randrange(8), trouble=trouble, seed=seed, lookahead=lookahead
-    )
+    pump = Pump(target, models, draft_turns=lambda: dice.randrange(8), trouble=trouble, seed=seed, lookahead=lookahead)
     text = pump.run(PROMPT, params)
     assert text.tokens == alone(params).tokens
     assert text.finish_reason == "length"

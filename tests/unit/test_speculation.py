@@ -1,0 +1,271 @@
+"""The token tree, the speculation cache, the two sessions."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssd_ray.config import SamplingParams
+from ssd_ray.saguaro.fanout import Histogram, Uniform
+from ssd_ray.speculation import cache as cache_module
+from ssd_ray.speculation.cache import SpeculationCache
+from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item
+from ssd_ray.speculation.target import TargetSession
+from ssd_ray.speculation.tree import Node, TokenTree
+from ssd_ray.wire import Begin, Nodes, Open, Outcome
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def test_advance_keeps_what_hangs_below_the_outcome() -> None:
+    tree = TokenTree(Node, 1)
+    tree.follow([2, 3])
+    guess = tree.grow(tree.trunk[1], 9)
+    tree.grow(guess, 10)
+    assert tree.speculation == [2, 3]
+    assert tree.advance(1, 9)
+    assert tree.root is guess
+    assert [node.token for node in tree.root.chain(5)] == [10]
+    assert not tree.advance(0, 77)
+    assert [node.token for node in tree.root.subtree()] == [77]
+
+
+def push(round: int, first: int, *nodes: tuple[int, int]) -> Nodes:
+    return Nodes(1, round, first, [parent for parent, _ in nodes], [token for _, token in nodes])
+
+
+class TestSpeculationCache:
+    def test_a_prepared_outcome_is_a_hit(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        cache.add("a", push(0, 0, (-1, 6), (0, 7), (1, 8)))
+        assert cache.speculate(7) == [6, 7, 8]
+        cache.add("a", push(0, 3, (-3, 20), (3, 21), (4, 22)))
+        assert cache.guesses(2) == 1
+        assert cache.advance(2, 20)
+        assert cache.speculate(7) == [21, 22]
+        assert len(cache) == 3
+
+    def test_lookahead_bounds_a_speculation(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        cache.add("a", push(0, 0, (-1, 6), (0, 7), (1, 8)))
+        assert cache.speculate(2) == [6, 7]
+        assert cache.advance(2, 8)
+
+    def test_ids_of_two_drafts_do_not_meet(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        cache.add("a", push(0, 0, (-1, 6)))
+        cache.add("b", push(0, 0, (-1, 7), (0, 8)))
+        assert cache.advance(0, 7)
+        assert cache.speculate(7) == [8]
+
+    def test_a_late_branch_of_the_winning_outcome_is_taken(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        cache.advance(0, 6)
+        assert cache.add("a", push(0, 0, (-1, 6), (0, 7), (-1, 9), (2, 10))) == 2
+        assert cache.speculate(7) == [7]
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            push(1, 0, (-1, 6)),
+            push(0, 0, (5, 6)),
+            push(0, 0, (-2, 6)),
+            push(0, 0, (-1, 100)),
+            Nodes(1, 0, 0, [-1, -1], [6]),
+        ],
+        ids=["future", "unknown parent", "beyond the trunk", "no such token", "uneven"],
+    )
+    def test_nonsense_is_dropped(self, message: Nodes) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        assert cache.add("a", message) == 0
+        assert len(cache) == 1
+
+    def test_it_stays_small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache_module, "MAX_NODES", 10)
+        cache = SpeculationCache(5, vocab_size=1000)
+        for first in range(100):
+            cache.add("a", push(0, first, (-1, first)))
+        assert len(cache) == 10
+
+    def test_a_draft_that_is_forgotten_leaves_its_tokens(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        cache.add("a", push(0, 0, (-1, 6)))
+        cache.forget("a")
+        assert cache.add("a", push(0, 9, (0, 7))) == 0
+        assert cache.speculate(7) == [6]
+
+
+def target(**params: object) -> TargetSession:
+    values = SamplingParams(temperature=0.0, **params)  # type: ignore[arg-type]
+    return TargetSession(1, [1, 2, 3], values, end_tokens=[0], max_length=64, vocab_size=100)
+
+
+class TestTargetSession:
+    def test_a_round(self) -> None:
+        session = target()
+        session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))
+        session.begin(7)
+        assert session.inputs == [3, 4, 5, 6]
+        outcome, added = session.commit([4, 5, 9, 7], ["a"])
+        assert (outcome.accepted, outcome.bonus_token, added) == (2, 9, [4, 5, 9])
+        assert (session.position, session.round, session.generated) == (5, 1, [4, 5, 9])
+
+    def test_it_never_yields_more_than_asked_for(self) -> None:
+        session = target(max_tokens=2)
+        session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))
+        assert session.begin(7) == [4]
+        _, added = session.commit([4, 5], ["a"])
+        assert added == [4, 5]
+        assert session.finish_reason == "length"
+
+    def test_an_end_token_cuts_what_follows_it(self) -> None:
+        for params, kept, reason in [({}, [4, 0], "stop"), ({"ignore_eos": True}, [4, 0, 6, 7], None)]:
+            session = target(**params)
+            session.add("a", push(0, 0, (-1, 4), (0, 0), (1, 6)))
+            session.begin(7)
+            _, added = session.commit([4, 0, 6, 7], ["a"])
+            assert (added, session.finish_reason) == (kept, reason)
+
+    @pytest.mark.parametrize(
+        ("messages", "drafts", "cause"),
+        [
+            ([], [], "no_draft"),
+            ([], ["a"], "cold"),
+            ([push(1, 5, (-1, 8), (5, 9))], ["a"], "fan_out"),
+            ([push(1, 5, (-1, 50))], ["a"], "late"),
+            ([push(1, 5, (-2, 8))], ["a"], "late"),
+        ],
+    )
+    def test_a_miss_has_a_cause(self, messages: list[Nodes], drafts: list[str], cause: str) -> None:
+        session = target()
+        session.begin(7)
+        session.commit([40], [])
+        session.begin(7)
+        for message in messages:
+            session.add("a", message)
+        session.commit([50], drafts)
+        assert session.tally.misses[cause] >= 1  # type: ignore[index]
+
+    def test_a_draft_at_work_on_an_earlier_round_is_stale(self) -> None:
+        session = target()
+        session.add("a", push(0, 0, (-1, 4)))
+        for choice in (40, 41):
+            session.begin(0)
+            session.commit([choice], ["a"])
+        assert session.tally.misses == {"late": 1, "stale": 1} or session.tally.misses == {"fan_out": 1, "stale": 1}
+
+
+def opened(tokens: list[int], speculation: list[int] | None = None, **values: int) -> Open:
+    return Open(1, 0, tokens, speculation or [], GREEDY, **values)
+
+
+def run(session: DraftSession, width: int = 4, ranked: list[int] | None = None) -> tuple[list[Item], Nodes | None]:
+    """One step with a model that ranks the same tokens everywhere."""
+    items = session.next_step(width)
+    return items, session.complete(items, [ranked or list(range(50, 80))] * len(items)) if items else None
+
+
+class TestDraftSession:
+    def test_the_first_step_runs_what_is_missing_in_one_forward(self) -> None:
+        session = DraftSession(opened([1, 2, 3], [4, 5]), Uniform())
+        items, nodes = run(session)
+        assert [(item.token, item.position) for item in items] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+        assert [item.slot for item in items[:2]] == [0, 1]
+        assert [item.trunk for item in items] == [1, 2, 2, 2, 2]
+        assert items[4].path == (items[2].slot, items[3].slot, items[4].slot)
+        assert nodes == Nodes(1, 0, 0, [-3], [50])
+
+    def test_guesses_leave_out_the_drafted_token(self) -> None:
+        session = DraftSession(opened([1, 2], [50]), Uniform())
+        run(session)
+        items, nodes = run(session, width=6)
+        guesses = {(item.position, item.token) for item in items}
+        assert (2, 50) not in guesses
+        assert {(2, 51), (3, 50)} <= guesses
+        assert nodes is not None
+        assert len(nodes.parents) == len(set(zip(nodes.parents, nodes.tokens, strict=True)))
+
+    def test_a_long_prompt_is_prefilled(self) -> None:
+        session = DraftSession(opened(list(range(CATCH_UP + 10))), Uniform())
+        prefill = session.prefill()
+        assert prefill is not None
+        assert (prefill.start, len(prefill.tokens)) == (0, CATCH_UP + 9)
+        assert session.prefill() is None
+        items, _ = run(session)
+        assert [item.position for item in items] == [CATCH_UP + 9]
+
+    def test_kv_of_the_winning_branch_is_moved_not_recomputed(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform())
+        ran = [item for _ in range(4) for item in run(session)[0]]
+        winner = next(item for item in ran if item.token == 52)
+        followed = next(item for item in ran if item.path[:-1] == winner.path)
+        moves = session.advance(Outcome(1, 0, 2, 0, 52, [followed.token], True))
+        root = next(item for item in ran if item.token == 2)
+        assert (moves.source, moves.destination) == ([root.slot], [1])
+        items, _ = run(session)
+        known = {(2, 52), (followed.position, followed.token)}
+        assert known.isdisjoint((item.position, item.token) for item in items)
+        moves = session.advance(Outcome(1, 1, 4, 1, 99, [], False))
+        assert (moves.source, moves.destination) == ([winner.slot, followed.slot], [2, 3])
+        items, _ = run(session)
+        assert [(item.token, item.position) for item in items] == [(99, 4)]
+
+    def test_only_the_next_possible_outcome_is_expected(self) -> None:
+        session = DraftSession(opened([1, 2], [3]), Uniform())
+        assert session.expects(Outcome(1, 0, 3, 1, 9, [], False))
+        for wrong in [
+            Outcome(1, 1, 3, 1, 9, [], False),
+            Outcome(1, 0, 4, 1, 9, [], False),
+            Outcome(1, 0, 4, 2, 9, [], False),
+        ]:
+            assert not session.expects(wrong)
+
+    def test_a_longer_speculation_becomes_the_trunk(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform())
+        run(session)
+        session.begin(Begin(1, 5, [9]))
+        session.begin(Begin(1, 0, [50, 51]))
+        assert session.expects(Outcome(1, 0, 4, 2, 9, [], False))
+
+    def test_shares_deal_out_every_guess_once(self) -> None:
+        dealt: list[set[tuple[int, int]]] = []
+        for share in range(3):
+            session = DraftSession(opened([1, 2], [3], share=share, shares=3), Uniform())
+            run(session)
+            items, _ = run(session, width=8)
+            dealt.append({(item.position, item.token) for item in items})
+        union = set.union(*dealt)
+        assert len(union) == sum(map(len, dealt)) == 24
+
+    def test_the_tree_fills_its_window_and_then_rests(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform())
+        slots = []
+        for _ in range(100):
+            items, _ = run(session, width=16)
+            slots += [item.slot for item in items if item.node]
+        assert len(slots) == len(set(slots)) <= WINDOW - RESERVE
+        assert session.next_step(16) == []
+
+    def test_the_window_moves_out_of_the_trunks_way(self) -> None:
+        session = DraftSession(opened([1]), Histogram())
+        for round in range(200):
+            run(session, width=4)
+            items, _ = run(session, width=4)
+            token = items[0].token
+            moves = session.advance(Outcome(1, round, session.position + 1, 0, token, [], True))
+            live = [slot for slot in moves.destination if slot > session.position]
+            assert len(set(moves.destination)) == len(moves.destination)
+            assert all(slot >= session.position for slot in live)
+        items, _ = run(session)
+        assert all(slot > session.position for item in items for slot in item.path)
+
+    def test_plain_speculative_decoding_drafts_one_chain(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform(), lookahead=3, branching=False)
+        tokens = [[item.token for item in run(session, width=1)[0]] for _ in range(6)]
+        assert tokens == [[1, 2], [50], [50], [50], [50], []]
+
+    def test_reopening_keeps_the_kv_of_the_common_beginning(self) -> None:
+        session = DraftSession(opened([1, 2, 3, 4]), Uniform())
+        run(session)
+        session.reopen(opened([1, 2, 9, 4, 5]))
+        items, _ = run(session)
+        assert [item.position for item in items] == [2, 3, 4]
