@@ -76,7 +76,9 @@ class ChannelSuite:
 
     network_type: type[Network]
 
-    flood = 3000
+    load = 300
+    """Frames that an endpoint sends while they are being read."""
+    flood = 1500
     """Frames of 20 kB that nobody reads, more than the queues take."""
 
     @pytest.fixture(scope="class")
@@ -97,14 +99,14 @@ class ChannelSuite:
     def test_keeps_the_order_of_each_peer_under_load(self, network):
         with meet(network, "left") as left, meet(network, "right") as right:
             received = []
-            for number in range(300):
+            for number in range(self.load):
                 assert left.send(HUB, numbered(number))
                 assert right.send(HUB, numbered(number, 8))
                 if number % 50 == 49:
                     received += drain(network.hub, 0.05)
             received += drain(network.hub)
-            assert numbers(received, "left") == list(range(300))
-            assert numbers(received, "right") == list(range(300))
+            assert numbers(received, "left") == list(range(self.load))
+            assert numbers(received, "right") == list(range(self.load))
 
     def test_keeps_the_order_of_the_hub(self, network):
         with meet(network, "reader") as spoke:

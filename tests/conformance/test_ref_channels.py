@@ -1,0 +1,131 @@
+"""The channels that travel by Ray, held to the suite on a real cluster of one node."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from ssd_ray.cluster.refs import CONCURRENCY_GROUPS, DrainChannel, RefChannel
+from ssd_ray.transport.channel import HUB, Channel
+from ssd_ray.transport.hybrid import HybridChannel
+from ssd_ray.transport.inbox import Inbox
+from ssd_ray.transport.zmq import ZmqHub, ZmqSpoke
+from tests.conformance.channel_actors import INLINE_MAX_BYTES, HybridNode, RefNode
+from tests.conformance.channel_suite import ChannelSuite, Network, drain, meet, numbered, numbers
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class ActorChannel(Channel):
+    """A channel inside an actor, operated by actor calls."""
+
+    def __init__(self, node: type[RefNode], name: str, zmq_address=None):
+        self.name = name
+        remote = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(node)
+        self.actor = remote.remote(name, zmq_address)
+
+    def send(self, peer, frame):
+        accepted = self.call("send", peer, frame)
+        self.dropped += not accepted
+        return accepted
+
+    def receive(self, timeout=0.0):
+        return self.call("receive", timeout)
+
+    def close(self):
+        with contextlib.suppress(RayActorError):
+            self.call("close")
+
+    def call(self, method, *args):
+        return ray.get(getattr(self.actor, method).remote(*args))
+
+
+class RefNetwork(Network):
+    """Hub and spokes are actors."""
+
+    node = RefNode
+
+    def __init__(self):
+        self.hub = ActorChannel(self.node, HUB)
+        self._spokes = []
+
+    def spoke(self, name):
+        spoke = ActorChannel(self.node, name, self.hub.call("zmq_address"))
+        ray.get(spoke.actor.add_peer.remote(HUB, self.hub.actor))
+        ray.get(self.hub.actor.add_peer.remote(name, spoke.actor))
+        self._spokes.append(spoke)
+        return spoke
+
+    def stranded(self, name):
+        return RefChannel(name, Inbox())
+
+    def kill(self, spoke):
+        os.kill(spoke.call("pid"), signal.SIGKILL)
+
+    def close(self):
+        for channel in (self.hub, *self._spokes):
+            channel.close()
+            ray.kill(channel.actor)
+
+
+class HybridNetwork(RefNetwork):
+    """Hub and spokes are actors with a ZeroMQ socket each."""
+
+    node = HybridNode
+
+    def stranded(self, name):
+        with ZmqHub() as hub:
+            return HybridChannel(ZmqSpoke(hub.address, name), super().stranded(name), INLINE_MAX_BYTES)
+
+
+class DrainNetwork(RefNetwork):
+    """The hub is an actor, the spokes are drivers."""
+
+    def spoke(self, name):
+        return DrainChannel(name, self.hub.actor, INLINE_MAX_BYTES)
+
+    def stranded(self, name):
+        hub = ActorChannel(self.node, HUB)
+        ray.kill(hub.actor)
+        return DrainChannel(name, hub.actor, INLINE_MAX_BYTES)
+
+    def kill(self, spoke):
+        spoke.close()
+        ray.get(self.hub.actor.remove_peer.remote(spoke.name))
+
+
+class TestRefs(ChannelSuite):
+    network_type = RefNetwork
+    load = 100
+    flood = 400
+
+    def test_keeps_the_order_of_small_and_large_frames(self, network):
+        sizes = [INLINE_MAX_BYTES * 2 if number % 5 == 0 else 100 for number in range(60)]
+        with meet(network, "mixed") as spoke:
+            assert all(spoke.call("send_many", HUB, [numbered(number, size) for number, size in enumerate(sizes)]))
+            received = drain(network.hub)
+            assert numbers(received, "mixed") == list(range(60))
+            assert [len(frame) for _, frame in received] == sizes
+
+
+@pytest.mark.slow  # its halves are held to the suite above and in test_channels.py
+class TestHybrid(ChannelSuite):
+    network_type = HybridNetwork
+    load = 100
+    flood = 800
+
+
+class TestDrain(ChannelSuite):
+    network_type = DrainNetwork
+    load = 100
+    flood = 400
