@@ -54,16 +54,16 @@ def model_info(path: str | None, *, role: Role = "target") -> ModelInfo:
         UnsupportedModelError: its architecture cannot work here.
     """
     source = _source(path, role)
-    config = _config(source, role)
-    refuse_unsupported(config, role)
-    text = config.get_text_config()
-    return ModelInfo(
-        vocab_size=text.vocab_size,
-        max_length=max_positions(config),
-        eos_token_ids=_eos_token_ids(source, config),
-        parameter_bytes=_bytes_on_disk(source),
-        kv_bytes_per_slot=_kv_bytes(config, checkpoint_dtype(config)),
-    )
+    with _mapped(role, source):
+        config = _config(source)
+        refuse_unsupported(config, role)
+        return ModelInfo(
+            vocab_size=config.get_text_config().vocab_size,
+            max_length=max_positions(config),
+            eos_token_ids=_eos_token_ids(source, config),
+            parameter_bytes=_bytes_on_disk(source),
+            kv_bytes_per_slot=_kv_bytes(config, checkpoint_dtype(config)),
+        )
 
 
 def load_tokenizer(path: str | None, *, role: Role = "target") -> Any:
@@ -134,19 +134,17 @@ def load_runner(
         ResourceError: weights and KV do not fit the memory that is free.
     """
     source = _source(path, role)
-    config = _config(source, role)
-    length = _length(config, max_length, role)
-    refuse_unsupported(config, role, length)
-    where = torch.device(_device(device))
-    kind = checkpoint_dtype(config) if dtype == "auto" else getattr(torch, dtype)
-    kv_bytes = _kv_bytes(config, kind) * rows * (length + scratch)
-    weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
-    _require_memory(role, weight_bytes, kv_bytes, where)
     with _mapped(role, source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, local_files_only=os.path.isdir(source))
-        model = model.to(where)
+        config = _config(source)
+        length = _length(config, max_length, role)
+        refuse_unsupported(config, role, length)
+        where = _device(device)
+        kind = checkpoint_dtype(config) if dtype == "auto" else getattr(torch, dtype)
+        kv_bytes = _kv_bytes(config, kind) * rows * (length + scratch)
+        weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
+        _require_memory(role, weight_bytes, kv_bytes, where)
         return HFRunner(
-            model,
+            AutoModelForCausalLM.from_pretrained(source, dtype=kind, local_files_only=os.path.isdir(source)).to(where),
             rows=rows,
             max_length=length,
             scratch=scratch,
@@ -188,9 +186,8 @@ def _source(path: str | None, role: Role) -> str:
     return path
 
 
-def _config(source: str, role: Role) -> PreTrainedConfig:
-    with _mapped(role, source):
-        return AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
+def _config(source: str) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
 
 
 @contextmanager
@@ -248,16 +245,17 @@ def _kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
 
 
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+def _device(device: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if device.startswith("cuda") and not available:
         raise ResourceError(f"device: {device} was asked for, but PyTorch sees no CUDA device")
-    return device
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    return torch.device(device)
 
 
 def _require_memory(role: Role, weight_bytes: int, kv_bytes: int, device: torch.device) -> None:
-    needed, free = weight_bytes + kv_bytes, _free_bytes(device)
+    needed, free = weight_bytes + kv_bytes, free_bytes(device)
     if needed > free:
         raise ResourceError(
             f"{role}: {weight_bytes / 2**30:.2f} GiB of weights and {kv_bytes / 2**30:.2f} GiB of KV do not fit the "
@@ -265,7 +263,8 @@ def _require_memory(role: Role, weight_bytes: int, kv_bytes: int, device: torch.
         )
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process could still take on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,0 +1,195 @@
+"""The driver's half of an engine: actors started and stopped, requests out, tokens in."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+
+from ssd_ray.actors.verifying import DRIVER
+from ssd_ray.cluster.placement import Placer
+from ssd_ray.cluster.refs import DrainChannel
+from ssd_ray.cluster.runtime import RayRuntime
+from ssd_ray.cluster.supervisor import Supervisor, own_error
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, SsdRayError
+from ssd_ray.stats import EngineStats
+from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.zmq import ZmqSpoke
+from ssd_ray.wire import Output, decode
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+"""How long the pump waits for a frame before it looks whether it shall end."""
+
+
+class Request:
+    """One request under way: an iterator over its :class:`~ssd_ray.wire.Output` messages, the last one included.
+
+    The iterator raises EngineError if the engine fails or is closed before the end.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.done = False
+        self._arrived: SimpleQueue[Output | SsdRayError] = SimpleQueue()
+
+    def put(self, item: Output | SsdRayError) -> None:
+        """Hand over a message or the error that ends the request, from any thread."""
+        self._arrived.put(item)
+
+    def __iter__(self) -> Iterator[Output]:
+        while not self.done:
+            item = self._arrived.get()
+            self.done = isinstance(item, SsdRayError) or item.finish_reason is not None
+            if isinstance(item, SsdRayError):
+                raise item
+            yield item
+
+
+class Driver:
+    """Starts an engine and talks to it. All methods may be called from any thread.
+
+    Raises:
+        SsdRayError: the engine cannot be started; whatever was started is stopped again.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._session = secrets.randbits(53)
+        self._numbers = count()
+        self._requests: dict[int, Request] = {}
+        self._lock = threading.Lock()  # guards _requests and _failure
+        self._failure: EngineError | None = None
+        self._closing = threading.Event()
+        with ExitStack() as undo:
+            self._start(undo)
+            self._undo = undo.pop_all()
+
+    def _start(self, undo: ExitStack) -> None:
+        config = self._config
+        drafts = config.num_drafts if config.method == "ssd" else 0
+        runtime = RayRuntime()
+        undo.callback(runtime.close)
+        self._supervisor = Supervisor(config, self._session, Placer(config.device, drafts), self._fail)
+        undo.callback(self._supervisor.close)
+        self._target, address = self._supervisor.start(drafts)
+        self._pump = threading.Thread(target=self._pump_frames, args=(address,), name="ssd-ray-pump", daemon=True)
+        self._pump.start()
+        undo.callback(self._stop_pump)
+
+    def submit(self, tokens: Sequence[int], params: SamplingParams) -> Request:
+        """Hand a request to the target.
+
+        Raises:
+            EngineError: the engine has failed or is closed.
+        """
+        request = Request(next(self._numbers))
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._requests[request.number] = request
+        self._call("submit", request.number, self._payload(tokens), params)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request early; nothing happens if it has ended."""
+        with self._lock:
+            known = self._requests.pop(request.number, None)
+        if known is not None and self._failure is None:
+            self._target.cancel.remote(request.number)
+
+    def scale_drafts(self, count: int) -> None:
+        """Change the number of drafts; returns when the new ones are ready.
+
+        Raises:
+            ConfigError: ``count`` is no such number, or the method has no draft actors.
+            SsdRayError: a draft does not start.
+        """
+        if self._config.method != "ssd":
+            raise ConfigError("method", "'ssd', the method that has draft actors", self._config.method)
+        self._check()
+        self._supervisor.scale_drafts(replace(self._config, num_drafts=count).num_drafts)
+
+    def stats(self) -> EngineStats:
+        """Figures of all requests so far."""
+        self._check()
+        stats: EngineStats = self._call("stats")
+        return stats
+
+    @property
+    def actors(self) -> dict[str, Any]:
+        """Ray handles by name: "target", "draft-0" and so on."""
+        return self._supervisor.members
+
+    def close(self) -> None:
+        """Stop everything that was started; requests under way end with EngineClosedError. Idempotent."""
+        self._fail(EngineClosedError("the engine is closed"))
+        self._undo.close()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return ray.get(getattr(self._target, method).remote(*args))
+        except RayError as error:
+            raise self._failure or own_error(error, "target") from error
+
+    def _payload(self, tokens: Sequence[int]) -> Any:
+        """Tokens as an argument: a long prompt travels through the object store."""
+        array = np.asarray(tokens, np.int32)
+        return ray.put(array) if array.nbytes > self._config.inline_max_bytes else array.tolist()
+
+    # The pump: the one thread that uses the channel
+
+    def _pump_frames(self, address: Any) -> None:
+        channel: Channel = DrainChannel(DRIVER, self._target) if address is None else ZmqSpoke(address, DRIVER)
+        try:
+            with channel:
+                while not self._closing.is_set():
+                    received = channel.receive(_POLL_SECONDS)
+                    if received is not None:
+                        self._dispatch(received[1])
+        except Exception as error:
+            logger.exception("the driver's channel failed")
+            self._fail(EngineError(f"the driver's channel failed: {error}"))
+
+    def _dispatch(self, frame: bytes) -> None:
+        try:
+            message = decode(self._session, frame)
+        except ProtocolError as error:
+            logger.debug("dropped a frame: %s", error)
+            return
+        if isinstance(message, Output):
+            with self._lock:
+                request = self._requests.get(message.request)
+                if message.finish_reason is not None:
+                    self._requests.pop(message.request, None)
+            if request is not None:
+                request.put(message)
+
+    def _stop_pump(self) -> None:
+        self._closing.set()
+        self._pump.join()
+
+    def _fail(self, error: EngineError) -> None:
+        """Refuse further requests and end those under way; the first reason stands, closing aside."""
+        with self._lock:
+            if self._failure is None or isinstance(error, EngineClosedError):
+                self._failure = error
+            requests, self._requests = list(self._requests.values()), {}
+        for request in requests:
+            request.put(self._failure)

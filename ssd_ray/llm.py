@@ -1,0 +1,221 @@
+"""What a Python user holds: a target and its pool of drafts, behind :meth:`LLM.generate` and :meth:`LLM.stream`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from ssd_ray.cluster.driver import Driver, Request
+from ssd_ray.cluster.preflight import check
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.errors import ConfigError, EngineError, RequestError
+from ssd_ray.stats import EngineStats, Stats
+from ssd_ray.text import Detokenizer
+from ssd_ray.wire import Output
+
+__all__ = ["LLM", "EngineStats", "RequestOutput", "TextStream"]
+
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What became of one prompt.
+
+    Attributes:
+        prompt: as it was given.
+        text: the text that follows the prompt, without special tokens and without the stop string that ended it.
+        token_ids: the tokens generated, with those that ended the text.
+        finish_reason: "length", "stop" or "cancelled".
+        stats: the request's figures.
+    """
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+class TextStream(Iterator[str]):
+    """The pieces of one text as they come; concatenated, they are ``output.text``.
+
+    :meth:`close`, and forgetting an iteration that has begun, cancels the request.
+    """
+
+    output: RequestOutput | None = None
+    """The whole result, once the iteration has ended."""
+
+    def __init__(self, driver: Driver, request: Request, prompt: Prompt, detokenizer: Detokenizer) -> None:
+        self._driver = driver
+        self._request = request
+        self._prompt = prompt
+        self._detokenizer = detokenizer
+        self._pieces = self._read()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended."""
+        self._pieces.close()
+        self._driver.cancel(self._request)
+
+    def wait(self) -> RequestOutput:
+        """Read to the end and return the whole result."""
+        for _ in self:
+            pass
+        if self.output is None:
+            raise EngineError("the stream was closed before its end")
+        return self.output
+
+    def _read(self) -> Generator[str, None, None]:
+        text, tokens = "", []
+        try:
+            for message in self._request:
+                tokens += message.tokens
+                piece = self._detokenizer.push(message.tokens)
+                if message.finish_reason is not None:
+                    piece += self._detokenizer.finish()
+                    self.output = self._result(text + piece, tokens, message)
+                text += piece
+                if piece:
+                    yield piece
+        finally:
+            if not self._request.done:
+                self._driver.cancel(self._request)
+
+    def _result(self, text: str, tokens: list[int], last: Output) -> RequestOutput:
+        if last.finish_reason == "error":
+            raise RequestError(last.error or "the target could not serve the request")
+        stats = Stats() if last.stats is None else Stats(sums=last.stats)
+        if last.stats is not None and last.stats.tokens != len(tokens):
+            raise EngineError(f"{last.stats.tokens} tokens were generated, {len(tokens)} arrived")
+        reason = last.finish_reason or ""
+        return RequestOutput(prompt=self._prompt, text=text, token_ids=tokens, finish_reason=reason, stats=stats)
+
+
+class LLM:
+    """An engine: one target actor and its draft actors, started here and stopped by :meth:`close`.
+
+    ``LLM()`` takes the bundled pair of models. All methods may be called from any thread.
+
+    Args:
+        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model.
+        options: the other fields of :class:`~ssd_ray.config.EngineConfig`.
+
+    Raises:
+        ConfigError: a field is unknown or has a value that it does not take.
+        ModelError: a model is not there, cannot work here, or the two do not match.
+        ResourceError: memory, cores or GPUs are missing.
+        EngineError: something else kept the engine from starting.
+    """
+
+    def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
+        self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
+        self._models = check(self.config)
+        self._driver = Driver(self.config)
+        self._finalizer = weakref.finalize(self, self._driver.close)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Generate a text for each prompt, and wait for all.
+
+        Args:
+            prompts: one prompt or several.
+            params: for all prompts, or one for each.
+
+        Raises:
+            RequestError: a prompt cannot be served; nothing has been started then.
+            EngineError: the engine failed or was closed.
+        """
+        return list(self.outputs(prompts, params))
+
+    def outputs(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """As :meth:`generate`, but hand out each result as soon as it and those before it are ready."""
+        several = _several(prompts)
+        each = _one_for_each(params, len(several))
+        tokens = [self._models.prompt(prompt) for prompt in several]
+        streams: list[TextStream] = []
+        try:
+            for item in zip(several, tokens, each, strict=True):
+                streams.append(self._submit(*item))
+        except BaseException:
+            _close(streams)
+            raise
+        return _wait_for(streams)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
+        """Generate a text and hand out its pieces as they come.
+
+        Raises:
+            RequestError: the prompt cannot be served.
+            EngineError: the engine failed or was closed.
+        """
+        return self._submit(prompt, self._models.prompt(prompt), params or SamplingParams())
+
+    def scale_drafts(self, count: int) -> None:
+        """Change the number of draft actors, at any time; 0 decodes without speculation.
+
+        New drafts load while requests run; the call returns when they are ready.
+
+        Raises:
+            ConfigError: ``count`` is out of range, or the method has no draft actors.
+            ResourceError: there is no room for so many. The pool is as it was.
+        """
+        self._driver.scale_drafts(count)
+
+    def stats(self) -> EngineStats:
+        """Figures of all requests so far."""
+        return self._driver.stats()
+
+    def close(self) -> None:
+        """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, prompt: Prompt, tokens: list[int], params: SamplingParams) -> TextStream:
+        detokenizer = Detokenizer(self._models.tokenizer, params.stop, tokens)
+        return TextStream(self._driver, self._driver.submit(tokens, params), prompt, detokenizer)
+
+
+def _wait_for(streams: list[TextStream]) -> Iterator[RequestOutput]:
+    try:
+        for stream in streams:
+            yield stream.wait()
+    finally:
+        _close(streams)
+
+
+def _close(streams: list[TextStream]) -> None:
+    for stream in streams:
+        stream.close()
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, also if it is one prompt."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ConfigError("params", f"one SamplingParams, or one for each of {count} prompts", f"{len(params)} of them")
+    return list(params)
