@@ -31,7 +31,7 @@ def masked_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query [R, heads, T, D] over key and value [R, kv_heads, E, D] under an additive mask [., 1, T, E].
-    Without a mask it is causal, as transformers' own function is.
+    Without a mask it is causal where the module is.
 
     Returns ([R, T, heads, D], None), as transformers wants it.
 
@@ -41,6 +41,8 @@ def masked_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the model's attention needs {name}, which fused attention does not have")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     rows, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
     packed = False
@@ -53,7 +55,7 @@ def masked_attention(
         key,
         value,
         attn_mask=attention_mask,
-        is_causal=attention_mask is None and tokens > 1,
+        is_causal=causal and attention_mask is None and tokens > 1,
         scale=scaling,
         enable_gqa=groups > 1 and not packed,
     )

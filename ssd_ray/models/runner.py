@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
-from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.graphs import decoding_forward
-from ssd_ray.models.slots import LayerShape, SlotCache
+from ssd_ray.models.probe import check_addressing, probe_layers
+from ssd_ray.models.slots import SlotCache
 
 SMALLEST_CHUNK = 8
 
@@ -30,7 +29,8 @@ class HFRunner(ModelRunner):
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
 
     Raises:
-        UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given.
+        UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given, or does not
+            take positions and mask as they are given.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class HFRunner(ModelRunner):
         self._body = model.get_decoder()
         shapes = probe_layers(model)
         self._kv = SlotCache(shapes, rows=rows, slots=self.slots, dtype=self.dtype, device=self.device)
+        check_addressing(model, self._kv)
         self._decode = decoding_forward(model, self._kv, compile=compile)
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -136,35 +137,3 @@ class HFRunner(ModelRunner):
 
     def _logits(self, logits: Tensor) -> Tensor:
         return logits[..., : self.vocab_size].float()
-
-
-@torch.inference_mode()
-def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
-    """Run one token and see what each layer puts into the cache.
-
-    Raises:
-        UnsupportedModelError: some layer puts nothing there (recurrent or shared state, or the cache is ignored).
-    """
-    cache = Cache(layer_class_to_replicate=DynamicLayer)
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
-    try:
-        model(input_ids=zero, attention_mask=mask, position_ids=zero, past_key_values=cache, use_cache=True)
-    except Exception as error:  # whatever a foreign model raises means the same: it cannot run this way
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run with a custom KV cache, a 4-D mask and explicit positions: {error}"
-        ) from error
-    expected = model.config.get_text_config().num_hidden_layers
-    shapes = [shape for layer in cache.layers if (shape := _shape(layer))]
-    if len(shapes) != expected:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps keys and values of {len(shapes)} of its {expected} layers in the KV cache; "
-            "recurrent state and shared layers cannot be addressed by slot"
-        )
-    return shapes
-
-
-def _shape(layer: DynamicLayer) -> LayerShape | None:
-    if not layer.is_initialized or layer.keys.shape[2] != 1:
-        return None
-    return LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])

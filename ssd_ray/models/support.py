@@ -47,7 +47,7 @@ def _kind_reason(config: PreTrainedConfig) -> str | None:
 def _layers_reason(config: PreTrainedConfig) -> str | None:
     other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
     if other:
-        return f"layers of type {', '.join(sorted(other))} keep recurrent state, which cannot be rolled back"
+        return f"what their layers of type {', '.join(sorted(other))} keep cannot be addressed by slot or rolled back"
     return None
 
 
