@@ -28,7 +28,7 @@ class FanOutPolicy(ABC):
         """Weights of "exactly k accepted" for k = 0..n in a round that verifies n tokens."""
 
     def ranks(self, full: bool) -> Sequence[float]:
-        """Probability that the bonus token is the f-th guess, given that all tokens (``full``) or fewer are accepted."""
+        """Probability that the bonus token is the f-th guess, after full acceptance or after a rejection."""
         counts = self._ranks[full]
         total = sum(counts)
         return [count / total for count in counts]

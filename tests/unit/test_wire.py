@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -50,10 +52,8 @@ def test_noise_is_refused(frame: bytes) -> None:
 def test_a_damaged_frame_is_refused_or_still_a_message(message: wire.Message, data: st.DataObject) -> None:
     frame = bytearray(wire.encode(1, message))
     frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(ProtocolError):
         assert isinstance(wire.decode(1, bytes(frame)), wire.Message)
-    except ProtocolError:
-        pass
 
 
 def test_other_sessions_and_versions_are_refused() -> None:

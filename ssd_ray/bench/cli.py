@@ -1,0 +1,101 @@
+"""``ssd-ray bench``: what it measures, a table, and one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, per_round
+from ssd_ray.bench.prompts import held_out_prompts
+from ssd_ray.config import EngineConfig, SamplingParams
+
+app = typer.Typer(help="Measure. Each command prints a table and ends with one JSON line.", invoke_without_command=True)
+
+Models = tuple[str | None, str | None]
+
+
+@app.callback()
+def default(context: typer.Context) -> None:
+    """Without a command: `methods`."""
+    if context.invoked_subcommand is None:
+        methods()
+
+
+@app.command()
+def methods(
+    target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 20,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 192,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 128,
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeat for several; default: 0 and 1.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    lookahead: Annotated[int | None, typer.Option(help="Default: auto.")] = None,
+    num_drafts: Annotated[int, typer.Option(min=0)] = 1,
+    dtype: Annotated[str, typer.Option()] = "auto",
+    transport: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Compare ar, sd and ssd with transformers' generation and assisted generation, on the same prompts and cores."""
+    from ssd_ray.models.loader import load_tokenizer
+
+    config = EngineConfig.from_kwargs(
+        target=target,
+        draft=draft,
+        lookahead=lookahead or "auto",
+        num_drafts=num_drafts,
+        dtype=dtype,
+        transport=transport,
+        max_num_seqs=1,
+    )
+    chosen = held_out_prompts(load_tokenizer(target), count=prompts, tokens=prompt_tokens)
+    base = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
+    params = [replace(base, temperature=value) for value in temperature or [0.0, 1.0]]
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        results = compare(config, chosen, params, method or (*OWN, *THEIRS), status.update)
+    out = Console()
+    for each in params:
+        out.print(_table([result for result in results if result.temperature == each.temperature], each, len(chosen)))
+    print(json.dumps({"bench": "methods", "machine": machine(), "results": [result.as_dict() for result in results]}))
+
+
+def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:
+    table = Table(
+        title=f"temperature {params.temperature:g}, {prompts} held-out prompts x {params.max_tokens} tokens; medians",
+        caption="a round's milliseconds: verifying, waiting for drafts, and all else in the target's loop (host)",
+    )
+    table.add_column("method")
+    columns = ("tokens/s", *(f"/ {result.method}" for result in results))
+    figures = ("tokens/round", "hit rate", "duty cycle", "verify ms", "wait ms", "host ms")
+    for column in (*columns, *figures):
+        table.add_column(column, justify="right")
+    for result in results:
+        ratios = [f"{result.ratio(other):.2f}" for other in results]
+        stats = result.stats
+        rounds = [""] * len(figures) if stats is None else [f"{value:.2f}" for value in per_round(stats).values()]
+        table.add_row(result.method, f"{result.rate:.1f}", *ratios, *rounds)
+    return table
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+    import transformers
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": cores,
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,211 @@
+"""Decoding methods side by side on the same prompts: ar, sd and ssd here, generation and assisted generation there.
+
+Everything runs in one go on the same cores, prompt by prompt in turn, so that a machine whose speed drifts does not
+favour anybody. Figures are medians over prompts; ratios are taken prompt by prompt first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.stats import Stats, add
+from ssd_ray.wire import RequestStats
+
+OWN = ("ar", "sd", "ssd")
+THEIRS = ("transformers", "assisted")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One prompt decoded by one method."""
+
+    tokens: int
+    seconds: float
+    stats: Stats | None = None
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, prefill included."""
+        return self.tokens / self.seconds
+
+
+Contender = Callable[[list[int], SamplingParams], Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one method did on all prompts."""
+
+    method: str
+    temperature: float
+    runs: list[Run]
+
+    @property
+    def rate(self) -> float:
+        """Median tokens per second."""
+        return median(run.rate for run in self.runs)
+
+    def ratio(self, other: Result) -> float:
+        """Median over prompts of this method's speed over another's."""
+        return median(mine.rate / theirs.rate for mine, theirs in zip(self.runs, other.runs, strict=True))
+
+    @property
+    def stats(self) -> Stats | None:
+        """The figures of all prompts, summed; None for a method that has none."""
+        total = RequestStats()
+        for run in self.runs:
+            if run.stats is None:
+                return None
+            total = add(total, run.stats.sums)
+        return Stats(sums=total)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for JSON."""
+        figures: dict[str, Any] = {
+            "method": self.method,
+            "temperature": self.temperature,
+            "tokens_per_s": round(self.rate, 2),
+        }
+        stats = self.stats
+        if stats is not None:
+            figures |= {name: round(value, 4) for name, value in per_round(stats).items()}
+            figures |= {"misses": stats.misses, "accepted": list(stats.accepted)}
+        return figures
+
+
+def per_round(stats: Stats) -> dict[str, float]:
+    """The figures of a table's row: ratios, and where a round's milliseconds go."""
+    rounds = max(1, stats.rounds)
+    return {
+        "tokens_per_round": stats.tokens_per_round,
+        "hit_rate": stats.hit_rate,
+        "duty_cycle": stats.duty_cycle,
+        "verify_ms": stats.verify_ms / rounds,
+        "wait_ms": stats.wait_ms / rounds,
+        "host_ms": stats.host_ms / rounds,
+    }
+
+
+def compare(
+    config: EngineConfig,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    methods: Sequence[str] = OWN + THEIRS,
+    progress: Progress = lambda _: None,
+) -> list[Result]:
+    """Decode every prompt by every method for each of ``params``; results in that order."""
+    with ExitStack() as stack:
+        contenders: dict[str, Contender] = {}
+        # The first engine starts Ray, which must not inherit the cores that the others are given: ssd takes no part.
+        for method in sorted(methods, key=lambda method: method != "ssd"):
+            progress(f"starting {method}")
+            contenders[method] = stack.enter_context(_contender(config, method))
+        contenders = {method: contenders[method] for method in methods}
+        for contender in contenders.values():
+            contender(prompts[0], replace(params[0], max_tokens=16))
+        return [result for each in params for result in _interleaved(contenders, prompts, each, progress)]
+
+
+def _interleaved(
+    contenders: dict[str, Contender], prompts: Sequence[list[int]], params: SamplingParams, progress: Progress
+) -> list[Result]:
+    results = {method: Result(method, params.temperature, []) for method in contenders}
+    for number, prompt in enumerate(prompts):
+        for method, contender in contenders.items():
+            progress(f"temperature {params.temperature:g}, prompt {number + 1} of {len(prompts)}: {method}")
+            results[method].runs.append(contender(prompt, params))
+    return list(results.values())
+
+
+def _contender(config: EngineConfig, method: str) -> Any:
+    if method in OWN:
+        return _engine(replace(config, method=method))  # type: ignore[arg-type]
+    return _transformers(config, assisted=method == "assisted")
+
+
+@contextmanager
+def _engine(config: EngineConfig) -> Iterator[Contender]:
+    # Imported late: the command line is to be quick without Ray.
+    from ssd_ray.llm import LLM
+
+    fields = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
+    with _on_cores(None if config.method == "ssd" else target_cores()):
+        llm = LLM(**fields)
+    with llm:
+
+        def run(prompt: list[int], params: SamplingParams) -> Run:
+            start = perf_counter()
+            (output,) = llm.generate([prompt], params)
+            return Run(len(output.token_ids), perf_counter() - start, output.stats)
+
+        yield run
+
+
+@contextmanager
+def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender]:
+    """Transformers' own generate, in this process, on the cores that a target would have."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ssd_ray.models.loader import ASSETS
+
+    def load(role: str) -> Any:
+        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+        return AutoModelForCausalLM.from_pretrained(getattr(config, role) or ASSETS / role, dtype=dtype).eval()
+
+    target, draft = load("target"), load("draft") if assisted else None
+
+    def run(prompt: list[int], params: SamplingParams) -> Run:
+        inputs = torch.tensor([prompt])
+        sampling = {"do_sample": False} if params.greedy else {"do_sample": True, "temperature": params.temperature}
+        torch.manual_seed(params.seed)
+        with _on_cores(target_cores()):
+            start = perf_counter()
+            tokens = target.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=params.max_tokens,
+                min_new_tokens=params.max_tokens if params.ignore_eos else None,
+                assistant_model=draft,
+                pad_token_id=0,
+                **sampling,
+            )
+            seconds = perf_counter() - start
+        return Run(tokens.shape[1] - len(prompt), seconds)
+
+    yield run
+
+
+def target_cores() -> list[int] | None:
+    """The cores that a target has beside a draft: half of them. None where threads cannot be pinned."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[: max(1, len(cores) // 2)]
+
+
+@contextmanager
+def _on_cores(cores: Sequence[int] | None) -> Iterator[None]:
+    """Keep this thread on some cores for a while."""
+    import torch
+
+    if cores is None:
+        yield
+        return
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
