@@ -5,7 +5,9 @@ A channel is one endpoint. One *hub* (the target) talks to any number of *spokes
 
 - ``send`` never blocks. It returns False when the frame was dropped: peer unknown or gone, its queue full, the frame
   longer than the limit, the channel closed. A dropped frame is not an error: the protocol above lives with losses.
+  True is no promise: a frame may still be lost on its way, or in the queue of a peer that dies;
 - frames of one peer arrive at most once, whole, and in the order in which they were sent (some may be missing);
+- spokes reach the hub alone; a name belongs to one live spoke at a time, and a restarted one takes it over;
 - a spoke needs no hub to start: frames that it sends before the hub is there may be dropped;
 - ``receive`` returns at once with what is there, or waits up to ``timeout`` seconds for the first frame;
 - a peer that dies without a word changes nothing for the others;

@@ -11,10 +11,10 @@ from ray.exceptions import RayActorError
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS, DrainChannel, RefChannel
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.hybrid import HybridChannel
-from ssd_ray.transport.inbox import Inbox
+from ssd_ray.transport.inbox import QUEUE_FRAMES, Inbox
 from ssd_ray.transport.zmq import ZmqHub, ZmqSpoke
 from tests.conformance.channel_actors import INLINE_MAX_BYTES, HybridNode, RefNode
-from tests.conformance.channel_suite import ChannelSuite, Network, drain, meet, numbered, numbers
+from tests.conformance.channel_suite import PATIENCE, ChannelSuite, Network, drain, meet, numbered, numbers
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
@@ -123,6 +123,22 @@ class TestHybrid(ChannelSuite):
     network_type = HybridNetwork
     load = 100
     flood = 800
+
+
+def test_frames_for_a_stuck_actor_are_dropped_instead_of_piling_up():
+    stuck = ActorChannel(RefNode, "stuck")
+    channel = RefChannel(HUB, Inbox(), {"stuck": stuck.actor})
+    pid = stuck.call("pid")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        accepted = [channel.send("stuck", numbered(number)) for number in range(300)]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert accepted == [True] * QUEUE_FRAMES + [False] * (300 - QUEUE_FRAMES)
+    assert numbers(drain(stuck), HUB) == list(range(QUEUE_FRAMES))
+    assert channel.send("stuck", b"again")
+    assert stuck.receive(PATIENCE) == (HUB, b"again")
+    ray.kill(stuck.actor)
 
 
 class TestDrain(ChannelSuite):
