@@ -45,11 +45,9 @@ def masked_attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     rows, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
-    packed = False
     if groups > 1 and attention_mask is not None and query.device.type != "cpu":
-        packed = True
-        query = query.reshape(rows, key.shape[1], groups * tokens, -1)
-        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+        query, attention_mask = fold_groups(query, attention_mask, groups)
+        groups = 1
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -57,9 +55,15 @@ def masked_attention(
         attn_mask=attention_mask,
         is_causal=causal and attention_mask is None and tokens > 1,
         scale=scaling,
-        enable_gqa=groups > 1 and not packed,
+        enable_gqa=groups > 1,
     )
     return output.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def fold_groups(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Queries [R, kv_heads*groups, T, D] as [R, kv_heads, groups*T, D], and the mask [., 1, T, E] that fits them."""
+    rows, heads, tokens, dim = query.shape
+    return query.reshape(rows, heads // groups, groups * tokens, dim), mask.repeat(1, 1, groups, 1)
 
 
 def choose_attention(model: PreTrainedModel) -> str:

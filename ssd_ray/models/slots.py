@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+MAX_VIEWS = 256
+"""Windows whose views a layer keeps."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -56,14 +59,19 @@ class SlotLayer(CacheLayerMixin):
         self._window = window
         self._heads = keys.shape[1]
         self._flat_keys, self._flat_values = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
-        self.look()
+        self._views: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def look(self) -> None:
-        """Remake the views after the window's rows or extent changed."""
-        rows, extent = self._window.rows, self._window.extent
-        span = rows if isinstance(rows, slice) else slice(None)
-        self._row_keys, self._row_values = self.keys[span], self.values[span]
-        self._read_keys, self._read_values = self._row_keys[:, :, :extent], self._row_values[:, :, :extent]
+    def look(self, rows: tuple[int, ...], extent: int) -> None:
+        """Take the views of a window; those met before are kept, since making them costs as much as writing."""
+        views = self._views.get((rows, extent))
+        if views is None:
+            span = self._window.rows if isinstance(self._window.rows, slice) else slice(None)
+            keys, values = self.keys[span], self.values[span]
+            views = keys, values, keys[:, :, :extent], values[:, :, :extent]
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            self._views[rows, extent] = views
+        self._row_keys, self._row_values, self._read_keys, self._read_values = views
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -142,7 +150,7 @@ class SlotCache(Cache):
             self._aimed = wanted
             window.rows, window.extent = self._span(rows), extent
             for layer in self.layers:
-                layer.look()
+                layer.look(*wanted)
         window.num_written = slots.shape[1]
         window.slots = slots[0] if len(slots) == 1 and isinstance(window.rows, slice) else None
         if window.slots is None:

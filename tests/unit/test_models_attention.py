@@ -1,0 +1,70 @@
+"""Our attention function against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssd_ray.errors import UnsupportedModelError
+from ssd_ray.models.attention import NAME, choose_attention, fold_groups, masked_attention
+from tests.support.tiny import tiny_model
+
+
+class Causal(nn.Module):
+    is_causal = True
+
+
+def defined(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return (torch.softmax(query @ key.mT * scaling + mask, -1) @ value).transpose(1, 2)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def tensors(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 5, 8, generator=random)
+    key, value = torch.randn(2, 3, 4 // request.param, 11, 8, generator=random)
+    hidden = torch.rand(3, 1, 5, 11, generator=random) < 0.5
+    hidden[..., 0] = False
+    return query, key, value, torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
+def test_masked(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    query, key, value, mask = tensors
+    got, weights = masked_attention(Causal(), query, key, value, mask, scaling=0.3)
+    assert weights is None
+    torch.testing.assert_close(got, defined(query, key, value, mask, 0.3))
+
+
+def test_folded_groups(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    query, key, value, mask = tensors
+    folded = F.scaled_dot_product_attention(
+        *(fold_groups(query, mask, 4 // key.shape[1])[:1]),
+        key,
+        value,
+        attn_mask=fold_groups(query, mask, 4 // key.shape[1])[1],
+        scale=0.3,
+    )
+    torch.testing.assert_close(folded.reshape(query.shape).transpose(1, 2), defined(query, key, value, mask, 0.3))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_a_mask(causal: bool) -> None:
+    query, key, value = torch.randn(3, 1, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((5, 5), -torch.inf).triu(1) if causal else torch.zeros(5, 5)
+    got, _ = masked_attention(Causal(), query, key, value, None, scaling=0.3, is_causal=None if causal else False)
+    torch.testing.assert_close(got, defined(query, key, value, mask, 0.3))
+
+
+def test_terms_that_are_lacking_are_refused() -> None:
+    query, key, value = torch.randn(3, 1, 4, 5, 8)
+    with pytest.raises(UnsupportedModelError, match="softcap"):
+        masked_attention(Causal(), query, key, value, None, softcap=50.0)
+
+
+def test_capped_attention_is_left_to_the_model() -> None:
+    assert choose_attention(tiny_model("llama")) == NAME
+    assert choose_attention(tiny_model("gemma2")) == "eager"

@@ -1,0 +1,102 @@
+"""The slot-addressed KV cache against a dictionary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssd_ray.models import slots as slots_module
+from ssd_ray.models.slots import LayerShape, SlotCache
+
+ROWS, SLOTS = 4, 12
+SHAPES = [LayerShape(2, 4, 4), LayerShape(1, 6, 3), LayerShape(2, 4, 5)]
+
+
+def make() -> SlotCache:
+    return SlotCache(SHAPES, rows=ROWS, slots=SLOTS, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def states(layer: int, count: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as a model hands them over: heads and tokens transposed in memory."""
+    shape = SHAPES[layer]
+    random = torch.Generator().manual_seed(seed * 10 + layer)
+    keys = torch.randn(count, tokens, shape.heads, shape.key_dim, generator=random)
+    return keys.transpose(1, 2), torch.randn(count, tokens, shape.heads, shape.value_dim, generator=random).transpose(
+        1, 2
+    )
+
+
+@st.composite
+def writes(draw: st.DrawFn) -> tuple[list[int], list[list[int]], int, int]:
+    """Rows, slots (one list for all rows, or one each), extent and the number of padding tokens."""
+    rows = draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS, unique=True))
+    tokens = draw(st.integers(1, 5))
+    some = st.lists(st.integers(0, SLOTS - 1), min_size=tokens, max_size=tokens, unique=True)
+    lists = draw(st.one_of(st.tuples(some).map(list), st.lists(some, min_size=len(rows), max_size=len(rows))))
+    return rows, lists, draw(st.integers(1, SLOTS)), draw(st.integers(0, 2))
+
+
+moves = st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=6, unique=True)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    steps=st.lists(
+        st.one_of(writes(), st.tuples(st.integers(0, ROWS - 1), moves, moves)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_any_sequence_of_writes_and_moves(steps: list[tuple]) -> None:
+    cache = make()
+    naive = [
+        (torch.zeros(ROWS, s.heads, SLOTS, s.key_dim), torch.zeros(ROWS, s.heads, SLOTS, s.value_dim)) for s in SHAPES
+    ]
+    for seed, step in enumerate(steps):
+        if len(step) == 3:
+            row, source, destination = step
+            count = min(len(source), len(destination))
+            cache.move(row, source[:count], destination[:count])
+            for tensors in naive:
+                for tensor in tensors:
+                    tensor[row, :, destination[:count]] = tensor[row, :, source[:count]].clone()
+            continue
+        rows, lists, extent, padding = step
+        cache.aim(rows, torch.tensor(lists), extent)
+        for layer in range(len(SHAPES)):
+            keys, values = states(layer, len(rows), len(lists[0]) + padding, seed)
+            for place, row in enumerate(rows):
+                for token, slot in enumerate(lists[place if len(lists) > 1 else 0]):
+                    naive[layer][0][row, :, slot] = keys[place, :, token]
+                    naive[layer][1][row, :, slot] = values[place, :, token]
+            read = cache.update(keys, values, layer)
+            for got, whole in zip(read, naive[layer], strict=True):
+                assert torch.equal(got, whole[rows][:, :, :extent])
+    for layer, tensors in zip(cache.layers, naive, strict=True):
+        assert torch.equal(layer.keys, tensors[0])
+        assert torch.equal(layer.values, tensors[1])
+
+
+def test_layers_of_one_shape_share_a_bank() -> None:
+    assert sorted(bank.shape[0] for bank in make().banks) == [1, 1, 1, 3]
+    like = SlotCache([SHAPES[0]] * 5, rows=1, slots=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert [tuple(bank.shape) for bank in like.banks] == [(10, 1, 2, 4, 4)]
+
+
+def test_a_range_of_rows_is_read_without_a_copy() -> None:
+    cache = make()
+    cache.aim([1, 2], torch.tensor([[3]]), 8)
+    keys, values = cache.update(*states(0, 2, 1, 0), 0)
+    assert keys.data_ptr() == cache.layers[0].keys[1].data_ptr()
+    assert values.data_ptr() == cache.layers[0].values[1].data_ptr()
+
+
+def test_kept_views_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "MAX_VIEWS", 3)
+    cache = make()
+    for extent in (1, 2, 3, 4, 5, 1):
+        cache.aim([0], torch.tensor([[0]]), extent)
+        assert cache.update(*states(0, 1, 1, extent), 0)[0].shape[2] == extent
+        assert len(cache.layers[0]._views) <= 3
