@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from time import monotonic, sleep
 from typing import Any
 
 import ray
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
 """How long an actor may take to leave by itself."""
+
+
+CONNECT_SECONDS = 5.0
+"""How long to wait for the first message of a draft that is ready; only a warning follows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -175,6 +180,21 @@ class Supervisor:
             with self._changing:
                 self._drafts.append(draft)
             self._run(draft)
+        self._wait_until_known({draft.name for draft in drafts})
+
+    def _wait_until_known(self, drafts: set[str]) -> None:
+        """Wait for the drafts' first messages, so that the next request finds them at work."""
+        deadline = monotonic() + CONNECT_SECONDS
+        while not drafts <= set(_get(self._stats(), "target").drafts):
+            if monotonic() > deadline:
+                logger.warning("not all of %s have reached the target yet", ", ".join(sorted(drafts)))
+                return
+            sleep(0.01)
+
+    def _stats(self) -> Any:
+        if self._target is None:
+            raise EngineError("the engine has no target")
+        return self._target.handle.stats.remote()
 
     def _load(self, member: Member, **arguments: Any) -> Any:
         """Let an actor load its model; the ref of that."""
@@ -235,7 +255,7 @@ def _deferred(kind: type) -> type:
     Ray reports an error in an actor's constructor as a death, in words alone. That of a method arrives as itself.
     """
 
-    class Deferred(kind):  # type: ignore[misc]
+    class Deferred(kind):
         def __init__(self) -> None:
             pass
 

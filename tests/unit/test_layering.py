@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("actors",),
     ("speculation", "models", "transport"),
     ("stats", "text"),
-    ("sampling", "saguaro", "wire"),
+    ("sampling", "saguaro", "wire", "flags"),
     ("config",),
     ("errors",),
 )
@@ -36,7 +36,7 @@ ONLY_IN: dict[str, frozenset[str]] = {
     "zmq": frozenset({"transport"}),
     "transformers": frozenset({"models", "actors", "cluster", "llm", "cli", "bench"}),
     "fastapi": frozenset({"cluster"}),
-    "typer": frozenset({"cli", "bench"}),
+    "typer": frozenset({"cli", "bench", "flags"}),
     "rich": frozenset({"cli", "bench"}),
 }
 

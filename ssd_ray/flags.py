@@ -1,0 +1,78 @@
+"""Command-line flags made from the fields of the configuration: their names, types, defaults and explanations."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+Config = TypeVar("Config")
+Command = Callable[..., None]
+
+
+def with_flags(*configs: type) -> Callable[[Command], Command]:
+    """Give a command, which takes ``**values``, one flag for each field of the configuration classes."""
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True)
+        kept = [parameter for parameter in own.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+        made = [flag for config in configs for flag in _flags(config)]
+        # typer reads the signature; without the annotations of the code it has only that to go by.
+        command.__signature__ = own.replace(parameters=[*kept, *made])  # type: ignore[attr-defined]
+        command.__annotations__ = {}
+        return command
+
+    return decorate
+
+
+def from_flags(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a configuration from the values of its flags; others are ignored.
+
+    Raises:
+        ConfigError: a value is not one that its field takes.
+    """
+    given = {field.name: values[field.name] for field in fields(config)}  # type: ignore[arg-type]
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _flags(config: Any) -> list[inspect.Parameter]:
+    hints, help_of, panel = (
+        get_type_hints(config),
+        _explanations(config),
+        re.sub("(Config|Params)$", "", config.__name__),
+    )
+    return [_flag(field, hints[field.name], help_of.get(field.name, ""), panel) for field in fields(config)]
+
+
+def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect.Parameter:
+    options: dict[str, Any] = {"help": explanation, "rich_help_panel": panel}
+    kind, default = hint, field.default
+    if get_origin(hint) is tuple:
+        kind, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc,arg-type]
+    elif get_origin(hint) in (Union, UnionType) and NoneType not in get_args(hint):
+        kind = str
+        options |= {"parser": _number_or_word, "metavar": _metavar(hint)}
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(**options)]
+    )
+
+
+def _metavar(hint: Any) -> str:
+    words = [get_args(kind) if get_origin(kind) is Literal else (kind.__name__,) for kind in get_args(hint)]
+    return "<" + "|".join(word for group in words for word in group) + ">"
+
+
+def _number_or_word(text: str | int) -> str | int:
+    return int(text) if str(text).lstrip("-").isdigit() else text
+
+
+def _explanations(config: type) -> dict[str, str]:
+    """The entries of the "Attributes:" section of a class's docstring."""
+    section = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
