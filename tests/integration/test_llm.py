@@ -1,0 +1,259 @@
+"""What a Python user can do with an engine, on real actors."""
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+import ray
+
+from ssd_ray import LLM, SamplingParams
+from ssd_ray.errors import (
+    ConfigError,
+    EngineClosedError,
+    EngineError,
+    ModelError,
+    PromptTooLongError,
+    RequestError,
+)
+
+pytestmark = pytest.mark.ray
+
+PROMPT = "def add(a, b):"
+PARAMS = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, seed=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(cluster, pair):
+    with LLM(*pair, num_drafts=1, inline_max_bytes=1024) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    """What PROMPT and PARAMS give; whatever happens to drafts must not change it."""
+    return llm.generate(PROMPT, PARAMS)[0]
+
+
+def info(engine, name):
+    handle = engine._driver.actors[name]
+    return ray.get(handle.info.options(concurrency_group="inbox").remote())
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = monotonic() + seconds
+    while not condition():
+        assert monotonic() < deadline, "it did not happen in time"
+        sleep(0.02)
+
+
+def pinned_cores(pid):
+    """The smallest set of cores that a thread of the process may use: that of the thread which decodes."""
+    lists = []
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        text = re.search(r"Cpus_allowed_list:\s*(\S+)", status.read_text())[1]
+        bounds = [[int(number) for number in part.split("-")] for part in text.split(",")]
+        lists.append({core for part in bounds for core in range(part[0], part[-1] + 1)})
+    return min(lists, key=len)
+
+
+def test_a_result(expected):
+    assert expected.prompt == PROMPT
+    assert expected.finish_reason == "length"
+    assert len(expected.token_ids) == expected.stats.tokens == 24
+    assert 0 < expected.stats.rounds <= 24
+    assert expected.text
+
+
+def test_a_stream_is_the_text_in_pieces(llm, expected):
+    stream = llm.stream(PROMPT, PARAMS)
+    pieces = list(stream)
+    assert "".join(pieces) == expected.text
+    assert len(pieces) > 1
+    assert stream.output.token_ids == expected.token_ids
+
+
+def test_token_ids_are_a_prompt(llm, expected):
+    tokens = llm._models.prompt(PROMPT)
+    assert llm.generate(tokens, PARAMS)[0].token_ids == expected.token_ids
+    assert [output.text for output in llm.generate([tokens, PROMPT], PARAMS)] == [expected.text] * 2
+
+
+def test_each_prompt_has_its_parameters(llm, expected):
+    first, second = llm.generate([PROMPT, PROMPT], [PARAMS, SamplingParams(max_tokens=3, ignore_eos=True)])
+    assert first.token_ids == expected.token_ids
+    assert len(second.token_ids) == 3
+
+
+def test_no_prompts_no_results(llm):
+    assert llm.generate([]) == []
+
+
+def test_a_long_prompt_travels_through_the_object_store(llm):
+    prompt = "x = 1\n" * 60
+    assert 4 * len(llm._models.prompt(prompt)) > llm.config.inline_max_bytes
+    assert len(llm.generate(prompt, PARAMS)[0].token_ids) == 24
+
+
+def test_threads_may_share_an_engine(llm, expected):
+    texts = []
+    threads = [threading.Thread(target=lambda: texts.extend(llm.generate([PROMPT] * 3, PARAMS))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [output.text for output in texts] == [expected.text] * 12
+
+
+def test_a_stop_string_ends_text_and_tokens(llm, expected):
+    stop = expected.text[9:11]
+    params = SamplingParams(max_tokens=24, seed=3, ignore_eos=True, stop=stop)
+    output = llm.generate(PROMPT, params)[0]
+    assert output.finish_reason == "stop"
+    assert output.text == expected.text[: expected.text.index(stop)]
+    assert output.token_ids == expected.token_ids[: len(output.token_ids)]
+    assert len(output.token_ids) < 24
+
+
+def test_a_closed_stream_cancels_its_request(llm, expected):
+    before = llm.stats().requests
+    stream = llm.stream(PROMPT, LONG)
+    next(stream)
+    stream.close()
+    wait_until(lambda: llm.stats().requests == before + 1)
+    assert list(stream) == []
+    assert stream.output is None
+    assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
+
+
+def test_figures_are_summed(llm):
+    before = llm.stats()
+    output = llm.generate(PROMPT, PARAMS)[0]
+    after = llm.stats()
+    assert after.tokens - before.tokens == output.stats.tokens
+    assert after.requests == before.requests + 1
+    assert after.drafts == ("draft-0",)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], None, ""),
+        ([[]], RequestError, "empty"),
+        ("", RequestError, "empty"),
+        ("x" * 512, PromptTooLongError, "512 tokens; the context of 512"),
+        ([1, 2, 96], RequestError, "token ids from 0 to 95, got 96"),
+        ([[1, -1]], RequestError, "got -1"),
+        ([[1, "a"]], RequestError, "got 'a'"),
+    ],
+)
+def test_a_bad_prompt_is_refused_before_anything_is_started(llm, prompt, error, message):
+    if error is None:
+        assert llm.generate(prompt) == []
+        return
+    before = llm.stats().requests
+    with pytest.raises(error, match=message):
+        llm.generate(prompt)
+    assert llm.stats().requests == before
+
+
+def test_there_is_one_set_of_parameters_for_each_prompt(llm):
+    with pytest.raises(ConfigError, match="one for each of 2 prompts"):
+        llm.generate(["a", "b"], [PARAMS])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_actors_have_cores_of_their_own(llm):
+    cores = [pinned_cores(info(llm, name)["pid"]) for name in ("target", "draft-0")]
+    assert all(cores)
+    assert cores[0].isdisjoint(cores[1])
+
+
+def test_actors_run_at_the_drivers_priority(llm):
+    assert os.getpriority(os.PRIO_PROCESS, info(llm, "target")["pid"]) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_drafts_come_and_go_while_requests_run(llm, expected):
+    """1 -> 3 -> 0 -> 1."""
+    texts, stop = [], threading.Event()
+
+    def decode():
+        while not stop.is_set():
+            texts.append("".join(llm.stream(PROMPT, PARAMS)))
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    try:
+        for count in (3, 0, 1):
+            llm.scale_drafts(count)
+            wait_until(lambda count=count: len(llm.stats().drafts) == count)
+    finally:
+        stop.set()
+        thread.join()
+    assert Counter(texts) == {expected.text: len(texts)}
+    assert llm.generate(PROMPT, PARAMS)[0].stats.misses["no_draft"] == 0
+
+
+def test_without_drafts_every_round_misses(llm, expected):
+    llm.scale_drafts(0)
+    output = llm.generate(PROMPT, PARAMS)[0]
+    assert (output.text, output.stats.hit_rate) == (expected.text, 0.0)
+    assert output.stats.misses["no_draft"] > 0
+    llm.scale_drafts(1)
+
+
+def test_a_dead_draft_is_reported_and_forgotten(llm, expected, caplog):
+    (name,) = llm.stats().drafts
+    with caplog.at_level(logging.WARNING, logger="ssd_ray"):
+        os.kill(info(llm, name)["pid"], signal.SIGKILL)
+        wait_until(lambda: llm.stats().drafts == ())
+        wait_until(lambda: name in caplog.text)
+    assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
+    llm.scale_drafts(1)
+    assert len(llm.stats().drafts) == 1
+
+
+@pytest.mark.parametrize("count", [-1, 10**6, 1.5, "2"])
+def test_a_bad_number_of_drafts(llm, count):
+    with pytest.raises(ConfigError, match="num_drafts"):
+        llm.scale_drafts(count)
+
+
+def test_actor_calls_can_carry_everything(cluster, pair, expected):
+    with LLM(*pair, transport="ray") as engine:
+        assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
+        assert engine.stats().misses["no_draft"] == 0
+
+
+def test_a_dead_target_ends_every_request(cluster, pair):
+    engine = LLM(pair[0], method="ar")
+    stream = engine.stream(PROMPT, LONG)
+    next(stream)
+    os.kill(info(engine, "target")["pid"], signal.SIGKILL)
+    with pytest.raises(EngineError, match="target died"):
+        list(stream)
+    with pytest.raises(EngineError, match="target died"):
+        engine.generate(PROMPT)
+    with pytest.raises(ConfigError, match="draft actors"):
+        engine.scale_drafts(1)
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.generate(PROMPT)
+    engine.close()
+
+
+def test_a_failed_start_leaves_nothing_running(cluster, llm, pair, tmp_path):
+    """Both models pass the checks, but the draft's weights turn out to be broken."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((Path(pair[1]) / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    wait_until(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"] - 2)
+    with pytest.raises(ModelError, match="draft: cannot load"):
+        LLM(pair[0], str(tmp_path))
+    wait_until(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"] - 2)
