@@ -88,6 +88,28 @@ def test_drafts_that_join_and_leave_do_not_change_the_text(seed: int, temperatur
     assert pump.texts[1].tokens == alone(params).tokens
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    drafts=st.integers(1, 3),
+    temperature=st.sampled_from([0.0, 1.0]),
+    lookahead=st.integers(1, 7),
+    width=st.integers(1, 8),
+)
+def test_a_perfect_draft_is_always_right(
+    seed: int, drafts: int, temperature: float, lookahead: int, width: int
+) -> None:
+    """A draft whose model is the target's is never wrong, so any slip in its KV, masks, positions or noise shows."""
+    dice = random.Random(seed)
+    target, models = table_pair(1.0, drafts)
+    pump = Pump(target, models, draft_turns=lambda: dice.randrange(12), seed=seed, width=width, lookahead=lookahead)
+    for number, prompt in enumerate([PROMPT, [seed % 32] * 24]):
+        params = SamplingParams(temperature=temperature, max_tokens=70, seed=seed)
+        stats = pump.run(prompt, params, number).stats
+        assert stats.accepted == stats.speculated
+        assert sum(stats.speculated[1:]) > stats.rounds / 2
+
+
 def test_a_draft_that_joins_late_brings_hits() -> None:
     target, models = table_pair(0.95, 1)
     pump = Pump(target, [])
