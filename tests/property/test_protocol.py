@@ -103,7 +103,7 @@ def test_a_perfect_draft_is_always_right(
     dice = random.Random(seed)
     target, models = table_pair(1.0, drafts)
     pump = Pump(target, models, draft_turns=lambda: dice.randrange(12), seed=seed, width=width, lookahead=lookahead)
-    for number, prompt in enumerate([PROMPT, [seed % 32] * 24]):
+    for number, prompt in enumerate([PROMPT, [seed % 32] * 126]):
         params = SamplingParams(temperature=temperature, max_tokens=70, seed=seed)
         stats = pump.run(prompt, params, number).stats
         assert stats.accepted == stats.speculated
