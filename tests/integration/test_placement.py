@@ -1,0 +1,107 @@
+"""Each actor has a place of its own: a GPU where there are any, else cores."""
+
+import os
+
+import pytest
+import ray
+
+from ssd_ray import LLM, SamplingParams
+from ssd_ray.cluster import placement
+from ssd_ray.cluster.placement import Cores, Placer
+from ssd_ray.errors import ResourceError
+
+
+class TestCores:
+    """Dealing out one machine's cores, without Ray."""
+
+    def test_target_and_planned_drafts_share_nothing(self):
+        cores = Cores(range(8), drafts=2)
+        assert cores.take("target") == (0, 1, 2, 3)
+        assert [cores.take("draft") for _ in range(2)] == [(4, 5), (6, 7)]
+
+    def test_further_drafts_take_the_least_used_cores_and_give_them_back(self):
+        cores = Cores(range(4), drafts=2)
+        assert [cores.take("draft") for _ in range(3)] == [(2,), (3,), (2,)]
+        cores.give_back((3,))
+        assert cores.take("draft") == (3,)
+
+    def test_without_drafts_the_target_has_all(self):
+        assert Cores([3, 5, 7], drafts=0).take("target") == (3, 5, 7)
+
+    def test_one_core_is_shared(self):
+        cores = Cores([6], drafts=1)
+        assert (cores.take("target"), cores.take("draft")) == ((6,), (6,))
+
+    @pytest.mark.parametrize("count", range(2, 20))
+    @pytest.mark.parametrize("drafts", range(1, 5))
+    def test_the_targets_cores_are_its_own(self, count, drafts):
+        cores = Cores(range(count), drafts)
+        target = set(cores.take("target"))
+        taken = [cores.take("draft") for _ in range(drafts)]
+        assert all(part and target.isdisjoint(part) for part in taken)
+        if count - len(target) >= drafts:
+            assert len({core for part in taken for core in part}) == sum(map(len, taken))
+
+
+@pytest.fixture(scope="class")
+def gpus():
+    """A Ray of the user's own, which believes in three GPUs."""
+    ray.init(num_gpus=3, num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Sitter:
+    """An actor that knows where it is."""
+
+    def where(self):
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def where(place):
+    sitter = ray.remote(Sitter).options(**place.options()).remote()
+    return sitter, ray.get(sitter.where.remote())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("gpus")
+class TestGpus:
+    def test_every_actor_of_an_engine_has_its_own(self, pair):
+        with LLM(*pair, num_drafts=2) as llm:
+            handles = llm._driver.actors
+            infos = [handle.info.options(concurrency_group="inbox").remote() for handle in handles.values()]
+            assert sorted(entry["gpus"] for entry in ray.get(infos)) == ["0", "1", "2"]
+            assert len(llm.generate("x", SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+        assert ray.is_initialized(), "a Ray that was there before stays"
+
+    def test_a_place_that_is_given_back_is_taken_again(self, monkeypatch):
+        monkeypatch.setattr(placement, "PLACEMENT_SECONDS", 1.0)
+        placer = Placer("auto", drafts=2)
+        places = [placer.place(role) for role in ("target", "draft", "draft")]
+        sitters = [where(place) for place in places]
+        assert {gpu for _, gpu in sitters} == {"0", "1", "2"}
+        assert [place.cores for place in places] == [None] * 3
+        with pytest.raises(ResourceError, match="no room for the draft: it needs 1 CPU and 1 GPU, and free are 1 CPU"):
+            placer.place("draft")
+        placer.release(places[1])
+        monkeypatch.setattr(placement, "PLACEMENT_SECONDS", 20.0)
+        places[1] = placer.place("draft")
+        assert where(places[1])[1] == sitters[1][1]
+        for place in places:
+            placer.release(place)
+
+    def test_the_cpu_can_be_asked_for(self):
+        placer = Placer("cpu", drafts=1)
+        places = [placer.place("target"), placer.place("draft")]
+        assert [place.gpus for place in places] == [0.0, 0.0]
+        assert all(set(place.cores) <= os.sched_getaffinity(0) for place in places)
+        for place in places:
+            placer.release(place)
+
+
+@pytest.mark.ray
+def test_cuda_needs_a_gpu(cluster):
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("there is one")
+    with pytest.raises(ResourceError, match="'cuda' needs a GPU"):
+        Placer("cuda", drafts=1)
