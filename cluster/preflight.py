@@ -57,7 +57,7 @@ def check(config: EngineConfig) -> Checked:
     Raises:
         ModelError: a model is not there or cannot work here, or the two do not share one vocabulary.
         ConfigError: ``max_model_len`` is above what the models can take.
-        ResourceError: they do not fit this machine's memory, and this is where they would run.
+        ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
     infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target")}
     vocab_size = infos["target"].vocab_size
@@ -65,8 +65,8 @@ def check(config: EngineConfig) -> Checked:
         infos["draft"] = model_info(config.draft, role="draft")
         vocab_size = check_pair(config.target, config.draft)
     max_length = min(_max_length(config, info, role) for role, info in infos.items())
-    if private_is_next() and (config.device == "cpu" or not torch.cuda.is_available()):
-        _require_memory(config, infos, max_length)
+    if private_is_next():
+        _require_machine(config, infos, max_length)
     return Checked(tokenizer=load_tokenizer(config.target), vocab_size=vocab_size, max_length=max_length)
 
 
@@ -78,6 +78,15 @@ def _max_length(config: EngineConfig, info: ModelInfo, role: Role) -> int:
     if length is None:
         raise ConfigError("max_model_len", f"a number, since the {role}'s config sets no limit", None)
     return length
+
+
+def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
+    """Check that models which will run on this machine find there what they need."""
+    if torch.cuda.is_available() and config.device != "cpu":
+        return  # whether a GPU's memory suffices is seen where it is used
+    if config.device.startswith("cuda"):
+        raise ResourceError(f"device: {config.device!r} needs a GPU, and PyTorch sees none here; use device='cpu'")
+    _require_memory(config, infos, max_length)
 
 
 def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:

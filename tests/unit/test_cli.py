@@ -1,0 +1,249 @@
+"""The command line: its flags, what it prints and its exit codes, with a made-up engine."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from ssd_ray import __version__
+from ssd_ray.cli import _prompt, app
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, ResourceError
+from ssd_ray.flags import _explanations, from_flags
+from ssd_ray.stats import EngineStats, Stats
+from ssd_ray.wire import Misses, RequestStats
+
+SUMS = RequestStats(tokens=4, rounds=2, hits=1, misses=Misses(late=3), verify_ms=3.0, host_ms=1.0, accepted=(1, 1))
+
+
+@dataclasses.dataclass
+class Output:
+    prompt: str
+    text: str = "one two"
+    token_ids: tuple = (1, 2)
+    finish_reason: str = "length"
+    stats: Stats = dataclasses.field(default_factory=lambda: Stats(sums=SUMS))
+
+
+class Stream:
+    def __init__(self, prompt):
+        self.prompt = prompt
+
+    def __iter__(self):
+        return iter(["one ", "two"])
+
+    def wait(self):
+        return Output(self.prompt)
+
+
+class FakeLLM:
+    """Writes "one two" for every prompt."""
+
+    made: list = []  # noqa: RUF012
+    failure = None
+
+    def __init__(self, **options):
+        self.config = EngineConfig(**options)
+        self.params = []
+        self.closed = False
+        FakeLLM.made.append(self)
+        if self.failure is not None:
+            raise self.failure
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+    def stream(self, prompt, params):
+        self.params.append(params)
+        return Stream(prompt)
+
+    def outputs(self, prompts, params):
+        self.params += params
+        return (Output(prompt) for prompt in prompts)
+
+    def generate(self, prompts, params):
+        return list(self.outputs(prompts, [params] * len(prompts)))
+
+    def stats(self):
+        return EngineStats(sums=SUMS, requests=1)
+
+
+@pytest.fixture(autouse=True)
+def llm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ssd_ray.llm", SimpleNamespace(LLM=FakeLLM))
+    monkeypatch.setattr(FakeLLM, "made", [])
+    return FakeLLM
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def test_help_teaches():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "generate" in result.stdout
+    assert "Exit code" in result.stdout
+    assert "serve" not in result.stdout
+    assert "chat" not in result.stdout
+
+
+def test_no_command_shows_the_help():
+    assert "Usage" in run().output
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"ssd-ray {__version__}"
+
+
+@pytest.mark.parametrize("config", [EngineConfig, SamplingParams])
+def test_every_field_is_an_explained_flag(config):
+    text = run("generate", "--help").stdout
+    for field in dataclasses.fields(config):
+        assert "--" + field.name.replace("_", "-") in text
+    explained = _explanations(config)
+    assert set(explained) == {field.name for field in dataclasses.fields(config)}
+    assert all(explained.values())
+
+
+def test_defaults_are_those_of_the_configuration(llm):
+    assert run("generate", "x").exit_code == 0
+    assert llm.made[0].config == EngineConfig()
+    assert llm.made[0].params == [SamplingParams()]
+
+
+def test_flags_set_fields(llm):
+    engine = "--target t --draft d --method sd --num-drafts 2 --lookahead 5 --budget auto --compile --max-model-len 64"
+    sampling = "--temperature 0 --top-k 7 --stop a --stop b --stop-token-ids 3 --seed 9 --ignore-eos"
+    result = run("generate", *engine.split(), *sampling.split(), "x")
+    assert result.exit_code == 0, result.output
+    (made,) = llm.made
+    assert made.config == EngineConfig(
+        target="t", draft="d", method="sd", num_drafts=2, lookahead=5, compile=True, max_model_len=64
+    )
+    assert made.params == [
+        SamplingParams(temperature=0.0, top_k=7, stop=("a", "b"), stop_token_ids=(3,), seed=9, ignore_eos=True)
+    ]
+
+
+def test_other_values_are_ignored_where_a_configuration_is_built():
+    values = {field.name: getattr(EngineConfig(), field.name) for field in dataclasses.fields(EngineConfig)}
+    assert from_flags(EngineConfig, values | {"temperature": 1.0}) == EngineConfig()
+
+
+def test_the_text_goes_to_stdout_and_the_figures_to_stderr(llm):
+    result = run("generate", "x")
+    assert result.stdout == "one two\n"
+    for figure in ("tokens/s", "(4 tokens in", "2.00", "25.0%", "3 late", "75.0%"):
+        assert figure in result.stderr
+    assert llm.made[0].closed
+
+
+def test_one_json_document():
+    document = json.loads(run("generate", "--json", "x").stdout)
+    assert (document["prompt"], document["text"], document["token_ids"]) == ("x", "one two", [1, 2])
+    assert document["stats"]["misses"]["late"] == 3
+    assert document["seconds"] >= 0
+
+
+def test_the_prompt_may_come_from_stdin_or_be_a_bundled_one(llm):
+    assert json.loads(run("generate", "--json", "-", stdin="from stdin").stdout)["prompt"] == "from stdin"
+    assert json.loads(run("generate", "--json").stdout)["prompt"] == _prompt(None) != ""
+
+
+def test_a_file_of_lines(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\n")
+    lines = run("generate", "--prompt-file", file).stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["one", "two"]
+
+
+def test_a_file_of_json_lines(llm, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"one\\ntwo"\n{"prompt": "three", "max_tokens": 5, "stop": ["x"]}\n')
+    lines = run("generate", "--prompt-file", file, "--seed", 4).stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["one\ntwo", "three"]
+    assert llm.made[0].params == [SamplingParams(seed=4), SamplingParams(seed=4, max_tokens=5, stop=("x",))]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "JSON lines"),
+        ('{"text": "x"}', "an object with a prompt"),
+        ("3", "an object with a prompt"),
+        ('{"prompt": "x", "colour": 1}', "colour: expected a field of the sampling: temperature, "),
+        ('{"prompt": "x", "top_p": 2}', "top_p: expected"),
+    ],
+)
+def test_a_bad_line_in_a_file(llm, tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line + "\n")
+    result = run("generate", "--prompt-file", file)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert llm.made == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-tokens", "0"],
+        ["--max-tokens", "many"],
+        ["--lookahead", "8"],
+        ["--lookahead", "x"],
+        ["--method", "magic"],
+        ["--temperature", "-1"],
+        ["--colour", "red"],
+        ["--prompt-file", "/no/such/file"],
+        ["--prompt-file", "/dev/null", "and a prompt"],
+    ],
+)
+def test_bad_flags_are_refused_before_anything_starts(llm, arguments):
+    result = run("generate", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert llm.made == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("dtype", "a type", "x"), 2),
+        (ModelError("target: no folder at x"), 2),
+        (PromptTooLongError("prompt: too long"), 2),
+        (ResourceError("memory: too little"), 2),
+        (EngineError("target died: why"), 1),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(llm, monkeypatch, error, code):
+    monkeypatch.setattr(llm, "failure", error)
+    result = run("generate", "x")
+    assert result.exit_code == code
+    assert result.stderr == f"ssd-ray: {error}\n"
+
+
+def test_verbose_shows_the_traceback(llm, monkeypatch):
+    monkeypatch.setattr(llm, "failure", EngineError("why"))
+    result = run("--verbose", "generate", "x")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    script = (
+        "import sys\nfrom ssd_ray.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'numpy', 'zmq'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
