@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import Tensor, dtype
+from torch import Tensor, device, dtype
 
 
 class ModelRunner(ABC):
@@ -24,6 +24,8 @@ class ModelRunner(ABC):
     slots: int
     """Slots a row has: ``max_length`` and scratch."""
     dtype: dtype
+    device: device
+    """Where logits lie. Tensors that are handed in may lie anywhere."""
 
     @abstractmethod
     def extent(self, needed: int) -> int:
@@ -50,11 +52,14 @@ class ModelRunner(ABC):
         their own. The caller pads to a fixed T: what a padding token writes is overwritten or never seen later.
 
         Returns logits, float32 [R, T, V].
+
+        Raises:
+            ValueError: a token would lie beyond the row's slots.
         """
 
     @abstractmethod
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        """Write the KV of trunk tokens at positions ``start ..`` in chunks of a fixed shape; computes no logits."""
+        """Write the KV of trunk tokens at positions and slots ``start ..``, and of no others; computes no logits."""
 
     @abstractmethod
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:

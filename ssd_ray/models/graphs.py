@@ -1,8 +1,8 @@
 """How a decoding forward is launched: eagerly, compiled at fixed shapes, or as a CUDA graph.
 
-All have one signature and one effect: they write the KV and return logits [R, T, V]. The graphed ones hold a shape
-(R, T, E) fixed, so that launching costs one call instead of hundreds; a new shape is compiled or captured when it is
-first met.
+All have one signature and one effect: they write the KV and return logits [R, T, V]. The others hold shapes fixed,
+so that launching costs few calls instead of hundreds: one compilation for each (R, T), one CUDA graph for each
+(R, T, E), made when the shape is first met.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Forward = Callable[[Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
 (the same for every row) or [R, T]; additive mask [1 or R, 1, T, E]."""
 
 MAX_SHAPES = 1024
-"""Shapes that are compiled; torch would go back to eager after 8."""
+"""Shapes that are compiled at most; torch's own limit is 8."""
 
 
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
@@ -137,13 +137,12 @@ class CompiledForward:
         inputs = [torch.arange(count), tokens, positions.expand_as(tokens), slots.expand_as(tokens)]
         inputs = [tensor.contiguous() for tensor in (*inputs, mask.expand(count, -1, -1, -1))]
         keys, values = self._views(first, count)
-        shape = (*tokens.shape, mask.shape[-1])
+        shape = (*tokens.shape, mask.shape[-1] == self._kv.slots)
         if shape in self._known:
             return self._step(keys, values, *inputs)
         self._known.add(shape)
-        logger.info("compiling the forward of %d rows of %d tokens that read %d slots", *shape)
-        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
-            return self._step(keys, values, *inputs)
+        logger.info("compiling the forward of %d rows of %d tokens", count, tokens.shape[1])
+        return _run_compiled(self._step, keys, values, inputs, self._kv.slots)
 
     def _views(self, first: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
         if (first, count) not in self._spans:
@@ -151,6 +150,17 @@ class CompiledForward:
             views = [layer.keys[span] for layer in self._kv.layers], [layer.values[span] for layer in self._kv.layers]
             self._spans[first, count] = views
         return self._spans[first, count]
+
+
+def _run_compiled(
+    step: Callable[..., Tensor], keys: list[Tensor], values: list[Tensor], inputs: Sequence[Tensor], slots: int
+) -> Tensor:
+    """Run a step that may have to be compiled first, once for all extents: an open one costs nothing measurable."""
+    mask = inputs[-1]
+    if mask.shape[-1] < slots:  # reading everything is not a slice, hence another graph
+        torch._dynamo.mark_dynamic(mask, 3, min=2, max=slots - 1)
+    with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
+        return step(keys, values, *inputs)
 
 
 class CudaGraphForward:
@@ -189,10 +199,9 @@ class CudaGraphForward:
         # Kernels are chosen and workspaces made outside the graph. Running it twice does what running it once does.
         stream: Any = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._kv.device))
-        patch = torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES)
-        with patch, torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             for _ in range(2):
-                step(keys, values, *buffers)
+                _run_compiled(step, keys, values, buffers, self._kv.slots)
         torch.cuda.current_stream(self._kv.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

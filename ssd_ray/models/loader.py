@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from ssd_ray.errors import ConfigError, ModelError, ResourceError, SsdRayError, VocabularyMismatchError
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.support import max_positions, refuse_unsupported
-
-logger = logging.getLogger(__name__)
 
 Role = Literal["target", "draft"]
 
@@ -144,7 +142,7 @@ def load_runner(
         weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
         _require_memory(role, weight_bytes, kv_bytes, where)
         return HFRunner(
-            AutoModelForCausalLM.from_pretrained(source, dtype=kind, local_files_only=os.path.isdir(source)).to(where),
+            _load_model(source, kind).to(where),
             rows=rows,
             max_length=length,
             scratch=scratch,
@@ -184,6 +182,17 @@ def _source(path: str | None, role: Role) -> str:
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"{role}: no folder at {path}")
     return path
+
+
+def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load weights without drawing a progress bar on somebody's terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=os.path.isdir(source))
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _config(source: str) -> PreTrainedConfig:

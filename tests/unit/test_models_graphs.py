@@ -54,7 +54,8 @@ def exercise(plain: HFRunner, graphed: HFRunner) -> None:
     for runner in (plain, graphed):
         for row in range(4):
             runner.prefill(row, tokens_of(1, 50, seed=row)[0].tolist())
-    for rows, starts in (([0], [50]), ([2], [49]), ([0, 1], [51, 51]), ([1, 2], [20, 60]), ([3, 0], [50, 51])):
+    cases = (([0], [50]), ([2], [49]), ([0, 1], [51, 51]), ([1, 2], [20, 60]), ([3, 0], [50, 51]))
+    for rows, starts in (*cases, ([1], [100]), ([1], [186])):
         tokens = tokens_of(len(rows), 4, seed=sum(starts))
         want, got = (runner.append(rows, tokens, starts) for runner in (plain, graphed))
         torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-4, atol=1e-4)
@@ -71,7 +72,10 @@ def exercise(plain: HFRunner, graphed: HFRunner) -> None:
 @pytest.mark.filterwarnings("default")
 def test_compiled_forwards() -> None:
     model = tiny_model("llama", layers=1)
-    exercise(HFRunner(model, **SIZE), HFRunner(model, **SIZE, compile=True))
+    compiled = HFRunner(model, **SIZE, compile=True)
+    exercise(HFRunner(model, **SIZE), compiled)
+    # One row or two, each with an open extent, and one row that reads all slots.
+    assert compiled._decode._known == {(1, 4, False), (2, 4, False), (1, 4, True)}
 
 
 @pytest.mark.gpu

@@ -63,6 +63,12 @@ def test_load_runner(pair: tuple[str, str]) -> None:
     torch.testing.assert_close(got, plain(tokens).logits[:, 6:], rtol=1e-5, atol=1e-5)
 
 
+def test_loading_draws_nothing_on_the_terminal(pair: tuple[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    load_runner(pair[0], role="target", **SIZE)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_length_and_dtype_can_be_chosen(pair: tuple[str, str]) -> None:
     runner = load_runner(pair[0], role="target", max_length=50, dtype="bfloat16", **SIZE)
     assert (runner.max_length, runner.slots, runner.dtype) == (50, 82, torch.bfloat16)
