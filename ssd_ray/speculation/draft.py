@@ -6,8 +6,9 @@ is of use at every moment and spare time widens it. The value of an item is the 
 it is expected to add: the chance that its outcome happens and that its token is accepted then.
 
 KV: committed tokens have slot = position. Tree nodes sit in a window of scratch slots beyond them; when an outcome
-commits a node, its KV is moved to its position and never computed again. What another draft drafted, and what was
-committed without this draft, is run like any other item, all of it in one forward.
+commits a node, its KV is moved to its position and never computed again. The window moves on before the trunk gets
+there. What another draft drafted, and what was committed without this draft, is run like any other item, all of it in
+one forward.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ WINDOW = 192
 """Tree nodes with KV that one sequence may hold."""
 
 WINDOW_STEP = 64
+
+LIFETIME = 3 * (MAX_LOOKAHEAD + 1)
+"""Tokens after which a node is committed or gone: its position is at most a trunk and a branch ahead."""
 
 SCRATCH = WINDOW + 2 * WINDOW_STEP
 """Slots beyond the longest sequence that a row of a draft needs."""
@@ -345,21 +349,15 @@ class DraftSession:
         return [self._item(stem, node) for stem, node in zip(stems, trunk, strict=False) if node.slot < 0]
 
     def _move_kv(self, committed: Sequence[DraftNode], start: int) -> Moves:
-        """Bring the KV of committed nodes to their positions, and all other nodes out of the way if the window moves.
+        """Bring the KV of committed nodes to their positions.
 
         Nodes run after their ancestors, so those of the trunk that ran are its beginning.
         """
         source = [node.slot for node in committed if node.slot >= 0]
-        destination = list(range(start, start + len(source)))
         self._filled += len(source)
-        if self.position > self._base:
-            self._base = window_base(self.position)
-            ran = [node for node in self._tree.root.subtree() if node.slot >= 0]
-            for slot, node in enumerate(ran, self._base):
-                source.append(node.slot)
-                destination.append(slot)
-                node.slot = slot
-        return Moves(source, destination)
+        if self.position + LIFETIME > self._base:
+            self._base = window_base(self.position)  # nodes that live stay where they are
+        return Moves(source, range(start, start + len(source)))
 
     def _learn(self, outcome: Outcome) -> None:
         guesses = self._guesses.get(outcome.accepted)
@@ -369,5 +367,5 @@ class DraftSession:
 
 
 def window_base(position: int) -> int:
-    """First scratch slot for a bonus token at this position: some rounds beyond, so that the window rarely moves."""
+    """First scratch slot for a bonus token at this position: many rounds beyond, so that the window rarely moves."""
     return (position // WINDOW_STEP + 2) * WINDOW_STEP
