@@ -137,12 +137,13 @@ class CompiledForward:
         inputs = [torch.arange(count), tokens, positions.expand_as(tokens), slots.expand_as(tokens)]
         inputs = [tensor.contiguous() for tensor in (*inputs, mask.expand(count, -1, -1, -1))]
         keys, values = self._views(first, count)
+        # Reading all slots is not a slice, hence another graph.
         shape = (*tokens.shape, mask.shape[-1] == self._kv.slots)
         if shape in self._known:
             return self._step(keys, values, *inputs)
         self._known.add(shape)
         logger.info("compiling the forward of %d rows of %d tokens", count, tokens.shape[1])
-        return _run_compiled(self._step, keys, values, inputs, self._kv.slots)
+        return _run_compiled(self._step, keys, values, inputs)
 
     def _views(self, first: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
         if (first, count) not in self._spans:
@@ -153,12 +154,10 @@ class CompiledForward:
 
 
 def _run_compiled(
-    step: Callable[..., Tensor], keys: list[Tensor], values: list[Tensor], inputs: Sequence[Tensor], slots: int
+    step: Callable[..., Tensor], keys: list[Tensor], values: list[Tensor], inputs: Sequence[Tensor]
 ) -> Tensor:
-    """Run a step that may have to be compiled first, once for all extents: an open one costs nothing measurable."""
-    mask = inputs[-1]
-    if mask.shape[-1] < slots:  # reading everything is not a slice, hence another graph
-        torch._dynamo.mark_dynamic(mask, 3, min=2, max=slots - 1)
+    """Run a step that may have to be compiled first. The extent is left open: measured, that costs nothing."""
+    torch._dynamo.maybe_mark_dynamic(inputs[-1], 3)
     with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
         return step(keys, values, *inputs)
 
@@ -201,7 +200,7 @@ class CudaGraphForward:
         stream.wait_stream(torch.cuda.current_stream(self._kv.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                _run_compiled(step, keys, values, buffers, self._kv.slots)
+                _run_compiled(step, keys, values, buffers)
         torch.cuda.current_stream(self._kv.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
