@@ -1,0 +1,54 @@
+"""Every example runs and does what its docstring says."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run an example as a script; what it has printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr()
+
+    return run
+
+
+def test_offline(run, pair):
+    out = run("offline.py", *pair).out
+    assert len(re.findall(r"^--- (?:length|stop) after \d+ tokens$", out, re.MULTILINE)) == 2
+    assert re.search(r"^--- \d\.\d\d tokens per round, hit rate \d+%, misses {'fan_out'", out, re.MULTILINE)
+
+
+def test_streaming(run, pair):
+    out = run("streaming.py", *pair).out
+    assert out.startswith("class Stack:\n")
+    assert re.search(r"\n--- (length|stop), \d\.\d\d tokens per round\n$", out)
+
+
+def test_scale_drafts(run, pair):
+    printed = run("scale_drafts.py", *pair)
+    assert re.match(r"\d+ texts of \d+ characters, all the same", printed.out)
+    assert [line[1] for line in printed.err.splitlines() if line.startswith("[")] == ["3", "0", "1"]
+
+
+def test_job(run, pair, tmp_path):
+    prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("one\ntwo\n")
+    models = ["--target", pair[0], "--draft", pair[1]]
+    out = run("job.py", "--prompts", str(prompts), "--output", str(results), "--num-drafts", "0", *models).out
+    assert out.startswith("2 results in")
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "two"]
+    assert all(line["text"] and line["finish_reason"] in ("length", "stop") for line in lines)
