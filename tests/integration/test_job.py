@@ -1,0 +1,97 @@
+"""`ray job submit --working-dir . -- python examples/job.py` on a cluster of one machine."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MARK = "SSD_RAY_TEST_CLUSTER"
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def marked(folder):
+    """Processes of the cluster, orphans included."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == folder:
+                found.append(process)
+    return found
+
+
+@contextmanager
+def running_cluster(environment, folder, dashboard_port):
+    ports = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    numbers = dict(zip(ports, free_ports(len(ports)), strict=True)) | {"dashboard-port": dashboard_port}
+    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+    command += [f"--{name}={port}" for name, port in numbers.items()]
+    command += [f"--temp-dir={folder}", "--num-cpus=2", "--disable-usage-stats", "--object-store-memory=100000000"]
+    # Into a file: nobody would read a pipe.
+    with open(Path(folder) / "start.log", "w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        head.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            head.wait(20)
+        for process in marked(folder):
+            with suppress(psutil.Error):
+                process.kill()
+        head.wait(5)
+
+
+@pytest.fixture
+def cluster_environment():
+    """A cluster of our own; the environment in which the ray command reaches it."""
+    folder = tempfile.mkdtemp(prefix="ssdj-", dir="/tmp")  # short: Ray's sockets lie there
+    (port,) = free_ports(1)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, MARK: folder, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    try:
+        with running_cluster(environment, folder, port):
+            yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{port}"}
+        assert marked(folder) == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def wait_for_dashboard(environment):
+    """`ray job list` succeeds as soon as jobs can be submitted."""
+    for _ in range(30):
+        if subprocess.run(["ray", "job", "list"], env=environment, capture_output=True).returncode == 0:
+            return
+    raise AssertionError("the cluster does not come up")
+
+
+def test_a_job_writes_its_results(cluster_environment, pair, tmp_path):
+    wait_for_dashboard(cluster_environment)
+    results = tmp_path / "results.jsonl"
+    job = ["python", "examples/job.py", "--output", str(results), "--target", pair[0], "--draft", pair[1]]
+    submit = ["ray", "job", "submit", "--working-dir", ".", "--", *job]
+    run = subprocess.run(submit, cwd=ROOT, env=cluster_environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "3 results in" in run.stdout
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["prompt"] for line in lines][1] == "class Node:\n"
+    assert all(line["text"] for line in lines)
