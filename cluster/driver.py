@@ -183,7 +183,8 @@ class Driver:
 
     def _stop_pump(self) -> None:
         self._closing.set()
-        self._pump.join()
+        if threading.current_thread() is not self._pump:  # a forgotten engine is closed by whichever thread notices
+            self._pump.join()
 
     def _fail(self, error: EngineError) -> None:
         """Refuse further requests and end those under way; the first reason stands, closing aside."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ssd_ray.cluster.runtime import private_is_next
+from ssd_ray.cluster.runtime import is_private
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError
 from ssd_ray.models.loader import ModelInfo, Role, check_pair, free_bytes, load_tokenizer, model_info
@@ -65,7 +65,7 @@ def check(config: EngineConfig) -> Checked:
         infos["draft"] = model_info(config.draft, role="draft")
         vocab_size = check_pair(config.target, config.draft)
     max_length = min(_max_length(config, info, role) for role, info in infos.items())
-    if private_is_next():
+    if is_private():
         _require_machine(config, infos, max_length)
     return Checked(tokenizer=load_tokenizer(config.target), vocab_size=vocab_size, max_length=max_length)
 

@@ -7,8 +7,9 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import ray
@@ -46,9 +47,9 @@ rm -rf "$1"
 """
 
 
-def private_is_next() -> bool:
-    """Whether a runtime that is made now would be a private Ray on this machine."""
-    return _next_kind() == "private"
+def is_private() -> bool:
+    """Whether a runtime that is made now is a private Ray on this machine."""
+    return (_shared.kind if _shared.users else _next_kind()) == "private"
 
 
 class RayRuntime:
@@ -59,26 +60,51 @@ class RayRuntime:
     - Otherwise a private Ray is started on this machine, on the loopback interface, in a folder of its own, which is
       removed together with Ray's processes, also when this process is killed.
 
+    A process has one connection to Ray. Runtimes share what the first of them made, and the last one ends it.
+
     Raises:
         ResourceError: the cluster cannot be reached.
         EngineError: Ray does not start.
     """
 
     def __init__(self) -> None:
-        self.kind = _next_kind()
-        self._private: _PrivateRay | None = None
-        if self.kind == "cluster":
-            _join(os.environ["RAY_ADDRESS"])
-        elif self.kind == "private":
-            logger.info("starting Ray")
-            self._private = _PrivateRay()
+        with _shared.lock:
+            if not _shared.users:
+                _shared.kind, _shared.end = _connect()
+            _shared.users += 1
+            self.kind = _shared.kind
 
     def close(self) -> None:
-        """Leave or stop Ray if it was joined or started here."""
-        if self._private is not None:
-            self._private.close()
-        elif self.kind == "cluster":
-            ray.shutdown()
+        """Leave or stop Ray if it was joined or started here and nobody else uses it. To be called once."""
+        with _shared.lock:
+            _shared.users -= 1
+            if not _shared.users:
+                _shared.end()
+
+
+@dataclass(slots=True)
+class _Shared:
+    """The process's connection to Ray, and how many runtimes use it."""
+
+    lock: threading.Lock
+    users: int
+    kind: Kind
+    end: Callable[[], None]
+
+
+_shared = _Shared(threading.Lock(), 0, "given", lambda: None)
+
+
+def _connect() -> tuple[Kind, Callable[[], None]]:
+    """Make the connection; its kind, and what ends it."""
+    kind = _next_kind()
+    if kind == "given":
+        return kind, lambda: None
+    if kind == "cluster":
+        _join(os.environ["RAY_ADDRESS"])
+        return kind, ray.shutdown
+    logger.info("starting Ray")
+    return kind, _PrivateRay().close
 
 
 class _PrivateRay:

@@ -139,7 +139,8 @@ class Supervisor:
                 self._stop([self._target])
                 self._target = None
         self._events.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # a forgotten engine is closed by whichever thread notices
+            self._thread.join()
 
     def _launch(self, name: str, role: Role, kind: type) -> Member:
         """Make the actor's process; nothing is loaded yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,9 @@ class LLM:
         self._models = check(self.config)
         self._driver = Driver(self.config)
         self._finalizer = weakref.finalize(self, self._driver.close)
+        # At exit it has to come before Ray's own end, so it is registered after that, and not by weakref.
+        self._finalizer.atexit = False
+        atexit.register(self._finalizer)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -179,6 +183,7 @@ class LLM:
     def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""
         self._finalizer()
+        atexit.unregister(self._finalizer)
 
     def __enter__(self) -> Self:
         return self

@@ -136,6 +136,15 @@ def test_a_closed_stream_cancels_its_request(llm, expected):
     assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
 
 
+def test_control_c_cancels_all_requests(llm, expected):
+    before = llm.stats().tokens
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 1000, LONG)
+    assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
+    assert llm.stats().tokens - before < 1000 * LONG.max_tokens / 2
+
+
 def test_figures_are_summed(llm):
     before = llm.stats()
     output = llm.generate(PROMPT, PARAMS)[0]
