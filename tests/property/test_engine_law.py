@@ -1,0 +1,84 @@
+"""The law of what the whole loop writes, drafts and all, is the target's."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from ssd_ray.actors import verifying
+from ssd_ray.config import SamplingParams
+from ssd_ray.models.table import TableModel
+from ssd_ray.sampling.verify import Outcome
+from ssd_ray.speculation import target as target_module
+from ssd_ray.speculation.draft import SCRATCH
+from tests.support.pump import Pump
+
+VOCABULARY = 5
+REQUESTS, LENGTH = 100, 210
+
+
+def p_value(*, temperature: float, requests: int = REQUESTS) -> float:
+    """Chi-square of requests * LENGTH tokens against the target's law, given the token before each."""
+    model = TableModel(VOCABULARY, contexts=64, order=1, max_length=224, scratch=SCRATCH, sharpness=1.0)
+    pump = Pump(model, [model.perturbed(0.0)], width=2, draft_turns=lambda: 3)
+    counts: dict[int, Counter[int]] = defaultdict(Counter)
+    for seed in range(requests):
+        params = SamplingParams(temperature=temperature, max_tokens=LENGTH, seed=seed)
+        tokens = [seed % VOCABULARY, *pump.run([seed % VOCABULARY], params, seed).tokens]
+        for before, token in pairwise(tokens):
+            counts[before][token] += 1
+    assert sum(sum(row.values()) for row in counts.values()) == requests * LENGTH
+    assert pump.target.stats().tokens_per_round > 1.3
+    statistic = sum(_statistic(model, before, row, temperature) for before, row in counts.items())
+    return float(chi2.sf(statistic, len(counts) * (VOCABULARY - 1)))
+
+
+def _statistic(model: TableModel, before: int, row: Counter[int], temperature: float) -> float:
+    law = model.distribution([before]) ** (1.0 / temperature)
+    expected = law / law.sum() * sum(row.values())
+    observed = np.array([row[token] for token in range(VOCABULARY)])
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_law_is_the_targets(temperature: float) -> None:
+    assert REQUESTS * LENGTH > 20_000
+    assert p_value(temperature=temperature) > 0.001
+
+
+def test_a_verification_that_favours_the_draft_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepting a wrong guess when it is one certain token must not pass."""
+
+    def lenient(speculation: Sequence[int], choices: Sequence[int]) -> Outcome:
+        accepted = 0
+        while accepted < len(speculation):
+            if speculation[accepted] not in (choices[accepted], 0):
+                break
+            accepted += 1
+        return Outcome(accepted, choices[accepted])
+
+    monkeypatch.setattr(target_module, "verify", lenient)
+    monkeypatch.setattr(target_module.TargetSession, "_until_end", _uncut)
+    assert p_value(temperature=1.0, requests=25) < 0.001
+
+
+def _uncut(session: target_module.TargetSession, choices: Sequence[int]) -> list[int]:
+    """What a lenient verification adds: the guesses that it accepted, then the bonus token."""
+    added = [*session.cache.speculation[: len(choices) - 1], choices[-1]][: session.remaining]
+    if len(added) == session.remaining:
+        session.finish_reason = "length"
+    return added
+
+
+def test_noise_that_is_used_twice_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(self: object, positions: Sequence[int]) -> object:
+        return rows(self, [position // 2 * 2 for position in positions])  # type: ignore[arg-type]
+
+    rows = verifying.NoiseRows.rows
+    monkeypatch.setattr(verifying.NoiseRows, "rows", stuck)
+    assert p_value(temperature=1.0, requests=25) < 0.001
