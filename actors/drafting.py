@@ -208,6 +208,7 @@ class Draft:
         if pairs:
             visible[tuple(torch.tensor(pairs).T)] = True
         tokens, positions, slots = torch.tensor([(i.token, i.position, i.slot) for i in padded]).T
+        tokens = tokens.clamp(max=self._runner.vocab_size - 1)  # the target's vocabulary may have more padding
         return self._runner.extend([row], tokens[None], positions[None], slots[None], visible[None])[0]
 
 

@@ -18,6 +18,7 @@ from ssd_ray.cluster.refs import RefEndpoint
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import HUB, Channel
+from ssd_ray.transport.hybrid import HybridChannel
 from ssd_ray.transport.zmq import ZmqAddress, ZmqHub, ZmqSpoke
 
 Cores = Sequence[int] | None
@@ -43,7 +44,7 @@ class TargetProcess(_Process):
         channel: Channel = self.refs
         if config.transport != "ray":
             hub = ZmqHub() if one_node else ZmqHub("tcp", ray.util.get_node_ip_address())
-            channel, self._address = hub, hub.address
+            channel, self._address = HybridChannel(hub, self.refs, config.inline_max_bytes), hub.address
         self._actor = TargetActor(config, channel, session=session, cores=cores)
 
     def address(self) -> ZmqAddress | None:
@@ -101,7 +102,9 @@ class DraftProcess(_Process):
     ) -> None:
         super().__init__(name, config.inline_max_bytes)
         self.refs.add_peer(HUB, target)
-        channel: Channel = self.refs if address is None else ZmqSpoke(address, name)
+        channel: Channel = self.refs
+        if address is not None:
+            channel = HybridChannel(ZmqSpoke(address, name), self.refs, config.inline_max_bytes)
         self._actor = DraftActor(config, channel, session=session, cores=cores)
 
     def ready(self) -> None:

@@ -129,7 +129,7 @@ class EngineConfig:
     backup: Backup = "auto"
     sampler: Sampler = "coupled"
     transport: Transport = "auto"
-    inline_max_bytes: int = 1 << 16
+    inline_max_bytes: int = 1 << 20
     device: str = "auto"
     dtype: Dtype = "auto"
     compile: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -119,7 +119,7 @@ class LLM:
     def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
         self._models = check(self.config)
-        self._driver = Driver(self.config)
+        self._driver = Driver(replace(self.config, max_model_len=self._models.max_length))
         self._finalizer = weakref.finalize(self, self._driver.close)
         # At exit it has to come before Ray's own end, so it is registered after that, and not by weakref.
         self._finalizer.atexit = False
