@@ -1,5 +1,6 @@
 """What a Python user can do with an engine, on real actors."""
 
+import json
 import logging
 import os
 import re
@@ -11,8 +12,10 @@ from time import monotonic, sleep
 
 import pytest
 import ray
+from typer.testing import CliRunner
 
 from ssd_ray import LLM, SamplingParams
+from ssd_ray.cli import app
 from ssd_ray.errors import (
     ConfigError,
     EngineClosedError,
@@ -189,7 +192,7 @@ def test_actors_run_at_the_drivers_priority(llm):
 
 
 def test_drafts_come_and_go_while_requests_run(llm, expected):
-    """1 -> 3 -> 0 -> 1."""
+    """1 -> 2 -> 0 -> 1; an example goes further."""
     texts, stop = [], threading.Event()
 
     def decode():
@@ -199,7 +202,7 @@ def test_drafts_come_and_go_while_requests_run(llm, expected):
     thread = threading.Thread(target=decode)
     thread.start()
     try:
-        for count in (3, 0, 1):
+        for count in (2, 0, 1):
             llm.scale_drafts(count)
             wait_until(lambda count=count: len(llm.stats().drafts) == count)
     finally:
@@ -236,6 +239,20 @@ def test_actor_calls_can_carry_everything(cluster, pair, expected):
     with LLM(*pair, transport="ray") as engine:
         assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
         assert engine.stats().misses["no_draft"] == 0
+
+
+def test_the_command_line_writes_the_same_text(cluster, pair, expected, tmp_path):
+    """With another method even."""
+    sampling = ["--max-tokens", "24", "--seed", "3", "--ignore-eos"]
+    engine = ["--target", pair[0], "--method", "sd", "--draft", pair[1]]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"x\n{PROMPT}\n")
+    result = CliRunner().invoke(app, ["generate", *engine, *sampling, "--prompt-file", str(prompts)])
+    assert result.exit_code == 0, result.output
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [document["prompt"] for document in documents] == ["x", PROMPT]
+    assert documents[1]["text"] == expected.text
+    assert "(48 tokens in" in result.stderr
 
 
 def test_a_dead_target_ends_every_request(cluster, pair):
