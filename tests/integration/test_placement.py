@@ -43,6 +43,40 @@ class TestCores:
             assert len({core for part in taken for core in part}) == sum(map(len, taken))
 
 
+class TestDevices:
+    """Which places there are, by what Ray says of the cluster."""
+
+    @pytest.fixture
+    def cluster_has(self, monkeypatch):
+        return lambda **resources: monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0} | resources)
+
+    @pytest.mark.parametrize(
+        ("device", "resources", "gpus"),
+        [
+            ("auto", {}, 0.0),
+            ("auto", {"GPU": 2.0}, 1.0),
+            ("auto", {"GPU": 1.0}, placement.SHARED_GPU),
+            ("cuda", {"GPU": 8.0}, 1.0),
+            ("cpu", {"GPU": 8.0}, 0.0),
+        ],
+    )
+    def test_gpus_of_an_actor(self, cluster_has, device, resources, gpus):
+        cluster_has(**resources)
+        assert Placer(device, drafts=1)._gpus == gpus
+
+    def test_sharing_one_gpu_is_pointed_out(self, cluster_has, caplog):
+        cluster_has(GPU=1.0)
+        Placer("auto", drafts=0)
+        assert caplog.text == ""
+        Placer("auto", drafts=1)
+        assert "one GPU" in caplog.text
+
+    def test_cuda_needs_a_gpu(self, cluster_has):
+        cluster_has()
+        with pytest.raises(ResourceError, match="'cuda' needs a GPU"):
+            Placer("cuda", drafts=1)
+
+
 @pytest.fixture(scope="class")
 def gpus():
     """A Ray of the user's own, which believes in three GPUs."""
@@ -97,11 +131,3 @@ class TestGpus:
         assert all(set(place.cores) <= os.sched_getaffinity(0) for place in places)
         for place in places:
             placer.release(place)
-
-
-@pytest.mark.ray
-def test_cuda_needs_a_gpu(cluster):
-    if ray.cluster_resources().get("GPU"):
-        pytest.skip("there is one")
-    with pytest.raises(ResourceError, match="'cuda' needs a GPU"):
-        Placer("cuda", drafts=1)
