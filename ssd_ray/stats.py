@@ -13,7 +13,8 @@ from ssd_ray.wire import RequestStats
 
 def add(a: RequestStats, b: RequestStats) -> RequestStats:
     """Sum two figures; histograms add entry by entry."""
-    return _add(a, b)
+    total: RequestStats = _add(a, b)
+    return total
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -13,13 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, per_round
+from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_round, target_cores
 from ssd_ray.bench.prompts import held_out_prompts
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 
 app = typer.Typer(help="Measure. Each command prints a table and ends with one JSON line.", invoke_without_command=True)
-
-Models = tuple[str | None, str | None]
 
 
 @app.callback()
@@ -65,6 +63,30 @@ def methods(
     for each in params:
         out.print(_table([result for result in results if result.temperature == each.temperature], each, len(chosen)))
     print(json.dumps({"bench": "methods", "machine": machine(), "results": [result.as_dict() for result in results]}))
+
+
+@app.command()
+def shapes(
+    target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
+    dtype: Annotated[str, typer.Option()] = "auto",
+    start: Annotated[int, typer.Option(min=1, help="Tokens before.")] = 300,
+) -> None:
+    """Show what one fixed shape of 8 tokens costs, and whether smaller shapes would round alike."""
+    from ssd_ray.bench.shapes import equal_rows, forward_ms
+    from ssd_ray.models.loader import load_runner
+
+    sizes = tuple(range(1, MAX_LOOKAHEAD + 2))
+    with on_cores(target_cores()):
+        runner = load_runner(target, role="target", rows=1, scratch=sizes[-1], dtype=dtype)
+        times, equal = forward_ms(runner, sizes, start=start), equal_rows(runner, sizes, start=start)
+    table = Table(title=f"one forward after {start} tokens, {runner.dtype}", caption="against the fixed shape of 8")
+    for column in ("tokens", "ms", "8 tokens cost more by", "same bits"):
+        table.add_column(column, justify="right")
+    for size in sizes:
+        more = times[sizes[-1]] / times[size] - 1.0
+        table.add_row(str(size), f"{times[size]:.2f}", f"{more:+.0%}", "yes" if equal[size] else "no")
+    Console().print(table)
+    print(json.dumps({"bench": "shapes", "machine": machine(), "ms": times, "same_bits": equal}))
 
 
 def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:

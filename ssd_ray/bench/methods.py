@@ -138,7 +138,7 @@ def _engine(config: EngineConfig) -> Iterator[Contender]:
     from ssd_ray.llm import LLM
 
     fields = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
-    with _on_cores(None if config.method == "ssd" else target_cores()):
+    with on_cores(None if config.method == "ssd" else target_cores()):
         llm = LLM(**fields)
     with llm:
 
@@ -163,18 +163,19 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
         return AutoModelForCausalLM.from_pretrained(getattr(config, role) or ASSETS / role, dtype=dtype).eval()
 
     target, draft = load("target"), load("draft") if assisted else None
+    for model in filter(None, (target, draft)):
+        model.generation_config.eos_token_id = None  # as long as ours, which go on after an end token, too
 
     def run(prompt: list[int], params: SamplingParams) -> Run:
         inputs = torch.tensor([prompt])
         sampling = {"do_sample": False} if params.greedy else {"do_sample": True, "temperature": params.temperature}
         torch.manual_seed(params.seed)
-        with _on_cores(target_cores()):
+        with on_cores(target_cores()):
             start = perf_counter()
             tokens = target.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=params.max_tokens,
-                min_new_tokens=params.max_tokens if params.ignore_eos else None,
                 assistant_model=draft,
                 pad_token_id=0,
                 **sampling,
@@ -194,7 +195,7 @@ def target_cores() -> list[int] | None:
 
 
 @contextmanager
-def _on_cores(cores: Sequence[int] | None) -> Iterator[None]:
+def on_cores(cores: Sequence[int] | None) -> Iterator[None]:
     """Keep this thread on some cores for a while."""
     import torch
 

@@ -1,0 +1,64 @@
+"""Benchmarks run, and end with one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ssd_ray.bench.cli import app
+from ssd_ray.bench.methods import Result, Run
+from ssd_ray.bench.prompts import held_out_prompts, held_out_texts
+from ssd_ray.models.loader import load_tokenizer
+from tests.support.tiny import tiny_pair
+
+
+def test_prompts_are_the_held_out_files() -> None:
+    texts = held_out_texts()
+    assert len(texts) == 30
+    prompts = held_out_prompts(load_tokenizer(None), count=5, tokens=10)
+    assert [len(prompt) for prompt in prompts] == [10] * 5
+    assert len({tuple(prompt) for prompt in prompts}) == 5
+
+
+def test_ratios_are_taken_prompt_by_prompt() -> None:
+    fast = Result("ssd", 0.0, [Run(100, 1.0), Run(100, 10.0), Run(100, 1.0)])
+    slow = Result("ar", 0.0, [Run(100, 2.0), Run(100, 20.0), Run(100, 3.0)])
+    assert fast.ratio(slow) == pytest.approx(2.0)
+    assert (fast.rate, slow.rate) == (100.0, pytest.approx(100.0 / 3))
+
+
+@pytest.mark.ray
+def test_methods(tmp_path: Path) -> None:
+    target, draft = tiny_pair(tmp_path, vocab=4096, context=128)
+    arguments = ["methods", "--target", str(target), "--draft", str(draft), "--dtype", "float32"]
+    arguments += [
+        "--prompts",
+        "2",
+        "--prompt-tokens",
+        "16",
+        "--max-tokens",
+        "24",
+        "--temperature",
+        "0",
+        "--lookahead",
+        "3",
+    ]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    by_method = {each["method"]: each for each in figures["results"]}
+    assert list(by_method) == ["ar", "sd", "ssd", "transformers", "assisted"]
+    assert all(each["tokens_per_s"] > 0 for each in by_method.values())
+    assert by_method["ar"]["tokens_per_round"] == 1.0
+    assert by_method["sd"]["tokens_per_round"] > 1.0
+    assert 0.0 < by_method["ssd"]["duty_cycle"] < 1.0
+
+
+def test_shapes(tmp_path: Path) -> None:
+    target, _ = tiny_pair(tmp_path, context=128)
+    result = CliRunner().invoke(app, ["shapes", "--target", str(target), "--start", "20"], catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert set(figures["ms"]) == {str(tokens) for tokens in range(1, 9)}
+    assert figures["same_bits"]["8"] is True
