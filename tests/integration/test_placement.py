@@ -85,16 +85,15 @@ def gpus():
     ray.shutdown()
 
 
-class Sitter:
-    """An actor that knows where it is."""
-
-    def where(self):
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
 def where(place):
+    """Put an actor there, and ask it which GPUs it sees."""
+
+    class Sitter:  # local, so that its process need not import this module
+        def gpus(self):
+            return os.environ.get("CUDA_VISIBLE_DEVICES")
+
     sitter = ray.remote(Sitter).options(**place.options()).remote()
-    return sitter, ray.get(sitter.where.remote())
+    return sitter, ray.get(sitter.gpus.remote())
 
 
 @pytest.mark.ray
