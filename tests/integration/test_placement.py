@@ -108,16 +108,16 @@ class TestGpus:
         assert ray.is_initialized(), "a Ray that was there before stays"
 
     def test_a_place_that_is_given_back_is_taken_again(self, monkeypatch):
-        monkeypatch.setattr(placement, "PLACEMENT_SECONDS", 1.0)
         placer = Placer("auto", drafts=2)
         places = [placer.place(role) for role in ("target", "draft", "draft")]
         sitters = [where(place) for place in places]
         assert {gpu for _, gpu in sitters} == {"0", "1", "2"}
         assert [place.cores for place in places] == [None] * 3
-        with pytest.raises(ResourceError, match="no room for the draft: it needs 1 CPU and 1 GPU, and free are 1 CPU"):
-            placer.place("draft")
+        with monkeypatch.context() as patch:
+            patch.setattr(placement, "PLACEMENT_SECONDS", 1.0)
+            with pytest.raises(ResourceError, match="no room for the draft: it needs 1 CPU and 1 GPU, and free are 1"):
+                placer.place("draft")
         placer.release(places[1])
-        monkeypatch.setattr(placement, "PLACEMENT_SECONDS", 20.0)
         places[1] = placer.place("draft")
         assert where(places[1])[1] == sitters[1][1]
         for place in places:
