@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.models.loader import ASSETS, load_tokenizer
+from ssd_ray.models.loader import ASSETS, load_runner, load_tokenizer
+from ssd_ray.speculation.draft import SCRATCH
 from tests.support.engines import engine, variants
+from tests.support.pump import Pump
 from tests.support.tiny import tiny_pair
 
 PROMPTS = [[5, 6, 7], list(range(1, 40)), [9]]
@@ -80,6 +82,19 @@ class TestTinyModels:
                 texts, stats = generate(PROMPTS, params)
             assert texts == expected, name(config)
             assert sum(figures.rounds for figures in stats) < 3 * 48, name(config)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_a_draft_that_is_the_target_is_always_right(self, pair: EngineConfig, temperature: float) -> None:
+        """So any slip in the draft's KV, masks, positions or noise shows, which no text would."""
+        runners = [
+            load_runner(pair.target, role=role, rows=1, scratch=SCRATCH, dtype="float32")
+            for role in ("target", "draft")
+        ]
+        pump = Pump(runners[0], runners[1:])
+        params = SamplingParams(temperature=temperature, seed=4, max_tokens=100, ignore_eos=True)
+        stats = pump.run(list(range(1, 60)), params).stats
+        assert stats.accepted == stats.speculated
+        assert stats.tokens / stats.rounds > 3
 
 
 @needs_pair

@@ -120,7 +120,7 @@ def test_a_draft_that_joins_late_brings_hits() -> None:
     pump.join("late", models[0])
     while pump.texts[1].finish_reason is None:
         pump.turn()
-    assert pump.texts[1].stats.hits > 10
+    assert pump.texts[1].stats.hits > 5
     assert pump.texts[1].tokens == alone(SamplingParams(temperature=0.0, max_tokens=120)).tokens
 
 

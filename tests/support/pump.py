@@ -31,10 +31,14 @@ class Text:
 
 
 class LossyHub(MemoryHub):
-    """A hub whose drafts' frames, both ways, are lost, repeated, delayed and mixed with garbage."""
+    """A hub whose drafts' frames, both ways, are lost, repeated, delayed and mixed with garbage.
 
-    def __init__(self, address: MemoryAddress, dice: random.Random, trouble: float) -> None:
+    Who waits for a frame lets others work.
+    """
+
+    def __init__(self, address: MemoryAddress, dice: random.Random, trouble: float, work: Callable[[], None]) -> None:
         super().__init__(address)
+        self._work = work
         self._dice = dice
         self._trouble = trouble
         self._held: list[tuple[str, bytes]] = []
@@ -50,6 +54,8 @@ class LossyHub(MemoryHub):
         return sent
 
     def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+        if timeout > 0.0:
+            self._work()
         received = super().receive(0.0)
         if received is None:
             return self._held.pop(self._dice.randrange(len(self._held))) if self._held else None
@@ -115,7 +121,7 @@ class Pump:
     ) -> None:
         address = MemoryAddress()
         target = Meanwhile(target, self._run_drafts)
-        hub = LossyHub(address, random.Random(seed), trouble)
+        hub = LossyHub(address, random.Random(seed), trouble, self._run_drafts)
         self.driver = MemorySpoke(address, DRIVER)
         self.target = Target(target, hub, SESSION, **options)  # type: ignore[arg-type]
         self._address, self._width, self._draft_turns = address, width, draft_turns
