@@ -104,10 +104,10 @@ class Driver:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request early; nothing happens if it has ended."""
+        """End a request early, unless it has ended: its last message comes soon, with the reason "cancelled"."""
         with self._lock:
-            known = self._requests.pop(request.number, None)
-        if known is not None and self._failure is None:
+            under_way = request.number in self._requests
+        if under_way:
             self._target.cancel.remote(request.number)
 
     def scale_drafts(self, count: int) -> None:

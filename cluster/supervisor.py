@@ -95,7 +95,7 @@ class Supervisor:
         """Launch the target and the first drafts; return the target's handle and the address of its channel.
 
         Raises:
-            SsdRayError: what went wrong, in the actor's own words. Nothing is left running.
+            SsdRayError: what went wrong, in the actor's own words. :meth:`close` stops what has been started.
         """
         with self._scaling:
             self._target = self._launch("target", "target", TargetProcess)
@@ -118,9 +118,7 @@ class Supervisor:
         with self._scaling:
             missing = count - len(self.drafts)
             if missing < 0:
-                with self._changing:
-                    leaving, self._drafts = self._drafts[count:], self._drafts[:count]
-                self._stop(leaving)
+                self._stop(self._drafts[count:])
             elif missing > 0:
                 added = self._launch_drafts(missing)
                 try:
@@ -132,12 +130,10 @@ class Supervisor:
     def close(self) -> None:
         """Stop all actors; idempotent."""
         with self._scaling:
-            with self._changing:
-                drafts, self._drafts = self._drafts, []
-            self._stop(drafts)
-            if self._target is not None:
-                self._stop([self._target])
-                self._target = None
+            if ray.is_initialized():  # else they have ended with it
+                self._stop(self._drafts)
+                self._stop([self._target] if self._target else [])
+            self._target = None
         self._events.put(None)
         if threading.current_thread() is not self._thread:  # a forgotten engine is closed by whichever thread notices
             self._thread.join()
@@ -207,6 +203,9 @@ class Supervisor:
 
     def _stop(self, members: Sequence[Member]) -> None:
         """Let actors leave; end those that do not."""
+        with self._changing:
+            members = list(members)
+            self._drafts = [draft for draft in self._drafts if draft not in members]
         for member in members:
             member.leaving = True
         running = [member for member in members if member.sentinel is not None]

@@ -45,7 +45,7 @@ class RequestOutput:
 class TextStream(Iterator[str]):
     """The pieces of one text as they come; concatenated, they are ``output.text``.
 
-    :meth:`close`, and forgetting an iteration that has begun, cancels the request.
+    One thread iterates. Leaving the iteration, by :meth:`close` or by forgetting it, cancels the request.
     """
 
     output: RequestOutput | None = None
@@ -61,10 +61,14 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def close(self) -> None:
-        """Cancel the request unless it has ended."""
-        self._pieces.close()
+    def cancel(self) -> None:
+        """End the text early, from any thread; the iteration ends soon, and the result has what has come so far."""
         self._driver.cancel(self._request)
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended, and read no further."""
+        self._pieces.close()
+        self.cancel()
 
     def wait(self) -> RequestOutput:
         """Read to the end and return the whole result."""

@@ -1,6 +1,5 @@
-"""Every example runs and does what its docstring says."""
+"""Every example runs and does what its docstring says; test_job.py runs that of a job."""
 
-import json
 import re
 import runpy
 import sys
@@ -41,14 +40,3 @@ def test_scale_drafts(run, pair):
     printed = run("scale_drafts.py", *pair)
     assert re.match(r"\d+ texts of \d+ characters, all the same", printed.out)
     assert [line[1] for line in printed.err.splitlines() if line.startswith("[")] == ["3", "0", "1"]
-
-
-def test_job(run, pair, tmp_path):
-    prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
-    prompts.write_text("one\ntwo\n")
-    models = ["--target", pair[0], "--draft", pair[1]]
-    out = run("job.py", "--prompts", str(prompts), "--output", str(results), "--num-drafts", "0", *models).out
-    assert out.startswith("2 results in")
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == ["one", "two"]
-    assert all(line["text"] and line["finish_reason"] in ("length", "stop") for line in lines)

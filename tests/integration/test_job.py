@@ -86,12 +86,14 @@ def wait_for_dashboard(environment):
 
 def test_a_job_writes_its_results(cluster_environment, pair, tmp_path):
     wait_for_dashboard(cluster_environment)
-    results = tmp_path / "results.jsonl"
-    job = ["python", "examples/job.py", "--output", str(results), "--target", pair[0], "--draft", pair[1]]
+    prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("def f():\nclass Node:\n")
+    job = ["python", "examples/job.py", "--target", pair[0], "--draft", pair[1]]
+    job += ["--prompts", str(prompts), "--output", str(results)]
     submit = ["ray", "job", "submit", "--working-dir", ".", "--", *job]
     run = subprocess.run(submit, cwd=ROOT, env=cluster_environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "3 results in" in run.stdout
+    assert "2 results in" in run.stdout
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["prompt"] for line in lines][1] == "class Node:\n"
-    assert all(line["text"] for line in lines)
+    assert [line["prompt"] for line in lines] == ["def f():", "class Node:"]
+    assert all(line["text"] and line["finish_reason"] in ("length", "stop") for line in lines)

@@ -139,6 +139,16 @@ def test_a_closed_stream_cancels_its_request(llm, expected):
     assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
 
 
+def test_a_text_can_be_cut_short(llm):
+    stream = llm.stream(PROMPT, LONG)
+    first = next(stream)
+    threading.Thread(target=stream.cancel).start()
+    output = stream.wait()
+    assert output.finish_reason == "cancelled"
+    assert output.text.startswith(first)
+    assert 0 < len(output.token_ids) < 400
+
+
 def test_control_c_cancels_all_requests(llm, expected):
     before = llm.stats().tokens
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
