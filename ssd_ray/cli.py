@@ -33,6 +33,8 @@ INPUT_ERRORS = (ConfigError, ModelError, RequestError, ResourceError)
 """What the caller can mend: exit code 2, all other errors of ours 1."""
 
 FALLBACK_PROMPT = "def fibonacci(n):\n"
+BUNDLED_LINES = 24
+"""How much of a bundled prompt to begin with where none is given."""
 
 
 class _Commands(TyperGroup):
@@ -188,6 +190,7 @@ def _print_figures(stats: Stats, seconds: float) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("tokens/s", f"{stats.tokens / seconds:.1f}  ({stats.tokens} tokens in {seconds:.2f} s)"),
+        ("prefill", f"{stats.sums.prefill_ms:.0f} ms for {stats.sums.prompt_tokens} prompt tokens, included above"),
         ("tokens per round", f"{stats.tokens_per_round:.2f}"),
         ("hit rate", f"{stats.hit_rate:.1%}"),
         ("misses", misses),
@@ -204,7 +207,9 @@ def _prompt(prompt: str | None) -> str:
         return prompt
     folder = files("ssd_ray") / "assets" / "prompts"
     bundled = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    return (folder / bundled[0]).read_text(encoding="utf-8") if bundled else FALLBACK_PROMPT
+    if not bundled:
+        return FALLBACK_PROMPT
+    return "".join((folder / bundled[0]).read_text(encoding="utf-8").splitlines(keepends=True)[:BUNDLED_LINES])
 
 
 def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[str, SamplingParams]]:

@@ -17,7 +17,9 @@ from ssd_ray.flags import _explanations, from_flags
 from ssd_ray.stats import EngineStats, Stats
 from ssd_ray.wire import Misses, RequestStats
 
-SUMS = RequestStats(tokens=4, rounds=2, hits=1, misses=Misses(late=3), verify_ms=3.0, host_ms=1.0, accepted=(1, 1))
+SUMS = RequestStats(
+    rounds=2, tokens=4, prompt_tokens=7, hits=1, misses=Misses(late=3), verify_ms=3.0, host_ms=1.0, prefill_ms=5.0
+)
 
 
 @dataclasses.dataclass
@@ -141,7 +143,7 @@ def test_other_values_are_ignored_where_a_configuration_is_built():
 def test_the_text_goes_to_stdout_and_the_figures_to_stderr(llm):
     result = run("generate", "x")
     assert result.stdout == "one two\n"
-    for figure in ("tokens/s", "(4 tokens in", "2.00", "25.0%", "3 late", "75.0%"):
+    for figure in ("tokens/s", "(4 tokens in", "2.00", "25.0%", "3 late", "75.0%", "5 ms for 7 prompt tokens"):
         assert figure in result.stderr
     assert llm.made[0].closed
 
