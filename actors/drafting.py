@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -201,15 +202,14 @@ class Draft:
         """Logits, float32 [padded items, V]. Shapes come in few sizes; padding repeats the last item."""
         padded = [*items, *[items[-1]] * (padded_size(len(items)) - len(items))]
         extent = self._runner.extent(1 + max(max(item.path, default=item.slot) for item in items))
-        visible = torch.zeros(len(padded), extent, dtype=torch.bool)
-        for index, item in enumerate(padded):
-            visible[index, : item.trunk] = True
-        pairs = [(index, slot) for index, item in enumerate(padded) for slot in item.path]
-        if pairs:
-            visible[tuple(torch.tensor(pairs).T)] = True
-        tokens, positions, slots = torch.tensor([(i.token, i.position, i.slot) for i in padded]).T
-        tokens = tokens.clamp(max=self._runner.vocab_size - 1)  # the target's vocabulary may have more padding
-        return self._runner.extend([row], tokens[None], positions[None], slots[None], visible[None])[0]
+        visible = np.arange(extent) < np.array([[item.trunk] for item in padded])  # [padded, extent]
+        indices = [index for index, item in enumerate(padded) for _ in item.path]
+        visible[indices, [slot for item in padded for slot in item.path]] = True
+        # The target's vocabulary may have more padding than the draft's.
+        tokens = torch.tensor([[item.token for item in padded]]).clamp(max=self._runner.vocab_size - 1)
+        positions = torch.tensor([[item.position for item in padded]])
+        slots = torch.tensor([[item.slot for item in padded]])
+        return self._runner.extend([row], tokens, positions, slots, torch.from_numpy(visible)[None])[0]
 
 
 def padded_size(count: int) -> int:
