@@ -67,7 +67,7 @@ class Plan:
     long_length: int = 2048
     tokens_per_step: int = 4096
     steps: int = 2600
-    growth: tuple[tuple[int, float], ...] = ((5, 0.66), (10, 0.84), (20, 1.0))  # layers, until which share of the steps
+    growth: tuple[tuple[int, float], ...] = ((5, 0.85), (20, 1.0))  # layers, until which share of the steps
     decay_share: float = 0.25
     draft_steps: int = 1200
     distil_steps: int = 800

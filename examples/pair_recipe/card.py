@@ -37,9 +37,11 @@ continues each prompt from its first {prefix} tokens for {written} tokens; the m
 
 ## Sources and licences
 
-{summary} Files that are generated tables, near-copies of others, or resemble a held-out prompt were left out, and so
-were leading comment blocks. Licences as the packages declare them; the sources remain under these licences. The weights
-are published under Apache-2.0, the licence of this project.
+{summary}
+
+Generated tables, near-copies of other files and files that resemble a held-out prompt were left out, and so were
+leading comment blocks. Licences are given as the packages declare them; the sources remain under these licences. The
+weights are published under Apache-2.0, the licence of this project.
 
 | package | declared licence | files | kB |
 |---|---|---|---|
