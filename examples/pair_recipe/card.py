@@ -35,6 +35,9 @@ continues each prompt from its first {prefix} tokens for {written} tokens; the m
 
 {figures}
 
+A model of this size soon repeats itself when it writes greedily, and loops are easy to guess: the figures at
+temperature 1 are the sober ones.
+
 ## Sources and licences
 
 {summary}
