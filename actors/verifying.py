@@ -59,6 +59,7 @@ class Row:
     noise: NoiseRows | None
     text: Detokenizer | None
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
+    wanted: int = 0  # tokens to wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,7 @@ class Target:
         self._look_for_stop(row, added)
         if session.finish_reason is None:
             row.announced = session.cache.speculate(session.most(self._lookahead))
+            row.wanted = self._wanted(session)
             for share, draft in enumerate(self._drafts):
                 message = Outcome(
                     session.sequence,
@@ -219,6 +221,7 @@ class Target:
                     outcome.bonus_token,
                     row.announced,
                     session.hit,
+                    row.wanted,
                     share,
                     len(self._drafts),
                 )
@@ -235,26 +238,34 @@ class Target:
             del added[len(added) - surplus :]
             row.session.finish("stop", row.text.count)
 
+    def _wanted(self, session: TargetSession) -> int:
+        """How many tokens the next speculation should have: more than there are only if waiting pays."""
+        most = session.most(self._lookahead)
+        available = session.cache.available(most)
+        if not self._worth_waiting(session):
+            return available
+        if self._exact_lookahead:
+            return most
+        wanted = self._pace.best_length(available, most)
+        return max(wanted, min(1, most)) if self._patient else wanted  # what is never tried is never known
+
     def _wait(self, rows: Sequence[Row]) -> float:
         """Wait for drafts where a longer speculation is worth it; returns milliseconds."""
         start = perf_counter()
         waited = False
         for row in rows:
-            waited |= self._wait_for(row.session, start)
+            waited |= self._wait_for(row, start)
         return 1e3 * (perf_counter() - start) if waited else 0.0
 
-    def _wait_for(self, session: TargetSession, start: float) -> bool:
-        most = session.most(self._lookahead)
-        available = session.cache.available(most)
-        wanted = most if self._exact_lookahead else self._pace.best_length(available, most)
-        if wanted <= available or not self._worth_waiting(session):
+    def _wait_for(self, row: Row, start: float) -> bool:
+        cache, wanted = row.session.cache, row.wanted
+        steps = wanted - cache.available(wanted)
+        if steps <= 0:
             return False
-        steps = wanted - available
         deadline = start + (3600.0 if self._patient else 1e-3 * self._pace.patience_ms(steps))
-        while available < wanted and (left := deadline - perf_counter()) > 0:
+        while cache.available(wanted) < wanted and (left := deadline - perf_counter()) > 0:
             if not self._receive(left) and self._patient:
                 break
-            available = session.cache.available(most)
         self._pace.saw_wait(1e3 * (perf_counter() - start), steps)
         return True
 

@@ -88,7 +88,8 @@ class Outcome(Message, frozen=True, tag="outcome"):
     """What the verification of ``round`` decided, and what the next one verifies.
 
     ``accepted`` speculated tokens and then ``bonus_token`` were committed; ``position`` is that of the bonus token.
-    ``speculation`` is what the verification of ``round + 1`` runs over. ``hit`` says whether it was prepared.
+    ``speculation`` is what the verification of ``round + 1`` runs over, unless the target waits for more: until there
+    are ``wanted`` tokens. ``hit`` says whether a speculation was prepared.
     Guesses are dealt: this draft takes share ``share`` of ``shares``.
     """
 
@@ -99,6 +100,7 @@ class Outcome(Message, frozen=True, tag="outcome"):
     bonus_token: Token
     speculation: Speculation
     hit: bool
+    wanted: Count = 0
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
 

@@ -74,9 +74,9 @@ class Pace:
         self.delay_ms = _blend(self.delay_ms, min(max(milliseconds - steps * self.step_ms, 0.0), 2.0 * self.step_ms))
 
     def best_length(self, available: int, most: int) -> int:
-        """How many tokens to verify next; what is there while nothing is known yet."""
+        """How many tokens to verify next; while nothing is known yet, as many as possible."""
         if not self.verify_ms or not self.step_ms:
-            return min(available, most)
+            return most
         return best_length(
             available,
             most,

@@ -142,6 +142,7 @@ class DraftSession:
         self.params: SamplingParams = opened.params
         self.tokens = list(opened.tokens)
         self.round = opened.round
+        self._wanted = 0
         self._base = window_base(self.position)
         self._tree: TokenTree[DraftNode] = TokenTree(DraftNode, self.tokens[-1])
         self._follow(opened)
@@ -172,6 +173,11 @@ class DraftSession:
             and outcome.position == self.position + outcome.accepted + 1
         )
 
+    @property
+    def awaited(self) -> bool:
+        """Whether the target waits for this sequence's chain to grow."""
+        return len(self._tree.root.chain(self._wanted)) < self._wanted
+
     def advance(self, outcome: Outcome) -> Moves:
         """Take the outcome of the running round, which :meth:`expects` approved of; returns the KV to move first."""
         self._learn(outcome)
@@ -182,12 +188,14 @@ class DraftSession:
         self._tree.advance(outcome.accepted, outcome.bonus_token)
         self.round += 1
         moves = self._move_kv(committed, start)
+        self._wanted = outcome.wanted
         self._follow(outcome)
         return moves
 
     def begin(self, message: Begin) -> None:
         """Take what the target verifies after all, once it has waited for more of a branch."""
         if message.round == self.round:
+            self._wanted = 0
             self._follow(message)
 
     def prefill(self) -> Prefill | None:
@@ -200,9 +208,12 @@ class DraftSession:
     def next_step(self, width: int) -> list[Item]:
         """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches.
 
-        Empty when the tree is complete. Otherwise :meth:`complete` must follow.
+        While the target waits, nothing but the chain that it waits for: a narrow step is a quick one. Empty when the
+        tree is complete. Otherwise :meth:`complete` must follow.
         """
         items = [*self._missing_tokens(), *self._missing_trunk()]
+        if self.awaited:
+            return items or [self._item(*self._chain_end())]
         for _ in range(width):
             candidate = self._pop() if len(self._free) > RESERVE else None
             if candidate is None:
@@ -285,8 +296,20 @@ class DraftSession:
             node = candidate.node or self._open(candidate)
             if node.slot < 0:
                 return candidate.stem, node
-            self._extend(node)
+            if node.ranked:  # it has run out of turn; one that is in this very step is extended when it has
+                self._extend(node)
         return None
+
+    def _chain_end(self) -> tuple[DraftNode, DraftNode]:
+        """The first (stem, node) of the chain below the trunk that has not run."""
+        stem = self._tree.trunk[-1]
+        node = self._make(stem, self._guesses[len(self._tree.trunk) - 1][0], -len(self._tree.trunk))
+        if node.depth == 0:
+            node.depth, node.chance = 1, self._chance(len(self._tree.trunk) - 1, 0)
+        while node.slot >= 0:
+            stem = node
+            node = next(iter(stem.children.values()))
+        return stem, node
 
     def _open(self, guess: Candidate) -> DraftNode:
         """Make the node of a guess, and offer the next one at its depth."""

@@ -209,6 +209,16 @@ class TestDraftSession:
         items, _ = run(session)
         assert [(item.token, item.position) for item in items] == [(99, 4)]
 
+    def test_while_the_target_waits_only_its_chain_is_run(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform())
+        run(session)
+        session.advance(Outcome(1, 0, 2, 0, 9, [], False, wanted=3))
+        tokens = [[item.token for item in run(session, width=4)[0]] for _ in range(4)]
+        assert tokens[:3] == [[9], [50], [50]]
+        assert len(tokens[3]) == 4
+        session.begin(Begin(1, 1, [50, 50, 50]))
+        assert len(session.next_step(4)) > 1
+
     def test_only_the_next_possible_outcome_is_expected(self) -> None:
         session = DraftSession(opened([1, 2], [3]), Uniform())
         assert session.expects(Outcome(1, 0, 3, 1, 9, [], False))
