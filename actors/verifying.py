@@ -80,6 +80,7 @@ class Target:
         session: the engine's number on the wire.
         lookahead: tokens in one speculation at most.
         exact_lookahead: with ``patient``, wait for ``lookahead`` tokens rather than for the best number of them.
+        waits: wait for drafts where that pays.
         patient: wait for drafts however long they take: the draft is in this process and never late.
         end_tokens: tokens that end a text.
         tokenizer: needed for stop strings alone.
@@ -94,6 +95,7 @@ class Target:
         *,
         lookahead: int = MAX_LOOKAHEAD,
         exact_lookahead: bool = False,
+        waits: bool = True,
         patient: bool = False,
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
@@ -104,6 +106,7 @@ class Target:
         self._session = session
         self._lookahead = lookahead
         self._exact_lookahead = exact_lookahead
+        self._waits = waits
         self._patient = patient
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
@@ -271,7 +274,8 @@ class Target:
 
     def _worth_waiting(self, session: TargetSession) -> bool:
         """Whether some draft is at work on this sequence: it has said something about the round before this one."""
-        return self._patient or max(session.cache.latest.values(), default=-1) >= max(0, session.round - 1)
+        at_work = max(session.cache.latest.values(), default=-1) >= max(0, session.round - 1)
+        return self._patient or (self._waits and at_work)
 
     # Requests
 

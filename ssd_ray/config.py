@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 from ssd_ray.errors import ConfigError
 
 Method = Literal["ssd", "sd", "ar"]
-FanOut = Literal["auto", "uniform", "geometric", "histogram", "confidence"]
-Backup = Literal["auto", "draft", "ngram", "none"]
-Sampler = Literal["coupled", "rejection"]
+FanOut = Literal["auto", "uniform", "geometric", "histogram"]
+Backup = Literal["auto", "draft", "none"]
+Sampler = Literal["coupled"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -107,8 +107,9 @@ class EngineConfig:
         lookahead: tokens in one speculation at most, 1 to 7, or "auto".
         budget: guessed outcomes that a round's trees are opened for at first, over all drafts, or "auto".
         fan_out: which outcomes are prepared for.
-        backup: what a row does when its outcome was not prepared for.
-        sampler: "coupled" (one seed, one text) or "rejection" (the paper's).
+        backup: what a row does when its outcome was not prepared for: "draft" waits for the best number of tokens,
+            none included, "none" never waits; "auto" is "draft".
+        sampler: "coupled": target and draft share the noise, so one seed is one text.
         transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
         inline_max_bytes: frames above it ride on Ray object refs.
         device: "auto", "cpu" or "cuda".

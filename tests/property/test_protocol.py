@@ -142,6 +142,17 @@ def test_two_drafts_cover_more_outcomes_than_one() -> None:
     assert hits[3] > hits[1] + 0.05
 
 
+def test_without_backup_nobody_waits() -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=100, seed=2)
+    waits = {}
+    for backup in (True, False):
+        target, models = table_pair(0.7, 1)
+        text = Pump(target, models, waits=backup).run(PROMPT, params)
+        assert text.tokens == alone(params).tokens
+        waits[backup] = text.stats.waits
+    assert waits[True] > 0 == waits[False]
+
+
 def test_misses_are_told_by_cause() -> None:
     target, models = table_pair(0.5, 1)
     params = SamplingParams(temperature=1.0, max_tokens=100, seed=2)

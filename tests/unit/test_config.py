@@ -1,0 +1,77 @@
+"""Configurations refuse what they do not take, naming the field."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import get_args
+
+import pytest
+
+from ssd_ray import config as config_module
+from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.errors import ConfigError
+from ssd_ray.saguaro.fanout import POLICIES
+
+BAD_SAMPLING = {
+    "temperature": [-0.1, 101.0, float("nan"), "hot", True],
+    "top_p": [0.0, 1.1, None],
+    "top_k": [-1, 0.5],
+    "min_p": [-0.1, 1.5],
+    "max_tokens": [0, -1, 1.5],
+    "stop": ["", [1], ["a", ""]],
+    "stop_token_ids": [[-1], ["a"], 3],
+    "seed": [-1, 2**63, 0.5],
+    "ignore_eos": [1, "yes"],
+}
+BAD_ENGINE = {
+    "target": ["", 3],
+    "method": ["fast", None],
+    "num_drafts": [-1, 1025, 1.0],
+    "lookahead": [0, 8, "many"],
+    "budget": [0, 4097, "all"],
+    "fan_out": ["wide"],
+    "backup": ["ngram"],
+    "sampler": ["rejection"],
+    "transport": ["tcp"],
+    "device": ["tpu", 0],
+    "dtype": ["int8"],
+    "compile": [1],
+    "max_num_seqs": [0],
+    "max_model_len": [1],
+    "prefill_chunk": [4],
+    "inline_max_bytes": [0],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, bad in BAD_SAMPLING.items() for value in bad])
+def test_sampling_refuses(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}: expected .*, got ") as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, bad in BAD_ENGINE.items() for value in bad])
+def test_engine_refuses(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}: expected "):
+        EngineConfig.from_kwargs(**{field: value})
+
+
+def test_every_field_is_looked_at() -> None:
+    assert {field.name for field in fields(SamplingParams)} == set(BAD_SAMPLING)
+    assert {field.name for field in fields(EngineConfig)} == set(BAD_ENGINE) | {"draft"}
+
+
+def test_unknown_fields_are_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="look_ahead: expected a field of the engine: target, draft, method"):
+        EngineConfig.from_kwargs(look_ahead=3)
+
+
+def test_what_the_configuration_offers_exists() -> None:
+    assert set(get_args(config_module.FanOut)) == set(POLICIES)
+
+
+def test_configs_do_not_change() -> None:
+    params = SamplingParams(stop="x")
+    assert params.stop == ("x",)
+    with pytest.raises(FrozenInstanceError):
+        params.seed = 3  # type: ignore[misc]
