@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_pair.py"
 
-pytestmark = pytest.mark.slow
-
 
 def recipe(out: Path) -> str:
     command = [sys.executable, str(EXAMPLE), "--out", str(out), "--smoke"]
