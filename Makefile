@@ -2,7 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROMPT ?= def fibonacci(n):
 PYTEST_ARGS ?=
 
 .PHONY: run test check lint types pytest bench clean
@@ -10,7 +9,7 @@ PYTEST_ARGS ?=
 .NOTPARALLEL:
 
 run: $(STAMP)  ## generate a text with the bundled pair of models
-	$(BIN)/ssd-ray generate "$(PROMPT)"
+	$(BIN)/ssd-ray generate --temperature 0.7 --max-tokens 200 $(if $(PROMPT),"$(PROMPT)")
 
 test: lint types pytest  ## everything that needs neither a GPU nor much time
 
