@@ -173,11 +173,6 @@ class DraftSession:
             and outcome.position == self.position + outcome.accepted + 1
         )
 
-    @property
-    def awaited(self) -> bool:
-        """Whether the target waits for this sequence's chain to grow."""
-        return len(self._tree.root.chain(self._wanted)) < self._wanted
-
     def advance(self, outcome: Outcome) -> Moves:
         """Take the outcome of the running round, which :meth:`expects` approved of; returns the KV to move first."""
         self._learn(outcome)
@@ -212,8 +207,10 @@ class DraftSession:
         tree is complete. Otherwise :meth:`complete` must follow.
         """
         items = [*self._missing_tokens(), *self._missing_trunk()]
-        if self.awaited:
-            return items or [self._item(*self._chain_end())]
+        if len(self._tree.trunk) - 1 < self._wanted:
+            end = None if items else self._chain_end()
+            if items or end is not None:
+                return items if end is None else [self._item(*end)]
         for _ in range(width):
             candidate = self._pop() if len(self._free) > RESERVE else None
             if candidate is None:
@@ -300,16 +297,16 @@ class DraftSession:
                 self._extend(node)
         return None
 
-    def _chain_end(self) -> tuple[DraftNode, DraftNode]:
-        """The first (stem, node) of the chain below the trunk that has not run."""
-        stem = self._tree.trunk[-1]
-        node = self._make(stem, self._guesses[len(self._tree.trunk) - 1][0], -len(self._tree.trunk))
+    def _chain_end(self) -> tuple[DraftNode, DraftNode] | None:
+        """The first (stem, node) of the chain below the trunk that has not run; None once the chain is long enough."""
+        trunk = self._tree.trunk
+        stem, length = trunk[-1], len(trunk)
+        node = self._make(stem, self._guesses[length - 1][0], -length)
         if node.depth == 0:
-            node.depth, node.chance = 1, self._chance(len(self._tree.trunk) - 1, 0)
-        while node.slot >= 0:
-            stem = node
-            node = next(iter(stem.children.values()))
-        return stem, node
+            node.depth, node.chance = 1, self._chance(length - 1, 0)
+        while node.slot >= 0 and node.children:
+            stem, node, length = node, next(iter(node.children.values())), length + 1
+        return (stem, node) if node.slot < 0 and length < self._wanted else None
 
     def _open(self, guess: Candidate) -> DraftNode:
         """Make the node of a guess, and offer the next one at its depth."""

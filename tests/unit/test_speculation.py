@@ -219,6 +219,14 @@ class TestDraftSession:
         session.begin(Begin(1, 1, [50, 50, 50]))
         assert len(session.next_step(4)) > 1
 
+    def test_a_chain_that_cannot_grow_is_not_run_for_ever(self) -> None:
+        """The target waits for more than a branch of this draft may have: the draft goes on with its tree."""
+        session = DraftSession(opened([1, 2]), Uniform(), lookahead=2)
+        run(session)
+        session.advance(Outcome(1, 0, 2, 0, 9, [], False, wanted=7))
+        widths = [len(run(session, width=4)[0]) for _ in range(8)]
+        assert max(widths) == 4
+
     def test_only_the_next_possible_outcome_is_expected(self) -> None:
         session = DraftSession(opened([1, 2], [3]), Uniform())
         assert session.expects(Outcome(1, 0, 3, 1, 9, [], False))
