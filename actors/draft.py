@@ -39,3 +39,4 @@ class DraftActor:
     def stop(self) -> None:
         """Let :meth:`run` return, from any thread."""
         self._stopping = True
+        self._channel.wake()

@@ -26,6 +26,9 @@ RANKED = 32
 """Tokens that are kept of each distribution, best first."""
 
 HELLO_SECONDS = 1.0
+KNOCK_SECONDS = 0.02
+"""How soon a greeting is said again: one that was sent, and one for which no connection was there yet."""
+
 LOST_ROUNDS = 8
 """Rounds after which a sequence that is unknown is asked for again."""
 
@@ -79,13 +82,13 @@ class Draft:
         """The open sequences by number."""
         return self._sequences
 
-    def turn(self, idle_seconds: float = 0.05) -> bool:
+    def turn(self, idle_seconds: float = HELLO_SECONDS) -> bool:
         """Take what has arrived and run one step; without work wait for a message. Returns whether a step ran."""
         self._say_hello()
         self._receive(0.0)
         if self._step():
             return True
-        self._receive(idle_seconds)
+        self._receive(min(idle_seconds, max(0.0, self._hello_due - monotonic())))
         return False
 
     def leave(self) -> None:
@@ -98,11 +101,11 @@ class Draft:
         # Again and again: the target may not be there yet, or may have given this draft up while it was stopped.
         now = monotonic()
         if now >= self._hello_due:
-            self._send(Hello(self._channel.name))
-            self._hello_due = now + HELLO_SECONDS
+            sent = self._send(Hello(self._channel.name))
+            self._hello_due = now + (HELLO_SECONDS if sent else KNOCK_SECONDS)
 
-    def _send(self, message: Message) -> None:
-        self._channel.send(HUB, encode(self._session, message))
+    def _send(self, message: Message) -> bool:
+        return self._channel.send(HUB, encode(self._session, message))
 
     def _receive(self, timeout: float) -> None:
         received = self._channel.receive(timeout)

@@ -32,7 +32,10 @@ class InlineChannel(Channel):
         received = self._hub.receive() or self._outer.receive()
         while received is None and timeout > 0.0 and self._draft is not None and self._draft.turn(0.0):
             received = self._hub.receive()
-        return received or self._outer.receive(min(timeout, 0.005))
+        return received or self._outer.receive(timeout)
+
+    def wake(self) -> None:
+        self._outer.wake()
 
     def close(self) -> None:
         self._hub.close()

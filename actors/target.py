@@ -77,3 +77,4 @@ class TargetActor:
     def stop(self) -> None:
         """Let :meth:`run` return."""
         self._stopping = True
+        self._channel.wake()

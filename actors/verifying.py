@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 SHAPE = MAX_LOOKAHEAD + 1
 """Tokens of every decoding forward, whatever the method: one shape, one rounding, one text also in bfloat16."""
 
+IDLE_SECONDS = 1.0
+"""How long a loop without work waits for a message. Whatever else may give it work wakes it."""
+
 DRIVER = "driver"
 """The driver's name on the channel."""
 
@@ -125,15 +128,19 @@ class Target:
 
     def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
         """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number."""
-        self._commands.append(Request(number, tokens, params))
+        self._command(Request(number, tokens, params))
 
     def cancel(self, number: int) -> None:
         """End a request early, with the reason "cancelled"."""
-        self._commands.append(number)
+        self._command(number)
 
     def detach(self, draft: str) -> None:
         """Forget a draft."""
-        self._commands.append(draft)
+        self._command(draft)
+
+    def _command(self, command: Request | int | str) -> None:
+        self._commands.append(command)
+        self._channel.wake()
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
@@ -144,7 +151,7 @@ class Target:
 
     # The loop
 
-    def turn(self, idle_seconds: float = 0.005) -> bool:
+    def turn(self, idle_seconds: float = IDLE_SECONDS) -> bool:
         """Run one round of what is there; without requests wait for a message. Returns whether a round ran."""
         self._take_commands()
         self._receive(0.0)

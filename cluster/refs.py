@@ -18,6 +18,7 @@ the hub keeps an outbox for it, which its :class:`DrainChannel` empties with one
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Mapping
 from time import monotonic, sleep
@@ -29,12 +30,15 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayError
 
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
-from ssd_ray.transport.inbox import QUEUE_FRAMES, Inbox
+from ssd_ray.transport.inbox import QUEUE_FRAMES, Inbox, InboxChannel
 
 CONCURRENCY_GROUPS = {"inbox": 1, "outbox": 8}
 """Threads for calls that arrive beside ``run()``; "outbox" bounds how many drivers can wait for frames at once."""
 
 INLINE_MAX_BYTES = 1 << 16
+
+_WAKE_SECONDS = 0.1
+"""How often a driver that waits for frames looks whether it was woken."""
 
 _DRAIN_SECONDS = 1.0
 """How long one drain waits at the hub. A driver that has died holds a thread of "outbox" for as long."""
@@ -83,7 +87,15 @@ class _Calls:
             pass  # that frame is lost; the next may arrive
 
 
-class RefChannel(Channel):
+class _Outbox(Inbox):
+    """Frames for a peer that is no actor and comes to fetch them. ``reader`` tells it from others of its name."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+
+
+class RefChannel(InboxChannel):
     """An actor's endpoint: sends by calling its peers' ``deliver``, receives from its own inbox.
 
     A peer's death is noticed from the answers to earlier frames, so the first sends after it still return True.
@@ -101,26 +113,23 @@ class RefChannel(Channel):
         Args:
             name: its own name.
             inbox: where its frames arrive.
-            peers: actor handles by peer name; None for a peer that is no actor.
+            peers: actor handles by peer name.
             inline_max_bytes: frames above it go through the object store.
         """
-        self.name = name
-        self._inbox = inbox
+        super().__init__(name, inbox)
         self._inline_max_bytes = inline_max_bytes
-        self._peers: dict[str, _Calls | Inbox] = {}
+        self._peers: dict[str, _Calls | _Outbox] = {}
         self._closed = False
         for peer, handle in (peers or {}).items():
             self.add_peer(peer, handle)
 
     def add_peer(self, name: str, handle: Any) -> None:
-        """Connect a peer, from any thread: an actor by its handle, another process with None.
+        """Connect an actor by its handle, from any thread. It replaces whoever had the name."""
+        self._peers[name] = _Calls(handle, self._inline_max_bytes)
 
-        An actor replaces whoever had the name; what waits for a peer that drains is kept.
-        """
-        if handle is None:
-            self._peers.setdefault(name, Inbox())
-        else:
-            self._peers[name] = _Calls(handle, self._inline_max_bytes)
+    def add_reader(self, name: str, reader: str) -> None:
+        """Connect a peer that is no actor and drains, from any thread. It replaces whoever had the name."""
+        self._peers[name] = _Outbox(reader)
 
     def remove_peer(self, name: str) -> None:
         """Drop further frames for a peer, from any thread; nothing happens if it is unknown."""
@@ -129,15 +138,18 @@ class RefChannel(Channel):
     def deliver(self, sender: str, frame: Frame) -> None:
         """Put a frame into the inbox, from any thread."""
         # The copy lets go of the object store at once, however long the frame waits to be received.
-        self._inbox.put(sender, frame if isinstance(frame, bytes) else frame.tobytes())
+        self.inbox.put(sender, frame if isinstance(frame, bytes) else frame.tobytes())
 
-    def drain(self, name: str, timeout: float) -> list[bytes]:
+    def drain(self, name: str, reader: str, timeout: float) -> list[bytes]:
         """Take what waits for a peer that is no actor, from any thread; wait up to ``timeout`` seconds for the first.
 
-        A peer that drains is connected by that.
+        Only the latest reader of that name gets anything: the last call of one that is gone takes no frames with it.
         """
-        outbox = self._peers.setdefault(name, Inbox())
-        return [frame for _, frame in outbox.get_all(timeout)] if isinstance(outbox, Inbox) else []
+        outbox = self._peers.get(name)
+        if not isinstance(outbox, _Outbox) or outbox.reader != reader:
+            sleep(min(timeout, _WAKE_SECONDS))  # it asks again and again
+            return []
+        return [frame for _, frame in outbox.get_all(timeout)]
 
     def send(self, peer: str, frame: bytes) -> bool:
         outlet = None if self._closed or len(frame) > MAX_FRAME_BYTES else self._peers.get(peer)
@@ -146,12 +158,9 @@ class RefChannel(Channel):
         self.dropped += 1
         return False
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
-        return self._inbox.get(timeout)
-
     def close(self) -> None:
         self._closed = True
-        self._inbox.close()
+        self.inbox.close()
         self._peers.clear()
 
 
@@ -165,9 +174,11 @@ class DrainChannel(Channel):
         self._calls = _Calls(hub, inline_max_bytes)
         self._frames: deque[bytes] = deque()
         self._closed = False
+        self._woken = False
+        self._reader = secrets.token_hex(8)
         # It runs in the hub's "inbox" group before the first frame does, so that the answer finds an outbox.
-        hub.add_peer.remote(name, None)
-        self._drain: ray.ObjectRef[list[bytes]] = hub.drain.remote(name, 0.0)
+        hub.add_reader.remote(name, self._reader)
+        self._drain: ray.ObjectRef[list[bytes]] = hub.drain.remote(name, self._reader, 0.0)
 
     def send(self, peer: str, frame: bytes) -> bool:
         accepted = not self._closed and peer == HUB and len(frame) <= MAX_FRAME_BYTES
@@ -181,9 +192,14 @@ class DrainChannel(Channel):
             return None
         deadline = monotonic() + timeout
         while not self._frames:
-            if not self._fetch(max(0.0, deadline - monotonic())) and monotonic() >= deadline:
+            left = max(0.0, deadline - monotonic())
+            if not self._fetch(min(left, _WAKE_SECONDS)) and (self._woken or not left):
+                self._woken = self._woken and not timeout
                 return None
         return HUB, self._frames.popleft()
+
+    def wake(self) -> None:
+        self._woken = True
 
     def close(self) -> None:
         self._closed = True
@@ -198,7 +214,7 @@ class DrainChannel(Channel):
         except RayError:
             sleep(timeout)  # the hub is dead: nothing comes any more
             return False
-        self._drain = self._hub.drain.remote(self.name, _DRAIN_SECONDS)
+        self._drain = self._hub.drain.remote(self.name, self._reader, _DRAIN_SECONDS)
         return True
 
 
@@ -216,8 +232,13 @@ class RefEndpoint:
 
     @ray.method(concurrency_group="inbox")
     def add_peer(self, name: str, handle: Any) -> None:
-        """Connect a peer: an actor by its handle, another process with None."""
+        """Connect an actor."""
         self.refs.add_peer(name, handle)
+
+    @ray.method(concurrency_group="inbox")
+    def add_reader(self, name: str, reader: str) -> None:
+        """Connect a peer that is no actor."""
+        self.refs.add_reader(name, reader)
 
     @ray.method(concurrency_group="inbox")
     def remove_peer(self, name: str) -> None:
@@ -225,6 +246,6 @@ class RefEndpoint:
         self.refs.remove_peer(name)
 
     @ray.method(concurrency_group="outbox")
-    def drain(self, name: str, timeout: float) -> list[bytes]:
+    def drain(self, name: str, reader: str, timeout: float) -> list[bytes]:
         """Hand over the frames for a peer that is no actor, waiting up to ``timeout`` seconds for the first."""
-        return self.refs.drain(name, timeout)
+        return self.refs.drain(name, reader, timeout)

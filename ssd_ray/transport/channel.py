@@ -9,11 +9,12 @@ A channel is one endpoint. One *hub* (the target) talks to any number of *spokes
 - frames of one peer arrive at most once, whole, and in the order in which they were sent (some may be missing);
 - spokes reach the hub alone; a name belongs to one live spoke at a time, and a restarted one takes it over;
 - a spoke needs no hub to start: frames that it sends before the hub is there may be dropped;
-- ``receive`` returns at once with what is there, or waits up to ``timeout`` seconds for the first frame;
+- ``receive`` returns at once with what is there, or waits up to ``timeout`` seconds for the first frame. ``wake`` ends
+  such a wait, or the next one if nobody waits;
 - a peer that dies without a word changes nothing for the others;
 - ``close`` is idempotent, drops what is unsent within 100 ms, wakes nobody else, and leaves no file, socket or thread.
 
-One thread uses a channel at a time.
+One thread uses a channel at a time; ``wake`` alone may be called from any.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Channel(ABC):
     @abstractmethod
     def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
         """Return the next (peer, frame), waiting up to ``timeout`` seconds for it; None if there is none."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Let the ``receive`` that waits, or the next one that would, return None. From any thread, also once closed."""
 
     @abstractmethod
     def close(self) -> None:

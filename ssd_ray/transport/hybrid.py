@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from time import monotonic
-
 from ssd_ray.transport.channel import Channel
-
-_SLICE_SECONDS = 0.002
-"""How long one look at the fast channel lasts while waiting. Large frames can be late by as much."""
+from ssd_ray.transport.inbox import InboxChannel
 
 
 class HybridChannel(Channel):
@@ -16,12 +12,13 @@ class HybridChannel(Channel):
     Order holds among a peer's small frames and among its large ones, not between the two.
     """
 
-    def __init__(self, small: Channel, large: Channel, inline_max_bytes: int) -> None:
+    def __init__(self, small: Channel, large: InboxChannel, inline_max_bytes: int) -> None:
         """Take over two open channels; frames above ``inline_max_bytes`` go through ``large``."""
         self.name = small.name
         self._small = small
         self._large = large
         self._inline_max_bytes = inline_max_bytes
+        large.inbox.on_put = small.wake
 
     def send(self, peer: str, frame: bytes) -> bool:
         channel = self._small if len(frame) <= self._inline_max_bytes else self._large
@@ -31,13 +28,11 @@ class HybridChannel(Channel):
         return False
 
     def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
-        item = self._small.receive() or self._large.receive()
-        if item is not None or timeout <= 0:
-            return item
-        deadline = monotonic() + timeout
-        while item is None and (left := deadline - monotonic()) > 0:
-            item = self._small.receive(min(left, _SLICE_SECONDS)) or self._large.receive()
-        return item
+        # A frame that comes through the large one wakes the small one.
+        return self._small.receive() or self._large.receive() or self._small.receive(timeout) or self._large.receive()
+
+    def wake(self) -> None:
+        self._small.wake()
 
     def close(self) -> None:
         self._small.close()

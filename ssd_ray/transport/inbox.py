@@ -1,9 +1,12 @@
-"""A bounded queue of frames between threads of one process."""
+"""A bounded queue of frames between threads of one process, and the channels that receive from one."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from threading import Condition
+
+from ssd_ray.transport.channel import Channel
 
 QUEUE_FRAMES = 256
 """Frames of one peer that wait for a slow reader at most; further ones are dropped."""
@@ -16,11 +19,13 @@ class Inbox:
     """
 
     def __init__(self, limit: int = QUEUE_FRAMES) -> None:
+        self.on_put: Callable[[], None] = lambda: None  # told of every frame, in the thread that puts it
         self._limit = limit
         self._frames: deque[tuple[str, bytes]] = deque()
         self._waiting: Counter[str] = Counter()
         self._changed = Condition()
         self._closed = False
+        self._woken = False
 
     def put(self, sender: str, frame: bytes) -> bool:
         """Append a frame; False if it was dropped because the sender has too many here or the inbox is closed."""
@@ -30,13 +35,15 @@ class Inbox:
             self._waiting[sender] += 1
             self._frames.append((sender, frame))
             self._changed.notify()
-            return True
+        self.on_put()
+        return True
 
     def get(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
         """Take the oldest (sender, frame), waiting up to ``timeout`` seconds for one; None if there is none."""
         with self._changed:
             if not self._frames and timeout > 0:
                 self._changed.wait_for(self._has_news, timeout)
+                self._woken = False
             if not self._frames:
                 return None
             sender, frame = self._frames.popleft()
@@ -53,6 +60,12 @@ class Inbox:
             item = self.get()
         return items
 
+    def wake(self) -> None:
+        """End the wait of a ``get``, or of the next one that would wait."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Drop all frames, refuse further ones and wake whoever waits."""
         with self._changed:
@@ -62,4 +75,18 @@ class Inbox:
             self._changed.notify_all()
 
     def _has_news(self) -> bool:
-        return bool(self._frames) or self._closed
+        return bool(self._frames) or self._closed or self._woken
+
+
+class InboxChannel(Channel):
+    """Base of the channels whose frames arrive in an :class:`Inbox`, ``inbox``."""
+
+    def __init__(self, name: str, inbox: Inbox) -> None:
+        self.name = name
+        self.inbox = inbox
+
+    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+        return self.inbox.get(timeout)
+
+    def wake(self) -> None:
+        self.inbox.wake()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
-from ssd_ray.transport.inbox import Inbox
+from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES
+from ssd_ray.transport.inbox import Inbox, InboxChannel
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,11 @@ class MemoryAddress:
     inboxes: dict[str, Inbox] = field(default_factory=dict, repr=False)
 
 
-class _MemoryChannel(Channel):
+class _MemoryChannel(InboxChannel):
     def __init__(self, address: MemoryAddress, name: str) -> None:
-        self.name = name
+        super().__init__(name, Inbox())
         self.address = address
-        self._inbox = Inbox()
-        address.inboxes[name] = self._inbox
+        address.inboxes[name] = self.inbox
 
     def send(self, peer: str, frame: bytes) -> bool:
         inbox = self._connected(peer)
@@ -29,19 +28,16 @@ class _MemoryChannel(Channel):
             return False
         return True
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
-        return self._inbox.get(timeout)
-
     def close(self) -> None:
-        if self.address.inboxes.get(self.name) is self._inbox:
+        if self.address.inboxes.get(self.name) is self.inbox:
             del self.address.inboxes[self.name]
-        self._inbox.close()
+        self.inbox.close()
 
     def _connected(self, peer: str) -> Inbox | None:
         inboxes = self.address.inboxes
         if (self.name == HUB) == (peer == HUB):
             return None  # spokes talk to the hub alone
-        if inboxes.get(self.name) is not self._inbox:
+        if inboxes.get(self.name) is not self.inbox:
             return None  # closed, or a newer endpoint has taken the name over
         return inboxes.get(peer)
 

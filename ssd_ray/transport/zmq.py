@@ -12,7 +12,9 @@ client keys as well would add nothing, since they would have to be handed out in
 from __future__ import annotations
 
 import secrets
+import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from time import monotonic
@@ -54,7 +56,9 @@ class _ZmqChannel(Channel):
         self.name = name
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
-        self._timeout_ms = -1
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
         options = {
             zmq.LINGER: _LINGER_MS,
             zmq.SNDHWM: QUEUE_FRAMES,
@@ -65,6 +69,9 @@ class _ZmqChannel(Channel):
         }
         for option, value in options.items():
             self._socket.setsockopt(option, value)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
 
     def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
         if self._socket.closed:
@@ -78,10 +85,23 @@ class _ZmqChannel(Channel):
             except zmq.Again:
                 now = monotonic()
             deadline = now + timeout if deadline is None else deadline
-            if now >= deadline or not self._socket.poll(ceil((deadline - now) * 1000)):
+            if now >= deadline or not self._wait(ceil((deadline - now) * 1000)):
                 return None
 
+    def wake(self) -> None:
+        with suppress(OSError):  # closed, or woken often enough
+            self._waker.send(b"!")
+
+    def _wait(self, timeout_ms: int) -> bool:
+        """Wait for a frame; False if none came in time or before a wake."""
+        ready = dict(self._poller.poll(timeout_ms))
+        if self._woken.fileno() in ready:
+            self._woken.recv(4096)
+        return self._socket in ready
+
     def close(self) -> None:
+        self._woken.close()
+        self._waker.close()
         self._socket.close()
         self._context.term()
 

@@ -26,6 +26,9 @@ class RefNode(RefEndpoint):
     def receive(self, timeout):
         return self.channel.receive(timeout)
 
+    def wake(self):
+        self.channel.wake()
+
     def close(self):
         self.channel.close()
 

@@ -177,6 +177,18 @@ class ChannelSuite:
             assert monotonic() - start < PATIENCE / 2
             timer.join()
 
+    def test_a_wake_ends_the_next_wait_and_no_other(self, network):
+        with meet(network, "sleeper") as spoke:
+            for channel in (network.hub, spoke):
+                channel.wake()
+                assert channel.receive() is None  # it does not wait
+                start = monotonic()
+                assert channel.receive(PATIENCE) is None
+                assert monotonic() - start < PATIENCE / 2
+                start = monotonic()
+                assert channel.receive(0.2) is None
+                assert monotonic() - start > 0.15
+
     def test_a_dead_spoke_changes_nothing_for_others(self, network):
         with meet(network, "survivor") as survivor:
             victim = meet(network, "victim")

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection
+from threading import Timer
+from time import monotonic
 
 from ssd_ray.transport.channel import Channel
 from ssd_ray.transport.hybrid import HybridChannel
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub, MemorySpoke
 from ssd_ray.transport.zmq import ZmqAddress, ZmqHub, ZmqSpoke
-from tests.conformance.channel_suite import ChannelSuite, Network
+from tests.conformance.channel_suite import PATIENCE, ChannelSuite, Network, meet
 
 
 class MemoryNetwork(Network):
@@ -62,6 +64,9 @@ class ProcessSpoke(Channel):
     def receive(self, timeout=0.0):
         return self._call("receive", timeout)
 
+    def wake(self):
+        self._call("wake")
+
     def close(self):
         self._pipe.close()
         self.process.join(10)
@@ -108,17 +113,34 @@ class ZmqTcpNetwork(ZmqNetwork):
     bind = "tcp"
 
 
-class TestMemory(ChannelSuite):
+class LocalSuite(ChannelSuite):
+    """For endpoints in this very process."""
+
+    def test_another_thread_wakes_the_one_that_waits(self, network):
+        with meet(network, "sleeper") as spoke:
+            Timer(0.1, spoke.wake).start()
+            start = monotonic()
+            assert spoke.receive(PATIENCE) is None
+            assert monotonic() - start < PATIENCE / 2
+
+    def test_a_closed_channel_may_be_woken(self, network):
+        spoke = meet(network, "closed sleeper")
+        spoke.close()
+        spoke.wake()
+        assert spoke.receive() is None
+
+
+class TestMemory(LocalSuite):
     network_type = MemoryNetwork
 
 
-class TestHybridMemory(ChannelSuite):
+class TestHybridMemory(LocalSuite):
     network_type = HybridMemoryNetwork
 
 
-class TestZmqIpc(ChannelSuite):
+class TestZmqIpc(LocalSuite):
     network_type = ZmqNetwork
 
 
-class TestZmqTcp(ChannelSuite):
+class TestZmqTcp(LocalSuite):
     network_type = ZmqTcpNetwork

@@ -42,6 +42,9 @@ class ActorChannel(Channel):
     def receive(self, timeout=0.0):
         return self.call("receive", timeout)
 
+    def wake(self):
+        self.call("wake")
+
     def close(self):
         with contextlib.suppress(RayActorError):
             self.call("close")
