@@ -61,6 +61,9 @@ class Row:
     number: int
     noise: NoiseRows | None
     text: Detokenizer | None
+    unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
+    accepted: int = 0  # tokens of the last speculation
+    added: list[int] = field(default_factory=list)  # tokens of the last round
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
     wanted: int = 0  # tokens to wait for
 
@@ -172,9 +175,11 @@ class Target:
         logits = self._verify(rows)
         verify_ms = 1e3 * (perf_counter() - verify_start)
         choices = self._choose(rows, logits)
-        self._receive(0.0)
         for row, row_choices in zip(rows, choices, strict=True):
             self._commit(row, row_choices, verify_ms)
+        self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
+        for row in rows:
+            self._announce(row)
         wait_ms = self._wait([row for row in rows if row.session.finish_reason is None])
         host_ms = 1e3 * (perf_counter() - start) - verify_ms - wait_ms
         for row in rows:
@@ -187,10 +192,13 @@ class Target:
 
     def _begin(self, row: Row) -> None:
         speculation = row.session.begin(self._lookahead)
+        session = row.session
         if speculation != row.announced:
-            session = row.session
             for share, draft in enumerate(self._drafts):
                 self._send(draft, Begin(session.sequence, session.round, speculation, share, len(self._drafts)))
+        for draft in row.unaware:
+            self._open(draft, row)
+        row.unaware.clear()
 
     @torch.inference_mode()
     def _verify(self, rows: Sequence[Row]) -> torch.Tensor:
@@ -215,28 +223,35 @@ class Target:
 
     def _commit(self, row: Row, choices: Sequence[int], verify_ms: float) -> None:
         session = row.session
-        offered, position = len(choices) - 1, session.position
-        outcome, added = session.commit(choices, self._drafts)
-        self._pace.saw_verification(verify_ms, offered, outcome.accepted)
-        self._look_for_stop(row, added)
+        offered = len(choices) - 1
+        outcome, row.added = session.commit(choices)
+        row.accepted = outcome.accepted
+        self._pace.saw_verification(verify_ms, offered, row.accepted)
+        self._look_for_stop(row, row.added)
+
+    def _announce(self, row: Row) -> None:
+        """Tell the drafts the outcome and what is verified next, and the driver the new tokens."""
+        session = row.session
         if session.finish_reason is None:
+            session.look_up(self._drafts)
             row.announced = session.cache.speculate(session.most(self._lookahead))
             row.wanted = self._wanted(session)
             for share, draft in enumerate(self._drafts):
                 message = Outcome(
                     session.sequence,
                     session.round - 1,
-                    position + outcome.accepted + 1,
-                    outcome.accepted,
-                    outcome.bonus_token,
+                    session.position,
+                    row.accepted,
+                    session.tokens[-1],
                     row.announced,
                     session.hit,
                     row.wanted,
                     share,
                     len(self._drafts),
                 )
-                self._send(draft, message)
-        self._emit(Output(session.sequence, added))
+                if draft not in row.unaware:
+                    self._send(draft, message)
+        self._emit(Output(session.sequence, row.added))
 
     def _look_for_stop(self, row: Row, added: list[int]) -> None:
         """End the request behind the token that completes a stop string."""
@@ -369,11 +384,11 @@ class Target:
             case Hello() if message.name == peer and peer not in self._drafts:
                 self._drafts.append(peer)
                 for row in self._rows:
-                    self._open(peer, row)
+                    row.unaware.append(peer)
             case Lost() if peer in self._drafts:
                 for row in self._rows:
-                    if row.session.sequence == message.sequence:
-                        self._open(peer, row)
+                    if row.session.sequence == message.sequence and peer not in row.unaware:
+                        row.unaware.append(peer)
             case Goodbye():
                 self._remove_draft(peer)
             case _:
@@ -385,6 +400,7 @@ class Target:
             self._drafts.remove(draft)
             for row in self._rows:
                 row.session.cache.forget(draft)
+                row.unaware = [name for name in row.unaware if name != draft]
 
     def _open(self, draft: str, row: Row) -> None:
         session = row.session

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.graphs import decoding_forward
+from ssd_ray.models.packing import pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers
 from ssd_ray.models.slots import SlotCache
 
@@ -21,7 +22,8 @@ class HFRunner(ModelRunner):
     """Runs one model; see :class:`~ssd_ray.models.contract.ModelRunner` for the operations.
 
     Args:
-        model: a causal LM on its device, in its dtype. Its attention implementation is set here.
+        model: a causal LM on its device, in its dtype. Its attention implementation is set here, and in bfloat16 on a
+            CPU its linear layers are packed.
         rows, max_length, scratch: a row has ``max_length + scratch`` slots.
         prefill_chunk: tokens in one prefill forward at most; shorter rests are padded to a power of two.
         read_bucket: slots read grow in steps of it.
@@ -48,6 +50,8 @@ class HFRunner(ModelRunner):
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
+        if packable(model.device, model.dtype) and not compile:
+            pack_linears(model)
         self.max_length = max_length
         self.rows, self.slots = rows, max_length + scratch
         self.dtype, self.device = model.dtype, model.device

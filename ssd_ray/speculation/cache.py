@@ -26,9 +26,14 @@ class CachedNode(Node):
 class SpeculationCache:
     """Speculations of one sequence, keyed by outcome.
 
+    What a draft sent about a round is best taken after :meth:`advance`: nodes of outcomes that did not happen have no
+    place any more and cost next to nothing.
+
     Attributes:
         round: the round that is being verified.
         latest: per draft, the newest round about which it sent something.
+        prepared: outcomes of the round before that accept as many tokens as it did, and were prepared for.
+        guessed: whether its very outcome was among them.
     """
 
     def __init__(self, bonus_token: int, vocab_size: int, round: int = 0) -> None:
@@ -38,7 +43,10 @@ class SpeculationCache:
         self._vocab_size = vocab_size
         self._nodes: dict[tuple[str, int], CachedNode] = {}
         self._count = 1
-        self._last_outcome: tuple[int, int] | None = None  # (accepted, bonus token) of the round before
+        self.prepared = 0
+        self.guessed = False
+        self._accepted = -1  # tokens that the round before accepted
+        self._last_trunk: dict[tuple[str, int], int] = {}  # depths of its trunk by the ids of drafts
 
     def __len__(self) -> int:
         return self._count
@@ -65,16 +73,18 @@ class SpeculationCache:
 
     def advance(self, accepted: int, bonus_token: int) -> bool:
         """Take the outcome of the round; returns whether the bonus token had been guessed."""
-        guessed = self.tree.advance(accepted, bonus_token)
+        self.prepared = self.guesses(accepted)
+        self._last_trunk = {name: depth for depth, node in enumerate(self.tree.trunk) for name in node.known_as}
+        self.guessed = self.tree.advance(accepted, bonus_token)
+        self._accepted = accepted
         self.round += 1
-        self._last_outcome = (accepted, bonus_token)
         self._nodes = {}
         self._count = 0
         for node in self.tree.root.subtree():
             self._count += 1
             for name in node.known_as:
                 self._nodes[name] = node
-        return guessed
+        return self.guessed
 
     def forget(self, draft: str) -> None:
         """Forget which node ids a draft used; its tokens stay."""
@@ -103,10 +113,12 @@ class SpeculationCache:
         """Find or make the node of one pushed token; None if it has no place in the tree any more."""
         if parent >= 0:
             stem = self._nodes.get((draft, parent))
+            if stem is None:
+                return self._late_guess(self._last_trunk.get((draft, parent), -1), token)
         elif round == self.round:
             stem = self.tree.trunk[-1 - parent] if -1 - parent < len(self.tree.trunk) else None
         else:
-            return self._late_guess(round, -1 - parent, token)
+            return self._late_guess(-1 - parent, token) if round == self.round - 1 else None
         if stem is None or token >= self._vocab_size:
             return None
         known = stem.children.get(token)
@@ -116,7 +128,12 @@ class SpeculationCache:
             self._count += 1
         return known or self.tree.grow(stem, token)
 
-    def _late_guess(self, round: int, depth: int, token: int) -> CachedNode | None:
+    def _late_guess(self, depth: int, token: int) -> CachedNode | None:
         """A guess about the round before, come after its outcome: if it was right, it is the root now."""
-        right = round == self.round - 1 and self._last_outcome == (depth, token)
-        return self.tree.root if right else None
+        if depth != self._accepted or depth < 0:
+            return None
+        self.prepared += 1
+        if token != self.tree.root.token:
+            return None
+        self.guessed = True
+        return self.tree.root

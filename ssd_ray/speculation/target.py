@@ -2,7 +2,8 @@
 
 A round: :meth:`TargetSession.begin` fixes the speculation, the caller runs one forward over :attr:`inputs` and samples
 a choice after each of them, :meth:`TargetSession.commit` verifies, advances the speculation cache and says what was
-decided. Messages of drafts go to :meth:`TargetSession.add` at any time.
+decided; once what drafts have sent is in :meth:`TargetSession.add`, :meth:`TargetSession.look_up` says whether the
+outcome is a hit. Messages of drafts may be added at any time.
 """
 
 from __future__ import annotations
@@ -108,12 +109,8 @@ class TargetSession:
         """Take nodes of a draft; returns how many are of use."""
         return self.cache.add(draft, message)
 
-    def commit(self, choices: Sequence[int], drafts: Collection[str]) -> tuple[Outcome, list[int]]:
+    def commit(self, choices: Sequence[int]) -> tuple[Outcome, list[int]]:
         """Verify the target's ``choices``, one after each input, and go on to the next round.
-
-        Args:
-            choices: the token that the target chose after each input.
-            drafts: who is connected, for the cause of a miss.
 
         Returns:
             The outcome and the tokens that it adds to the text. They are fewer than the outcome has when one of them
@@ -122,14 +119,23 @@ class TargetSession:
         outcome = verify(self.cache.speculation, choices)
         added = self._until_end(choices[: outcome.accepted + 1])
         self.tokens += added
-        cause = self._miss_cause(outcome, drafts)
         self.cache.advance(outcome.accepted, outcome.bonus_token)
         self.tally.rounds += 1
         self.tally.accepted[outcome.accepted] += 1
-        self.hit = self.cache.available(1) > 0
-        if self.finish_reason is None:
-            self._count(cause)
         return outcome, added
+
+    def look_up(self, drafts: Collection[str]) -> bool:
+        """Count the last outcome as a hit or a miss, and say which: whether a speculation for it is there.
+
+        ``drafts`` are those that are connected, for the cause of a miss.
+        """
+        self.hit = self.cache.available(1) > 0
+        if self.hit:
+            self.tally.hits += 1
+        else:
+            cause = self._miss_cause(drafts)
+            self.tally.misses[cause] = self.tally.misses.get(cause, 0) + 1
+        return self.hit
 
     def finish(self, reason: FinishReason, generated: int | None = None) -> None:
         """End the sequence for a reason from outside: a stop string, a cancellation, an error.
@@ -169,21 +175,13 @@ class TargetSession:
             self.finish_reason = "length"
         return added
 
-    def _count(self, cause: MissCause) -> None:
-        if self.hit:
-            self.tally.hits += 1
-        else:
-            self.tally.misses[cause] = self.tally.misses.get(cause, 0) + 1
-
-    def _miss_cause(self, outcome: Outcome, drafts: Collection[str]) -> MissCause:
-        """Why the outcome would not be in the cache, if it is not; seen before the cache moves on."""
+    def _miss_cause(self, drafts: Collection[str]) -> MissCause:
+        """Why nothing follows the last outcome in the cache."""
         latest = [self.cache.latest[draft] for draft in drafts if draft in self.cache.latest]
         if not drafts:
             return "no_draft"
         if not latest:
             return "cold"
-        if max(latest) < self.round:
+        if max(latest) < self.round - 1:
             return "stale"
-        guesses = self.cache.guesses(outcome.accepted)
-        guessed = outcome.bonus_token in self.cache.tree.trunk[outcome.accepted].children
-        return "late" if guessed or not guesses else "fan_out"
+        return "late" if self.cache.guessed or not self.cache.prepared else "fan_out"

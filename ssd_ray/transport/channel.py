@@ -48,7 +48,7 @@ class Channel(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Let the ``receive`` that waits, or the next one that would, return None. From any thread, also once closed."""
+        """Let the ``receive`` that waits, or the next one, return None; from any thread, even once closed."""
 
     @abstractmethod
     def close(self) -> None:

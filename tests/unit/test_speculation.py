@@ -62,6 +62,15 @@ class TestSpeculationCache:
         cache.advance(0, 6)
         assert cache.add("a", push(0, 0, (-1, 6), (0, 7), (-1, 9), (2, 10))) == 2
         assert cache.speculate(7) == [7]
+        assert (cache.prepared, cache.guessed) == (2, True)
+
+    def test_a_late_branch_below_a_known_trunk_is_taken(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100)
+        cache.add("a", push(0, 0, (-1, 6), (0, 7)))
+        assert cache.speculate(1) == [6]
+        cache.advance(1, 8)
+        assert cache.add("a", push(0, 2, (0, 9), (0, 8), (3, 10))) == 2
+        assert cache.speculate(7) == [10]
 
     @pytest.mark.parametrize(
         "message",
@@ -105,7 +114,7 @@ class TestTargetSession:
         session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))
         session.begin(7)
         assert session.inputs == [3, 4, 5, 6]
-        outcome, added = session.commit([4, 5, 9, 7], ["a"])
+        outcome, added = session.commit([4, 5, 9, 7])
         assert (outcome.accepted, outcome.bonus_token, added) == (2, 9, [4, 5, 9])
         assert (session.position, session.round, session.generated) == (5, 1, [4, 5, 9])
 
@@ -113,7 +122,7 @@ class TestTargetSession:
         session = target(max_tokens=2)
         session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))
         assert session.begin(7) == [4]
-        _, added = session.commit([4, 5], ["a"])
+        _, added = session.commit([4, 5])
         assert added == [4, 5]
         assert session.finish_reason == "length"
 
@@ -122,7 +131,7 @@ class TestTargetSession:
             session = target(**params)
             session.add("a", push(0, 0, (-1, 4), (0, 0), (1, 6)))
             session.begin(7)
-            _, added = session.commit([4, 0, 6, 7], ["a"])
+            _, added = session.commit([4, 0, 6, 7])
             assert (added, session.finish_reason) == (kept, reason)
 
     @pytest.mark.parametrize(
@@ -135,14 +144,21 @@ class TestTargetSession:
             ([push(1, 5, (-2, 8))], ["a"], "late"),
         ],
     )
-    def test_a_miss_has_a_cause(self, messages: list[Nodes], drafts: list[str], cause: str) -> None:
+    @pytest.mark.parametrize("late", [False, True], ids=["before the outcome", "after the outcome"])
+    def test_a_miss_has_a_cause(self, messages: list[Nodes], drafts: list[str], cause: str, late: bool) -> None:
         session = target()
         session.begin(7)
-        session.commit([40], [])
+        session.commit([40])
+        session.look_up([])
         session.begin(7)
-        for message in messages:
-            session.add("a", message)
-        session.commit([50], drafts)
+        if not late:
+            for message in messages:
+                session.add("a", message)
+        session.commit([50])
+        if late:
+            for message in messages:
+                session.add("a", message)
+        session.look_up(drafts)
         assert session.tally.misses[cause] >= 1  # type: ignore[index]
 
     def test_a_draft_at_work_on_an_earlier_round_is_stale(self) -> None:
@@ -150,7 +166,8 @@ class TestTargetSession:
         session.add("a", push(0, 0, (-1, 4)))
         for choice in (40, 41):
             session.begin(0)
-            session.commit([choice], ["a"])
+            session.commit([choice])
+            session.look_up(["a"])
         assert session.tally.misses == {"late": 1, "stale": 1} or session.tally.misses == {"fan_out": 1, "stale": 1}
 
 
