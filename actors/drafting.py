@@ -185,21 +185,21 @@ class Draft:
         return False
 
     def _finish(self, sequence: DraftSession, items: Sequence[Item], start: float) -> None:
-        nodes = sequence.complete(items, self._ranked(sequence, items), step_ms=self._step_ms)
+        nodes = sequence.complete(items, *self._ranked(sequence, items), step_ms=self._step_ms)
         if nodes is not None:
             self._send(nodes)
         self._step_ms = 1e3 * (perf_counter() - start)
 
     @torch.inference_mode()
-    def _ranked(self, sequence: DraftSession, items: Sequence[Item]) -> list[list[int]]:
-        """Run the items in one forward; the draft's tokens after each, best first."""
+    def _ranked(self, sequence: DraftSession, items: Sequence[Item]) -> tuple[list[list[int]], list[list[float]]]:
+        """Run the items in one forward; the draft's tokens after each, best first, and their scores."""
         logits = self._forward(self._rows[sequence.sequence], items)[: len(items)]  # [items, V]
         noise = None
         if not sequence.params.greedy:
             noise = self._noise[sequence.sequence].rows([item.position + 1 for item in items])
         scores = scores_by_row(logits, [sequence.params], noise)
-        ranked: list[list[int]] = scores.topk(min(RANKED, MAX_RANK, scores.shape[-1])).indices.tolist()
-        return ranked
+        best = scores.topk(min(RANKED, MAX_RANK, scores.shape[-1]))
+        return best.indices.tolist(), best.values.tolist()
 
     def _forward(self, row: int, items: Sequence[Item]) -> Tensor:
         """Logits, float32 [padded items, V]. Shapes come in few sizes; padding repeats the last item."""

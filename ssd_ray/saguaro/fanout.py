@@ -1,51 +1,104 @@
 """Which outcomes to prepare for: how likely is "exactly k accepted", and how likely is the f-th guess then.
 
-The draft opens branches in the order of P(exactly k accepted) * P(the bonus token is the f-th guess), the greedy form
-of the paper's general solution F_k ~ w_k^(1/(1+r)) (section 4.1): with rank probabilities that fall as f^-(1+r), the B
-largest products are that very allocation, and the next-best outcome is known at every moment.
+The best hit rate under a budget of B guesses opens F_k ~ w_k^(1/(1+r)) of them at depth k, where w_k is the probability
+of exactly k accepted tokens and F^-r the one that the bonus token is not among F guesses (paper, section 4.1, with
+measured w_k). :func:`shape` computes that. A draft opens its branches one after the other and does not know how many
+there will be time for, so it takes them in the order of P(exactly k accepted) * P(the bonus token is the f-th guess),
+of which the first B are that very allocation, for every B.
+
+A policy is what gives these two probabilities.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp, log
 
 MAX_RANK = 64
 _DECAY = 0.98
 """Weight that a round keeps for each later round of its kind: about the last fifty count."""
 
+_PRIOR_ACCEPTANCE, _PRIOR_ROUNDS = 0.6, 10.0
+
+
+@dataclass(slots=True)
+class Situation:
+    """What a draft knows of a round before its outcome.
+
+    Attributes:
+        gaps: for each depth of the trunk, 0 to n, how far the score of each guess lies behind the best one's, in nats,
+            noise included. At depths below n that best one is the drafted token's, which is no guess: the first gap
+            says how sure the draft was of it. Empty where the draft has not run that token yet.
+        after_hit: whether the round began with a prepared speculation.
+    """
+
+    gaps: list[Sequence[float]]
+    after_hit: bool = True
+
+    @property
+    def n(self) -> int:
+        """Tokens that are verified."""
+        return len(self.gaps) - 1
+
 
 class FanOutPolicy(ABC):
-    """Gives a weight to each outcome of a round. One policy serves all rounds of one sequence, or of many."""
+    """Gives a probability to each outcome of a round. One policy serves all rounds of one draft."""
 
     def __init__(self) -> None:
-        # Prior of the rank law: r = 1, the middle of what was measured. Rank 0 after a rejection and after full
-        # acceptance differ: in the first case the likeliest token is excluded.
-        self._ranks = {full: [40.0 / (rank + 1) ** 2 for rank in range(MAX_RANK)] for full in (False, True)}
+        # Prior of the rank law: r = 1, the middle of what was measured. After a rejection and after full acceptance
+        # it differs: in the first case the likeliest token is excluded.
+        self._counts = {full: [40.0 / (rank + 1) ** 2 for rank in range(MAX_RANK)] for full in (False, True)}
+        self._ranks = {full: _normalised(counts) for full, counts in self._counts.items()}
 
     @abstractmethod
-    def depths(self, n: int) -> Sequence[float]:
-        """Weights of "exactly k accepted" for k = 0..n in a round that verifies n tokens."""
+    def depths(self, situation: Situation) -> Sequence[float]:
+        """Probabilities of "exactly k accepted" for k = 0..n."""
 
-    def ranks(self, full: bool) -> Sequence[float]:
-        """Probability that the bonus token is the f-th guess, after full acceptance or after a rejection."""
-        counts = self._ranks[full]
-        total = sum(counts)
-        return [count / total for count in counts]
+    def ranks(self, situation: Situation, depth: int) -> Sequence[float]:
+        """Probability that the bonus token is the f-th guess, given that exactly ``depth`` tokens are accepted; not
+        rising in f, and as long as there may be guesses."""
+        return self._ranks[depth == situation.n]
 
-    def observe(self, n: int, accepted: int, rank: int | None) -> None:
-        """Learn from a round: n tokens verified, ``accepted`` of them right, and the rank of the bonus token among the
-        guesses at that depth (None: not among them)."""
-        counts = self._ranks[accepted == n]
+    def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
+        """Learn from an outcome.
+
+        Args:
+            situation: what was known of the round.
+            accepted: tokens of it that were right.
+            rank: of the bonus token among the guesses at that depth; None if it was not among them.
+        """
         if rank is not None and rank < MAX_RANK:
-            counts[rank] += 1.0
+            full = accepted == situation.n
+            self._counts[full][rank] += 1.0
+            self._ranks[full] = _falling(_normalised(self._counts[full]))
+
+    def place(self, situation: Situation, accepted: int, rank: int | None) -> int | None:
+        """How many guesses come before that outcome: it is a hit if and only if the budget is larger. None: never."""
+        weights = self.depths(situation)
+        ranks = self.ranks(situation, accepted)
+        if rank is None or rank >= len(ranks):
+            return None
+        value = weights[accepted] * ranks[rank]
+        before = 0
+        for depth, weight in enumerate(weights):
+            if depth == accepted:
+                before += rank
+            elif weight > 0.0:
+                before += bisect_left(self.ranks(situation, depth), -value / weight, key=_negative)
+        return before
 
 
 class Uniform(FanOutPolicy):
     """As many guesses at every depth: the reference policy."""
 
-    def depths(self, n: int) -> Sequence[float]:
-        return [1.0 / (n + 1)] * (n + 1)
+    def depths(self, situation: Situation) -> Sequence[float]:
+        return [1.0 / (situation.n + 1)] * (situation.n + 1)
+
+    def ranks(self, situation: Situation, depth: int) -> Sequence[float]:
+        return _UNIFORM_RANKS
 
 
 class Geometric(FanOutPolicy):
@@ -53,46 +106,129 @@ class Geometric(FanOutPolicy):
 
     def __init__(self) -> None:
         super().__init__()
-        self._accepted, self._offered = 6.0, 10.0
+        self._accepted, self._offered = _PRIOR_ACCEPTANCE * _PRIOR_ROUNDS, _PRIOR_ROUNDS
 
-    def depths(self, n: int) -> Sequence[float]:
-        a = self._accepted / self._offered
-        return [a**k * (1 - a) for k in range(n)] + [a**n]
+    def depths(self, situation: Situation) -> Sequence[float]:
+        return _stops([self._accepted / self._offered] * situation.n)
 
-    def observe(self, n: int, accepted: int, rank: int | None) -> None:
-        super().observe(n, accepted, rank)
+    def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
+        super().observe(situation, accepted, rank)
         self._accepted = _DECAY * self._accepted + accepted
-        self._offered = _DECAY * self._offered + accepted + (accepted < n)
+        self._offered = _DECAY * self._offered + accepted + (accepted < situation.n)
+
+
+@dataclass(slots=True)
+class _Rates:
+    """Frequencies of an event by an index, which forget."""
+
+    happened: list[float] = field(default_factory=list)
+    tried: list[float] = field(default_factory=list)
+
+    def grow(self, size: int) -> None:
+        missing = size - len(self.tried)
+        self.happened += [_PRIOR_ACCEPTANCE * _PRIOR_ROUNDS] * missing
+        self.tried += [_PRIOR_ROUNDS] * missing
+
+    def add(self, index: int, happened: bool) -> None:
+        self.happened[index] = _DECAY * self.happened[index] + happened
+        self.tried[index] = _DECAY * self.tried[index] + 1.0
+
+    def rate(self, index: int) -> float:
+        return self.happened[index] / self.tried[index]
 
 
 class Histogram(FanOutPolicy):
-    """The general form on what was measured: one probability of acceptance per depth, given that depth was reached."""
+    """The general form on what was measured: one probability of acceptance for each depth, given that it was reached;
+    others after a hit than after a miss."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._accepted: list[float] = []
-        self._reached: list[float] = []
+        self._rates = {after_hit: _Rates() for after_hit in (False, True)}
 
-    def depths(self, n: int) -> Sequence[float]:
-        self._grow(n)
-        weights, reach = [], 1.0
-        for accepted, reached in zip(self._accepted[:n], self._reached[:n], strict=True):
-            weights.append(reach * (1.0 - accepted / reached))
-            reach *= accepted / reached
-        return [*weights, reach]
+    def depths(self, situation: Situation) -> Sequence[float]:
+        rates = self._rates[situation.after_hit]
+        rates.grow(situation.n)
+        return _stops([rates.rate(depth) for depth in range(situation.n)])
 
-    def observe(self, n: int, accepted: int, rank: int | None) -> None:
-        super().observe(n, accepted, rank)
-        self._grow(n)
-        for depth in range(min(accepted + 1, n)):
-            self._accepted[depth] = _DECAY * self._accepted[depth] + (depth < accepted)
-            self._reached[depth] = _DECAY * self._reached[depth] + 1.0
+    def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
+        super().observe(situation, accepted, rank)
+        rates = self._rates[situation.after_hit]
+        rates.grow(situation.n)
+        for depth in range(min(accepted + 1, situation.n)):
+            rates.add(depth, depth < accepted)
 
-    def _grow(self, n: int) -> None:
-        missing = n - len(self._reached)
-        self._accepted += [6.0] * missing
-        self._reached += [10.0] * missing
 
+def shape(weights: Sequence[float], r: float, budget: int) -> list[int]:
+    """Deal a budget of guesses out: F_k ~ w_k^(1/(1+r)), rounded by largest remainder.
+
+    The paper's closed form is the case w_k = a^k (1 - a), w_K = a^K. At least one guess goes to every depth with
+    w_k > 0, the likeliest first, if the budget allows.
+
+    Args:
+        weights: w_k, the probability of exactly k accepted tokens.
+        r: exponent of the chance F^-r that the bonus token is not among F guesses.
+        budget: guesses; the result sums to it, unless all weights are 0.
+    """
+    powers = [weight ** (1.0 / (1.0 + r)) if weight > 0.0 else 0.0 for weight in weights]
+    possible = sorted((depth for depth, power in enumerate(powers) if power), key=lambda depth: -powers[depth])
+    guesses = [0] * len(weights)
+    for depth in possible[:budget]:
+        guesses[depth] = 1
+    spare = budget - sum(guesses)
+    if spare <= 0 or not possible:
+        return guesses
+    scale = budget / sum(powers)
+    wanted = [max(0.0, power * scale - 1.0) if guesses[depth] else 0.0 for depth, power in enumerate(powers)]
+    shares = [spare * each / (sum(wanted) or 1.0) for each in wanted]
+    shares = shares if sum(wanted) else [spare / len(possible) if guess else 0.0 for guess in guesses]
+    guesses = [guess + int(share) for guess, share in zip(guesses, shares, strict=True)]
+    remainders = sorted(possible, key=lambda depth: int(shares[depth]) - shares[depth])
+    for depth in remainders[: budget - sum(guesses)]:
+        guesses[depth] += 1
+    return guesses
+
+
+def fit_exponent(misses: Sequence[float]) -> float:
+    """Fit r of F^-r to the measured chances ``misses[F - 2]`` that the bonus token is not among F - 1 guesses.
+
+    F counts the drafted token, which is excluded from the guesses. Least squares through the origin of the logarithms.
+    """
+    points = [(log(fan + 2), -log(miss)) for fan, miss in enumerate(misses) if 0.0 < miss < 1.0]
+    return sum(x * y for x, y in points) / sum(x * x for x, _ in points) if points else 1.0
+
+
+def _stops(acceptance: Sequence[float]) -> list[float]:
+    """From the chance of accepting each token once it is reached, that of accepting exactly k."""
+    weights, reach = [], 1.0
+    for chance in acceptance:
+        weights.append(reach * (1.0 - chance))
+        reach *= chance
+    return [*weights, reach]
+
+
+def _normalised(counts: Sequence[float]) -> list[float]:
+    total = sum(counts)
+    return [count / total for count in counts]
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """The nearest sequence that does not rise: neighbours that do are averaged (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        total, size = value, 1
+        while pools and pools[-1][0] / pools[-1][1] < total / size:
+            more, others = pools.pop()
+            total, size = total + more, size + others
+        pools.append((total, size))
+    return [total / size for total, size in pools for _ in range(size)]
+
+
+def _negative(value: float) -> float:
+    return -value
+
+
+_UNIFORM_RANKS = [exp(-rank) for rank in range(MAX_RANK)]
+"""Any falling numbers, the same at all depths: guesses are then opened in turn."""
 
 POLICIES: dict[str, type[FanOutPolicy]] = {
     "auto": Histogram,

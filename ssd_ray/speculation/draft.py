@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
-from ssd_ray.saguaro.fanout import FanOutPolicy
+from ssd_ray.saguaro.fanout import FanOutPolicy, Situation
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
@@ -53,11 +53,12 @@ class DraftNode(Node):
         slot: where its KV is; -1 before it ran.
         path: slots of its ancestors in the tree and its own.
         ranked: the draft's tokens after it, best first; empty before it ran.
+        scores: of these tokens, falling.
         depth: tokens of its branch up to it, the guess being 1.
         chance: probability that its outcome happens and that it is accepted then.
     """
 
-    __slots__ = ("chance", "depth", "id", "path", "ranked", "slot")
+    __slots__ = ("chance", "depth", "id", "path", "ranked", "scores", "slot")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
@@ -65,6 +66,7 @@ class DraftNode(Node):
         self.slot = -1
         self.path: tuple[int, ...] = ()
         self.ranked: Sequence[int] = ()
+        self.scores: Sequence[float] = ()
         self.depth = 0
         self.chance = 0.0
 
@@ -136,6 +138,7 @@ class DraftSession:
         self._filled = 0  # committed tokens whose KV is in place
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
+        self._weights: Sequence[float] = ()
         self._start(opened)
 
     def _start(self, opened: Open) -> None:
@@ -143,6 +146,7 @@ class DraftSession:
         self.tokens = list(opened.tokens)
         self.round = opened.round
         self._wanted = 0
+        self._after_hit = True
         self._base = window_base(self.position)
         self._tree: TokenTree[DraftNode] = TokenTree(DraftNode, self.tokens[-1])
         self._follow(opened)
@@ -184,6 +188,7 @@ class DraftSession:
         self.round += 1
         moves = self._move_kv(committed, start)
         self._wanted = outcome.wanted
+        self._after_hit = outcome.hit
         self._follow(outcome)
         return moves
 
@@ -218,14 +223,21 @@ class DraftSession:
             items.append(self._item(*candidate))
         return items
 
-    def complete(self, items: Sequence[Item], ranked: Sequence[Sequence[int]], *, step_ms: float = 0.0) -> Nodes | None:
-        """Take the model's tokens after each item, best first; returns what to push, if anything.
+    def complete(
+        self,
+        items: Sequence[Item],
+        ranked: Sequence[Sequence[int]],
+        scores: Sequence[Sequence[float]],
+        *,
+        step_ms: float = 0.0,
+    ) -> Nodes | None:
+        """Take the model's tokens after each item, best first, and their scores; returns what to push, if anything.
 
         ``step_ms`` is what a step of this draft takes, for the target's plans.
         """
-        for item, tokens in zip(items, ranked, strict=True):
+        for item, tokens, values in zip(items, ranked, scores, strict=True):
             if item.node is not None:
-                item.node.ranked = tokens
+                item.node.ranked, item.node.scores = tokens, values
         self._open_guesses()
         for item in items:
             if item.node is not None and item.node.depth > 0:
@@ -243,8 +255,7 @@ class DraftSession:
         for node, _ in self._unpushed:
             node.id = -1
         self._unpushed.clear()
-        self._weights = self._policy.depths(len(self._tree.trunk) - 1)
-        self._ranks = {full: self._policy.ranks(full) for full in (False, True)}
+        self._situation = Situation([()] * len(self._tree.trunk), self._after_hit)
         self._set_paths()
         self._open_guesses()
 
@@ -264,16 +275,27 @@ class DraftSession:
     def _open_guesses(self) -> None:
         """Rank the outcomes at every depth of the trunk whose logits are there and were not ranked yet."""
         trunk = self._tree.trunk
-        for depth, node in enumerate(trunk):
-            if not node.ranked or depth in self._guesses:
-                continue
-            last = depth == len(trunk) - 1
-            drafted = -1 if last else trunk[depth + 1].token
-            self._guesses[depth] = [token for token in node.ranked if token != drafted]
+        new = [depth for depth, node in enumerate(trunk) if node.ranked and depth not in self._guesses]
+        for depth in new:
+            self._rank_guesses(depth)
+        self._weights = self._policy.depths(self._situation) if new else self._weights
+        for depth in new:
+            node, last = trunk[depth], depth == len(trunk) - 1
             if last:
                 self._make(node, self._guesses[depth][0], -1 - depth)
             if last or self._branching:
                 self._offer_guess(depth, (self._share - depth) % self._shares)
+
+    def _rank_guesses(self, depth: int) -> None:
+        """Guess every ranked token but the drafted one, and note how far behind the best each is."""
+        trunk = self._tree.trunk
+        node, drafted = trunk[depth], -1 if depth == len(trunk) - 1 else trunk[depth + 1].token
+        guesses = [(token, score) for token, score in zip(node.ranked, node.scores, strict=True) if token != drafted]
+        best = guesses[0][1]
+        if len(guesses) < len(node.ranked):
+            best = node.scores[node.ranked.index(drafted)]
+        self._guesses[depth] = [token for token, _ in guesses]
+        self._situation.gaps[depth] = [best - score for _, score in guesses]
 
     def _offer_guess(self, depth: int, rank: int) -> None:
         """Put a guess on the frontier. Guesses are dealt out over the drafts by rank, starting elsewhere each depth."""
@@ -283,7 +305,7 @@ class DraftSession:
             heappush(self._frontier, (-value, next(self._tie), candidate))
 
     def _chance(self, depth: int, rank: int) -> float:
-        ranks = self._ranks[depth == len(self._tree.trunk) - 1]
+        ranks = self._policy.ranks(self._situation, depth)
         return self._weights[depth] * (ranks[rank] if rank < len(ranks) else 0.0)
 
     def _pop(self) -> tuple[DraftNode, DraftNode] | None:
@@ -383,7 +405,7 @@ class DraftSession:
         guesses = self._guesses.get(outcome.accepted)
         if guesses is not None:
             rank = guesses.index(outcome.bonus_token) if outcome.bonus_token in guesses else None
-            self._policy.observe(len(self._tree.trunk) - 1, outcome.accepted, rank)
+            self._policy.observe(self._situation, outcome.accepted, rank)
 
 
 def window_base(position: int) -> int:

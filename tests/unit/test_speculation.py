@@ -177,8 +177,9 @@ def opened(tokens: list[int], speculation: list[int] | None = None, **values: in
 
 def run(session: DraftSession, width: int = 4, ranked: list[int] | None = None) -> tuple[list[Item], Nodes | None]:
     """One step with a model that ranks the same tokens everywhere."""
-    items = session.next_step(width)
-    return items, session.complete(items, [ranked or list(range(50, 80))] * len(items)) if items else None
+    items, ranked = session.next_step(width), ranked or list(range(50, 80))
+    scores = [-float(rank) for rank in range(len(ranked))]
+    return items, session.complete(items, [ranked] * len(items), [scores] * len(items)) if items else None
 
 
 class TestDraftSession:
