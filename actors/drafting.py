@@ -14,9 +14,10 @@ from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
-from ssd_ray.sampling.logits import scores_by_row
+from ssd_ray.sampling.logits import scores
 from ssd_ray.sampling.noise import NoiseRows
-from ssd_ray.speculation.draft import DraftSession, Item
+from ssd_ray.sampling.rejection import Proposing, stream_seed
+from ssd_ray.speculation.draft import DraftSession, Item, Ranking
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.wire import Begin, Close, Goodbye, Hello, Lost, Message, Open, Outcome, decode, encode
 
@@ -44,6 +45,8 @@ class Draft:
         width: branches in one forward.
         lookahead: tokens in one speculation at most.
         branching: False drafts the one chain of plain speculative decoding.
+        proposing: how tokens are drawn in rejection mode; None is coupled mode.
+        budget, strict: see :class:`~ssd_ray.speculation.draft.DraftSession`.
     """
 
     def __init__(
@@ -56,7 +59,12 @@ class Draft:
         width: int = 16,
         lookahead: int = MAX_LOOKAHEAD,
         branching: bool = True,
+        proposing: Proposing | None = None,
+        budget: int = 16,
+        strict: bool = False,
     ) -> None:
+        self._budget, self._strict = budget, strict
+        self._proposing = proposing
         self._runner = runner
         self._channel = channel
         self._session = session
@@ -141,9 +149,15 @@ class Draft:
         free = set(range(self._runner.rows)) - set(self._rows.values())
         if free:
             self._rows[message.sequence] = min(free)
-            self._noise[message.sequence] = NoiseRows(message.params.seed, self._runner.vocab_size)
+            seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
+            self._noise[message.sequence] = NoiseRows(seed, self._runner.vocab_size)
             self._sequences[message.sequence] = DraftSession(
-                message, self._policy, lookahead=self._lookahead, branching=self._branching
+                message,
+                self._policy,
+                lookahead=self._lookahead,
+                branching=self._branching,
+                budget=self._budget,
+                strict=self._strict,
             )
 
     def _advance(self, message: Outcome) -> None:
@@ -185,21 +199,24 @@ class Draft:
         return False
 
     def _finish(self, sequence: DraftSession, items: Sequence[Item], start: float) -> None:
-        nodes = sequence.complete(items, *self._ranked(sequence, items), step_ms=self._step_ms)
+        nodes = sequence.complete(items, self._rankings(sequence, items), step_ms=self._step_ms)
         if nodes is not None:
             self._send(nodes)
         self._step_ms = 1e3 * (perf_counter() - start)
 
     @torch.inference_mode()
-    def _ranked(self, sequence: DraftSession, items: Sequence[Item]) -> tuple[list[list[int]], list[list[float]]]:
-        """Run the items in one forward; the draft's tokens after each, best first, and their scores."""
+    def _rankings(self, sequence: DraftSession, items: Sequence[Item]) -> list[Ranking]:
+        """Run the items in one forward; what the draft says after each."""
         logits = self._forward(self._rows[sequence.sequence], items)[: len(items)]  # [items, V]
         noise = None
         if not sequence.params.greedy:
             noise = self._noise[sequence.sequence].rows([item.position + 1 for item in items])
-        scores = scores_by_row(logits, [sequence.params], noise)
-        best = scores.topk(min(RANKED, MAX_RANK, scores.shape[-1]))
-        return best.indices.tolist(), best.values.tolist()
+        if noise is None or self._proposing is None:
+            tokens, values = _best(scores(logits, sequence.params, noise))
+            return [Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True)]
+        logits = scores(logits, sequence.params)
+        drawn = self._proposing.draw(logits.softmax(-1), sequence.fan_out(items), noise)
+        return [Ranking(*row) for row in zip(*_best(logits), *drawn, strict=True)]
 
     def _forward(self, row: int, items: Sequence[Item]) -> Tensor:
         """Logits, float32 [padded items, V]. Shapes come in few sizes; padding repeats the last item."""
@@ -213,6 +230,12 @@ class Draft:
         positions = torch.tensor([[item.position for item in padded]])
         slots = torch.tensor([[item.slot for item in padded]])
         return self._runner.extend([row], tokens, positions, slots, torch.from_numpy(visible)[None])[0]
+
+
+def _best(scores: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    """The best tokens of each row and their scores."""
+    best = scores.topk(min(RANKED, MAX_RANK, scores.shape[-1]))
+    return best.indices.tolist(), best.values.tolist()
 
 
 def padded_size(count: int) -> int:

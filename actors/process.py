@@ -12,6 +12,7 @@ from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.saguaro.fanout import POLICIES
+from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
 from ssd_ray.transport.channel import Channel
 
@@ -34,15 +35,18 @@ def lookahead(config: EngineConfig) -> int:
 def load_draft(config: EngineConfig, channel: Channel, session: int, *, drafts: int = 1) -> Draft:
     """Load the draft's model and make the draft, which shares the guesses with ``drafts - 1`` others."""
     branching = config.method == "ssd"
-    budget = BUDGET if config.budget == "auto" else max(1, config.budget // max(1, drafts))
+    budget = BUDGET if config.budget == "auto" else config.budget
     return Draft(
         load_model(config, "draft", SCRATCH),
         channel,
         session,
         POLICIES[config.fan_out],
-        width=budget,
+        width=min(BUDGET, max(1, budget // max(1, drafts))),
         lookahead=lookahead(config),
         branching=branching,
+        proposing=Proposing(config.saguaro_c, config.law_tokens) if config.sampler == "rejection" else None,
+        budget=budget,
+        strict=config.budget != "auto",
     )
 
 

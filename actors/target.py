@@ -39,6 +39,7 @@ class TargetActor:
             session,
             lookahead=lookahead(config) if config.method != "ar" else 0,
             exact_lookahead=inline and config.lookahead != "auto",
+            sampler=config.sampler,
             waits=config.backup != "none",
             patient=inline,
             end_tokens=model_info(config.target).eos_token_ids,

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
+from ssd_ray.config import MAX_LOOKAHEAD, Sampler, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
-from ssd_ray.sampling.logits import scores
-from ssd_ray.sampling.noise import NoiseRows
+from ssd_ray.sampling.verifier import Verifier, verifier
+from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.stats import EngineStats, add
 from ssd_ray.text import Detokenizer
@@ -55,11 +55,11 @@ DRIVER = "driver"
 
 @dataclass(slots=True)
 class Row:
-    """One running request: its session, its KV row, its noise, and who has been told what."""
+    """One running request: its session, its KV row, its verifier, and who has been told what."""
 
     session: TargetSession
     number: int
-    noise: NoiseRows | None
+    verifier: Verifier
     text: Detokenizer | None
     unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
     accepted: int = 0  # tokens of the last speculation
@@ -86,6 +86,7 @@ class Target:
         session: the engine's number on the wire.
         lookahead: tokens in one speculation at most.
         exact_lookahead: with ``patient``, wait for ``lookahead`` tokens rather than for the best number of them.
+        sampler: how speculations are verified.
         waits: wait for drafts where that pays.
         patient: wait for drafts however long they take: the draft is in this process and never late.
         end_tokens: tokens that end a text.
@@ -101,6 +102,7 @@ class Target:
         *,
         lookahead: int = MAX_LOOKAHEAD,
         exact_lookahead: bool = False,
+        sampler: Sampler = "coupled",
         waits: bool = True,
         patient: bool = False,
         end_tokens: Collection[int] = (),
@@ -112,6 +114,7 @@ class Target:
         self._session = session
         self._lookahead = lookahead
         self._exact_lookahead = exact_lookahead
+        self._sampler: Sampler = sampler
         self._waits = waits
         self._patient = patient
         self._end_tokens = end_tokens
@@ -174,9 +177,8 @@ class Target:
         verify_start = perf_counter()
         logits = self._verify(rows)
         verify_ms = 1e3 * (perf_counter() - verify_start)
-        choices = self._choose(rows, logits)
-        for row, row_choices in zip(rows, choices, strict=True):
-            self._commit(row, row_choices, verify_ms)
+        for row, decision in zip(rows, self._decide(rows, logits), strict=True):
+            self._commit(row, decision, verify_ms)
         self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
         for row in rows:
             self._announce(row)
@@ -210,23 +212,22 @@ class Target:
         return self._runner.append([row.number for row in rows], tokens, [row.session.position for row in rows])
 
     @torch.inference_mode()
-    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[list[int]]:
-        """The target's token after each input of each row."""
-        choices = []
+    def _decide(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Decision]:
+        decisions = []
         for row, row_logits in zip(rows, logits, strict=True):
-            session, count = row.session, len(row.session.inputs)
-            noise = None
-            if row.noise is not None:
-                noise = row.noise.rows(range(session.position + 1, session.position + 1 + count))
-            choices.append(scores(row_logits[:count], session.params, noise).argmax(-1).tolist())
-        return choices
+            session = row.session
+            speculation = session.cache.speculation
+            proposals = session.proposals
+            decisions.append(
+                row.verifier.decide(row_logits[: len(speculation) + 1], session.position, speculation, proposals)
+            )
+        return decisions
 
-    def _commit(self, row: Row, choices: Sequence[int], verify_ms: float) -> None:
+    def _commit(self, row: Row, decision: Decision, verify_ms: float) -> None:
         session = row.session
-        offered = len(choices) - 1
-        outcome, row.added = session.commit(choices)
-        row.accepted = outcome.accepted
-        self._pace.saw_verification(verify_ms, offered, row.accepted)
+        self._pace.saw_verification(verify_ms, len(session.cache.speculation), decision.accepted)
+        row.accepted = decision.accepted
+        row.added = session.commit(decision)
         self._look_for_stop(row, row.added)
 
     def _announce(self, row: Row) -> None:
@@ -333,11 +334,12 @@ class Target:
             end_tokens=self._end_tokens,
             max_length=self._runner.max_length,
             vocab_size=self._runner.vocab_size,
+            sampled=self._sampler == "rejection" and not params.greedy,
         )
         number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
-        noise = None if params.greedy else NoiseRows(params.seed, self._runner.vocab_size)
+        verify = verifier(self._sampler, params, self._runner.vocab_size)
         text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
-        row = Row(session, number, noise, text)
+        row = Row(session, number, verify, text)
         for draft in self._drafts:
             self._open(draft, row)
         start = perf_counter()

@@ -15,7 +15,7 @@ from ssd_ray.errors import ConfigError
 Method = Literal["ssd", "sd", "ar"]
 FanOut = Literal["auto", "uniform", "geometric", "histogram"]
 Backup = Literal["auto", "draft", "none"]
-Sampler = Literal["coupled"]
+Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -105,11 +105,16 @@ class EngineConfig:
         method: "ssd" (drafts work while the target verifies), "sd" (in turn, in one process) or "ar" (no draft).
         num_drafts: draft actors at the start; 0 is allowed and decodes without speculation.
         lookahead: tokens in one speculation at most, 1 to 7, or "auto".
-        budget: guessed outcomes that a round's trees are opened for at first, over all drafts, or "auto".
+        budget: guessed outcomes of a round at most, over all drafts; "auto" is as many as there is time for.
         fan_out: which outcomes are prepared for.
         backup: what a row does when its outcome was not prepared for: "draft" waits for the best number of tokens,
             none included, "none" never waits; "auto" is "draft".
-        sampler: "coupled": target and draft share the noise, so one seed is one text.
+        sampler: "coupled": target and draft share the noise, so one seed is one text. "rejection": drafts sample from a
+            law of their own and tokens are accepted by the ratio of probabilities; the text then has the target's law
+            but depends on what was drafted.
+        saguaro_c: with "rejection", the factor in [0, 1] by which drafts lower the mass of the tokens that will be
+            guessed: fewer acceptances, more hits. 1 is plain sampling.
+        law_tokens: with "rejection", a draft's law is cut to its so many likeliest tokens; 0 keeps the vocabulary.
         transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
         inline_max_bytes: frames above it ride on Ray object refs.
         device: "auto", "cpu" or "cuda".
@@ -129,6 +134,8 @@ class EngineConfig:
     fan_out: FanOut = "auto"
     backup: Backup = "auto"
     sampler: Sampler = "coupled"
+    saguaro_c: float = 0.5
+    law_tokens: int = 64
     transport: Transport = "auto"
     inline_max_bytes: int = 1 << 20
     device: str = "auto"
@@ -149,6 +156,10 @@ class EngineConfig:
             _integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
         if self.budget != "auto":
             _integer("budget", self.budget, 1, 4096)
+        c = self.saguaro_c
+        number = isinstance(c, int | float) and not isinstance(c, bool) and 0.0 <= c <= 1.0
+        _require(number, "saguaro_c", "a number from 0 to 1", c)
+        _integer("law_tokens", self.law_tokens, 0, 2**31 - 1)
         _integer("inline_max_bytes", self.inline_max_bytes, 1 << 10, 1 << 24)
         _integer("max_num_seqs", self.max_num_seqs, 1, 4096)
         _integer("prefill_chunk", self.prefill_chunk, 8, 1 << 16)

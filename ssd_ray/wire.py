@@ -47,6 +47,9 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
     Node i has the id ``first + i``; ids are unique in (draft, sequence) and never used again. ``parents[i]`` is the id
     of an earlier node, or ``-1 - depth`` for a guess that follows the trunk token at that depth of round ``round``.
+
+    In rejection mode node ``sampled[j]`` of the message was drawn from law j: part j of as many equal parts of
+    ``law_tokens`` (int32; empty if the laws are over the whole vocabulary, in order) and ``law_weights`` (float32).
     """
 
     sequence: Count
@@ -55,6 +58,9 @@ class Nodes(Message, frozen=True, tag="nodes"):
     parents: Annotated[list[Parent], Meta(max_length=4096)]
     tokens: Annotated[list[Token], Meta(max_length=4096)]
     step_ms: Annotated[float, Meta(ge=0.0)] = 0.0
+    sampled: Annotated[list[Count], Meta(max_length=4096)] = []
+    law_tokens: memoryview = memoryview(b"")
+    law_weights: memoryview = memoryview(b"")
 
 
 class Lost(Message, frozen=True, tag="lost"):
@@ -199,8 +205,8 @@ def encode(session: int, message: Message) -> bytes:
     return _encoder.encode((VERSION, session, message))
 
 
-def decode(session: int, frame: bytes) -> AnyMessage:
-    """Read a frame of this session.
+def decode(session: int, frame: bytes | memoryview) -> AnyMessage:
+    """Read a frame of this session. Laws are not copied: they are views of the frame.
 
     Raises:
         ProtocolError: the frame is malformed, of another version or of another session.

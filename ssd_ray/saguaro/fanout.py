@@ -75,6 +75,15 @@ class FanOutPolicy(ABC):
             self._counts[full][rank] += 1.0
             self._ranks[full] = _falling(_normalised(self._counts[full]))
 
+    @property
+    def exponent(self) -> float:
+        """r of the chance F^-r that the bonus token is not among F guesses, from the ranks seen after a rejection."""
+        misses, missing = [], 1.0
+        for chance in self._ranks[False]:
+            missing -= chance
+            misses.append(missing)
+        return fit_exponent(misses[:16])
+
     def place(self, situation: Situation, accepted: int, rank: int | None) -> int | None:
         """How many guesses come before that outcome: it is a hit if and only if the budget is larger. None: never."""
         weights = self.depths(situation)

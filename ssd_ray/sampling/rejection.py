@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssd_ray.sampling.verify import Outcome
@@ -95,6 +97,38 @@ def draw(tokens: Tensor, probabilities: Tensor, noise: Tensor) -> Tensor:
     """
     scores = probabilities.log() + noise.gather(-1, tokens)
     return tokens.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposing:
+    """How a draft draws its tokens.
+
+    Attributes:
+        c: Saguaro's C, see :func:`saguaro`.
+        most: tokens that a law is cut to; 0 keeps all.
+    """
+
+    c: float = 1.0
+    most: int = 0
+
+    def draw(
+        self, probabilities: Tensor, guesses: Sequence[int], noise: Tensor
+    ) -> tuple[list[int], list[tuple[NDArray[np.int32], NDArray[np.float32]]]]:
+        """Draw one token of each row.
+
+        Args:
+            probabilities: the draft's own law q, float32 [R, V].
+            guesses: F of each row, see :func:`saguaro`.
+            noise: float32 [R, V].
+
+        Returns:
+            The tokens, and what each was drawn from: token ids, int32 [M] (empty: all), and probabilities, float32 [M].
+        """
+        tokens, weights = truncate(saguaro(probabilities, guesses, self.c), self.most)
+        drawn: list[int] = draw(tokens, weights, noise).tolist()
+        whole = tokens.shape[-1] == probabilities.shape[-1]
+        named = tokens.to(torch.int32).numpy()[:, : 0 if whole else None]
+        return drawn, list(zip(named, weights.numpy(), strict=True))
 
 
 def verify_by_rejection(

@@ -6,21 +6,44 @@ change the output: a wrong token is rejected by the verification, so the cache o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Nodes
+
+Law = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""What a token was drawn from: token ids (empty: all, in order) and their probabilities, views of a frame."""
 
 MAX_NODES = 4096
 """Nodes that one sequence may hold; more are dropped."""
 
 
 class CachedNode(Node):
-    """A node and the (draft, id) pairs under which drafts know it."""
+    """A node, the (draft, id) pairs under which drafts know it, and in rejection mode what it was drawn from."""
 
-    __slots__ = ("known_as",)
+    __slots__ = ("known_as", "law")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
         self.known_as: list[tuple[str, int]] = []
+        self.law: Law | None = None
+
+
+class SampledNode(CachedNode):
+    """A node of rejection mode. Only a token that was drawn from a law continues a chain, never a guess: which token is
+    verified must not depend on anything but the draw."""
+
+    __slots__ = ("sampled",)
+
+    def __init__(self, token: int) -> None:
+        super().__init__(token)
+        self.sampled: CachedNode | None = None
+
+    def continuation(self) -> CachedNode | None:  # type: ignore[override]
+        return self.sampled
 
 
 class SpeculationCache:
@@ -36,8 +59,10 @@ class SpeculationCache:
         guessed: whether its very outcome was among them.
     """
 
-    def __init__(self, bonus_token: int, vocab_size: int, round: int = 0) -> None:
-        self.tree: TokenTree[CachedNode] = TokenTree(CachedNode, bonus_token)
+    def __init__(
+        self, bonus_token: int, vocab_size: int, round: int = 0, node: Callable[[int], CachedNode] = CachedNode
+    ) -> None:
+        self.tree: TokenTree[CachedNode] = TokenTree(node, bonus_token)
         self.round = round
         self.latest: dict[str, int] = {}
         self._vocab_size = vocab_size
@@ -98,9 +123,10 @@ class SpeculationCache:
         if message.round > self.round or len(message.parents) != len(message.tokens):
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
+        laws = _laws(message) if message.sampled else {}
         used = 0
         for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
-            node = self._place(draft, message.round, parent, token)
+            node = self._place(draft, message.round, parent, token, laws.get(offset))
             if node is not None:
                 used += 1
                 name = (draft, message.first + offset)
@@ -109,7 +135,7 @@ class SpeculationCache:
                     node.known_as.append(name)
         return used
 
-    def _place(self, draft: str, round: int, parent: int, token: int) -> CachedNode | None:
+    def _place(self, draft: str, round: int, parent: int, token: int, law: Law | None) -> CachedNode | None:
         """Find or make the node of one pushed token; None if it has no place in the tree any more."""
         if parent >= 0:
             stem = self._nodes.get((draft, parent))
@@ -126,7 +152,10 @@ class SpeculationCache:
             if self._count >= MAX_NODES:
                 return None
             self._count += 1
-        return known or self.tree.grow(stem, token)
+        node = known or self.tree.grow(stem, token)
+        if law is not None and isinstance(stem, SampledNode) and stem.sampled is None:
+            stem.sampled, node.law = node, law  # the first draw stands
+        return node
 
     def _late_guess(self, depth: int, token: int) -> CachedNode | None:
         """A guess about the round before, come after its outcome: if it was right, it is the root now."""
@@ -137,3 +166,13 @@ class SpeculationCache:
             return None
         self.guessed = True
         return self.tree.root
+
+
+def _laws(message: Nodes) -> dict[int, Law]:
+    """The law of each sampled node by its place in the message; none if the parts are not equal."""
+    count = len(message.sampled)
+    if len(message.law_weights) % (4 * count) or len(message.law_tokens) not in (0, len(message.law_weights)):
+        return {}
+    weights = np.frombuffer(message.law_weights, np.float32).reshape(count, -1)
+    tokens = np.frombuffer(message.law_tokens, np.int32).reshape(count, -1)
+    return {node: (tokens[index], weights[index]) for index, node in enumerate(message.sampled)}

@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
-from ssd_ray.saguaro.fanout import FanOutPolicy, Situation
+from ssd_ray.saguaro.fanout import FanOutPolicy, Situation, shape
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
@@ -45,6 +48,30 @@ _BEYOND = 0.25
 """How much each further token of a branch is worth, and one beyond the lookahead: they order the work, no more."""
 
 
+Law = tuple[NDArray[np.int32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What the draft says about the token after another one.
+
+    Attributes:
+        tokens: the likeliest, best first.
+        scores: theirs, in nats up to a constant, noise included.
+        drafted: the token that it drafts.
+        law: in rejection mode what that one was drawn from: token ids, int32 [M] (empty: all, in order), and their
+            probabilities, float32 [M].
+    """
+
+    tokens: Sequence[int]
+    scores: Sequence[float]
+    drafted: int
+    law: Law | None = None
+
+
+NOTHING = Ranking((), (), -1)
+
+
 class DraftNode(Node):
     """A node with what the draft knows of it.
 
@@ -52,23 +79,28 @@ class DraftNode(Node):
         id: its number on the wire; -1 before it was pushed.
         slot: where its KV is; -1 before it ran.
         path: slots of its ancestors in the tree and its own.
-        ranked: the draft's tokens after it, best first; empty before it ran.
-        scores: of these tokens, falling.
+        ranking: what the draft said after it; nothing before it ran.
         depth: tokens of its branch up to it, the guess being 1.
         chance: probability that its outcome happens and that it is accepted then.
+        law: in rejection mode what it was drawn from.
+        sampled: in rejection mode the child that was drawn.
     """
 
-    __slots__ = ("chance", "depth", "id", "path", "ranked", "scores", "slot")
+    __slots__ = ("chance", "depth", "id", "law", "path", "ranking", "sampled", "slot")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
         self.id = -1
         self.slot = -1
         self.path: tuple[int, ...] = ()
-        self.ranked: Sequence[int] = ()
-        self.scores: Sequence[float] = ()
+        self.ranking = NOTHING
         self.depth = 0
         self.chance = 0.0
+        self.law: Law | None = None
+        self.sampled: DraftNode | None = None
+
+    def continuation(self) -> DraftNode | None:
+        return self.sampled or super().continuation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +157,26 @@ class DraftSession:
         lookahead: tokens that a speculation has at most.
         branching: open guesses. Without it only the chain after the bonus token is drafted, as plain speculative
             decoding does.
+        budget: guesses of a round for which there is usually time, over all drafts.
+        strict: open no more than these.
     """
 
     def __init__(
-        self, opened: Open, policy: FanOutPolicy, *, lookahead: int = MAX_LOOKAHEAD, branching: bool = True
+        self,
+        opened: Open,
+        policy: FanOutPolicy,
+        *,
+        lookahead: int = MAX_LOOKAHEAD,
+        branching: bool = True,
+        budget: int = 16,
+        strict: bool = False,
     ) -> None:
         self.sequence = opened.sequence
         self._policy = policy
         self._lookahead = lookahead
         self._branching = branching
+        self._budget = budget
+        self._strict = strict
         self._next_id = 0
         self._filled = 0  # committed tokens whose KV is in place
         self._tie = count()
@@ -226,23 +269,28 @@ class DraftSession:
     def complete(
         self,
         items: Sequence[Item],
-        ranked: Sequence[Sequence[int]],
-        scores: Sequence[Sequence[float]],
+        rankings: Sequence[Ranking],
         *,
         step_ms: float = 0.0,
     ) -> Nodes | None:
-        """Take the model's tokens after each item, best first, and their scores; returns what to push, if anything.
+        """Take what the model says after each item; returns what to push, if anything.
 
         ``step_ms`` is what a step of this draft takes, for the target's plans.
         """
-        for item, tokens, values in zip(items, ranked, scores, strict=True):
+        for item, ranking in zip(items, rankings, strict=True):
             if item.node is not None:
-                item.node.ranked, item.node.scores = tokens, values
+                item.node.ranking = ranking
         self._open_guesses()
         for item in items:
             if item.node is not None and item.node.depth > 0:
                 self._extend(item.node)
         return self._push(step_ms)
+
+    def fan_out(self, items: Sequence[Item]) -> list[int]:
+        """Guesses that are planned for the position after each item, should it be in the trunk of a round."""
+        depths = Situation([()] * (self._lookahead + 1))
+        planned = shape(self._policy.depths(depths), self._policy.exponent, self._budget)
+        return [planned[min(_trunk_depth(item), self._lookahead)] for item in items]
 
     # The tree
 
@@ -250,6 +298,7 @@ class DraftSession:
         """Take what is being verified and this draft's share of the guesses, and order the work anew."""
         self._tree.follow(message.speculation)
         self._share, self._shares = message.share, message.shares
+        self._opened, self._allowed = 0, len(range(self._share, self._budget, self._shares)) if self._strict else -1
         self._frontier: list[tuple[float, int, Candidate]] = []
         self._guesses: dict[int, list[int]] = {}  # by depth of the trunk
         for node, _ in self._unpushed:
@@ -275,25 +324,24 @@ class DraftSession:
     def _open_guesses(self) -> None:
         """Rank the outcomes at every depth of the trunk whose logits are there and were not ranked yet."""
         trunk = self._tree.trunk
-        new = [depth for depth, node in enumerate(trunk) if node.ranked and depth not in self._guesses]
+        new = [depth for depth, node in enumerate(trunk) if node.ranking.tokens and depth not in self._guesses]
         for depth in new:
             self._rank_guesses(depth)
         self._weights = self._policy.depths(self._situation) if new else self._weights
         for depth in new:
             node, last = trunk[depth], depth == len(trunk) - 1
             if last:
-                self._make(node, self._guesses[depth][0], -1 - depth)
+                self._draft(node, -1 - depth)
             if last or self._branching:
                 self._offer_guess(depth, (self._share - depth) % self._shares)
 
     def _rank_guesses(self, depth: int) -> None:
         """Guess every ranked token but the drafted one, and note how far behind the best each is."""
         trunk = self._tree.trunk
-        node, drafted = trunk[depth], -1 if depth == len(trunk) - 1 else trunk[depth + 1].token
-        guesses = [(token, score) for token, score in zip(node.ranked, node.scores, strict=True) if token != drafted]
-        best = guesses[0][1]
-        if len(guesses) < len(node.ranked):
-            best = node.scores[node.ranked.index(drafted)]
+        ranking, drafted = trunk[depth].ranking, -1 if depth == len(trunk) - 1 else trunk[depth + 1].token
+        scored = list(zip(ranking.tokens, ranking.scores, strict=True))
+        guesses = [(token, score) for token, score in scored if token != drafted]
+        best = next((score for token, score in scored if token == drafted), guesses[0][1])
         self._guesses[depth] = [token for token, _ in guesses]
         self._situation.gaps[depth] = [best - score for _, score in guesses]
 
@@ -312,10 +360,12 @@ class DraftSession:
         """Take the best (stem, node) that has not run."""
         while self._frontier:
             _, _, candidate = heappop(self._frontier)
+            if candidate.node is None and self._opened == self._allowed:
+                continue
             node = candidate.node or self._open(candidate)
             if node.slot < 0:
                 return candidate.stem, node
-            if node.ranked:  # it has run out of turn; one that is in this very step is extended when it has
+            if node.ranking.tokens:  # it has run out of turn; one that is in this very step is extended when it has
                 self._extend(node)
         return None
 
@@ -323,16 +373,17 @@ class DraftSession:
         """The first (stem, node) of the chain below the trunk that has not run; None once the chain is long enough."""
         trunk = self._tree.trunk
         stem, length = trunk[-1], len(trunk)
-        node = self._make(stem, self._guesses[length - 1][0], -length)
+        node = self._draft(stem, -length)
         if node.depth == 0:
             node.depth, node.chance = 1, self._chance(length - 1, 0)
-        while node.slot >= 0 and node.children:
-            stem, node, length = node, next(iter(node.children.values())), length + 1
+        while node.slot >= 0 and (following := node.continuation()) is not None:
+            stem, node, length = node, following, length + 1
         return (stem, node) if node.slot < 0 and length < self._wanted else None
 
     def _open(self, guess: Candidate) -> DraftNode:
         """Make the node of a guess, and offer the next one at its depth."""
         node = self._make(guess.stem, self._guesses[guess.depth][guess.rank], -1 - guess.depth)
+        self._opened += 1
         node.depth = 1
         node.chance = self._chance(guess.depth, guess.rank)
         if self._branching:
@@ -340,10 +391,10 @@ class DraftSession:
         return node
 
     def _extend(self, node: DraftNode) -> None:
-        """Continue the branch of a node that ran by its best token."""
+        """Continue the branch of a node that ran by the token that is drafted after it."""
         if node.depth > self._lookahead:
             return
-        child = self._make(node, node.ranked[0], node.id)
+        child = self._draft(node, node.id)
         child.depth = node.depth + 1
         child.chance = node.chance * _ACCEPTANCE
         value = child.chance if child.depth <= self._lookahead else child.chance * _BEYOND
@@ -358,10 +409,19 @@ class DraftSession:
             self._unpushed.append((node, parent))
         return node
 
+    def _draft(self, stem: DraftNode, parent: int) -> DraftNode:
+        """The child with the token that is drafted after ``stem``. With a law it is pushed even if it is known."""
+        drafted, law = stem.ranking.drafted, stem.ranking.law
+        if law is not None and stem.sampled is None:
+            node = stem.sampled = self._tree.grow(stem, drafted)
+            node.id, node.law = -1, law
+        return self._make(stem, drafted, parent)
+
     def _push(self, step_ms: float) -> Nodes | None:
         if not self._unpushed:
             return None
         nodes, self._unpushed = self._unpushed, []
+        sampled, tokens, weights = _laws([node for node, _ in nodes])
         return Nodes(
             sequence=self.sequence,
             round=self.round,
@@ -369,6 +429,9 @@ class DraftSession:
             parents=[parent for _, parent in nodes],
             tokens=[node.token for node, _ in nodes],
             step_ms=step_ms,
+            sampled=sampled,
+            law_tokens=tokens,
+            law_weights=weights,
         )
 
     # The KV
@@ -408,6 +471,20 @@ class DraftSession:
             self._policy.observe(self._situation, outcome.accepted, rank)
 
 
+def _trunk_depth(item: Item) -> int:
+    """Where in the trunk an item's token would be verified: a guess is the next bonus token, which has depth 0."""
+    return 0 if item.node is None else max(0, item.node.depth - 1)
+
+
 def window_base(position: int) -> int:
     """First scratch slot for a bonus token at this position: many rounds beyond, so that the window rarely moves."""
     return (position // WINDOW_STEP + 2) * WINDOW_STEP
+
+
+def _laws(nodes: Sequence[DraftNode]) -> tuple[list[int], memoryview, memoryview]:
+    """Which of these nodes were drawn, and what from; see :class:`~ssd_ray.wire.Nodes`."""
+    laws = {index: node.law for index, node in enumerate(nodes) if node.law is not None}
+    if not laws:
+        return [], memoryview(b""), memoryview(b"")
+    tokens, weights = (np.stack(parts) for parts in zip(*laws.values(), strict=True))
+    return list(laws), memoryview(tokens.tobytes()), memoryview(weights.tobytes())

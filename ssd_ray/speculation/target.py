@@ -1,9 +1,9 @@
 """The target's side of one sequence, as a state machine without I/O.
 
-A round: :meth:`TargetSession.begin` fixes the speculation, the caller runs one forward over :attr:`inputs` and samples
-a choice after each of them, :meth:`TargetSession.commit` verifies, advances the speculation cache and says what was
-decided; once what drafts have sent is in :meth:`TargetSession.add`, :meth:`TargetSession.look_up` says whether the
-outcome is a hit. Messages of drafts may be added at any time.
+A round: :meth:`TargetSession.begin` fixes the speculation, the caller runs one forward over :attr:`inputs` and verifies
+it, :meth:`TargetSession.commit` takes what was decided and advances the speculation cache; once what drafts have sent
+is in :meth:`TargetSession.add`, :meth:`TargetSession.look_up` says whether the outcome is a hit. Messages of drafts may
+be added at any time.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import torch
+
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
-from ssd_ray.sampling.verify import Outcome, verify
-from ssd_ray.speculation.cache import SpeculationCache
+from ssd_ray.sampling.rejection import Proposal, sound
+from ssd_ray.sampling.verify import Outcome
+from ssd_ray.speculation.cache import CachedNode, SampledNode, SpeculationCache
 from ssd_ray.wire import Misses, Nodes, RequestStats
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -47,6 +51,7 @@ class TargetSession:
         end_tokens: tokens that end a text unless ``params.ignore_eos``.
         max_length: positions that the sequence can take; it ends there with "length".
         vocab_size: tokens that drafts may name.
+        sampled: rejection mode: only tokens that come with the law that they were drawn from are speculated.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class TargetSession:
         end_tokens: Collection[int] = (),
         max_length: int,
         vocab_size: int,
+        sampled: bool = False,
     ) -> None:
         self.sequence = sequence
         self.params = params
@@ -65,7 +71,8 @@ class TargetSession:
         self.finish_reason: FinishReason | None = None
         self.tally = Tally()
         self.hit = False
-        self.cache = SpeculationCache(self.tokens[-1], vocab_size)
+        self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=SampledNode if sampled else CachedNode)
+        self._vocab_size = vocab_size
         self._prompt_tokens = len(self.tokens)
         self._room = min(params.max_tokens, max_length - self._prompt_tokens)
         self._end_tokens = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else end_tokens)
@@ -105,24 +112,28 @@ class TargetSession:
         """Tokens of the verification forward: the bonus token and the speculation."""
         return [self.tokens[-1], *self.cache.speculation]
 
+    @property
+    def proposals(self) -> list[Proposal | None]:
+        """What each speculated token was drawn from; None if that is not known or no law."""
+        return [self._proposal(node) for node in self.cache.tree.trunk[1:]]
+
     def add(self, draft: str, message: Nodes) -> int:
         """Take nodes of a draft; returns how many are of use."""
         return self.cache.add(draft, message)
 
-    def commit(self, choices: Sequence[int]) -> tuple[Outcome, list[int]]:
-        """Verify the target's ``choices``, one after each input, and go on to the next round.
+    def commit(self, outcome: Outcome) -> list[int]:
+        """Take what the verification decided, and go on to the next round.
 
         Returns:
-            The outcome and the tokens that it adds to the text. They are fewer than the outcome has when one of them
-            ends the sequence; ``finish_reason`` is set then.
+            The tokens that the outcome adds to the text. They are fewer than it has when one of them ends the sequence;
+            ``finish_reason`` is set then.
         """
-        outcome = verify(self.cache.speculation, choices)
-        added = self._until_end(choices[: outcome.accepted + 1])
+        added = self._until_end([*self.cache.speculation[: outcome.accepted], outcome.bonus_token])
         self.tokens += added
         self.cache.advance(outcome.accepted, outcome.bonus_token)
         self.tally.rounds += 1
         self.tally.accepted[outcome.accepted] += 1
-        return outcome, added
+        return added
 
     def look_up(self, drafts: Collection[str]) -> bool:
         """Count the last outcome as a hit or a miss, and say which: whether a speculation for it is there.
@@ -163,6 +174,16 @@ class TargetSession:
             prefill_ms=tally.prefill_ms,
             waits=tally.waits,
         )
+
+    def _proposal(self, node: CachedNode) -> Proposal | None:
+        if node.law is None:
+            return None
+        tokens, weights = node.law
+        proposal = Proposal(
+            torch.from_numpy(tokens.astype(np.int64)) if len(tokens) else torch.arange(len(weights)),
+            torch.from_numpy(weights.copy()),
+        )
+        return proposal if sound(proposal, self._vocab_size) else None
 
     def _until_end(self, tokens: Sequence[int]) -> list[int]:
         """The tokens up to the one that ends the sequence, that one included."""

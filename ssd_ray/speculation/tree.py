@@ -22,13 +22,17 @@ class Node:
         self.children: dict[int, Self] = {}
 
     def chain(self, limit: int) -> list[Self]:
-        """The nodes below this one along first children, at most ``limit``."""
+        """The nodes below this one along continuations, at most ``limit``."""
         nodes: list[Self] = []
-        node = self
-        while node.children and len(nodes) < limit:
-            node = next(iter(node.children.values()))
+        node = self.continuation()
+        while node is not None and len(nodes) < limit:
             nodes.append(node)
+            node = node.continuation()
         return nodes
+
+    def continuation(self) -> Self | None:
+        """The child that continues the chain."""
+        return next(iter(self.children.values()), None)
 
     def subtree(self) -> Iterator[Self]:
         """This node and all below it, parents first."""

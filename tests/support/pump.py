@@ -14,6 +14,7 @@ from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.table import TableModel
 from ssd_ray.saguaro.fanout import Histogram
+from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub, MemorySpoke
 from ssd_ray.wire import Output, RequestStats, decode
@@ -106,6 +107,7 @@ class Pump:
         drafts: the drafts' models.
         draft_turns: how many turns a draft gets during a verification.
         trouble: probability that something happens to a frame.
+        proposing: how drafts draw their tokens in rejection mode; None is coupled mode.
     """
 
     def __init__(
@@ -117,19 +119,25 @@ class Pump:
         trouble: float = 0.0,
         seed: int = 0,
         width: int = 8,
+        proposing: Proposing | None = None,
         **options: object,
     ) -> None:
         address = MemoryAddress()
         target = Meanwhile(target, self._run_drafts)
         hub = LossyHub(address, random.Random(seed), trouble, self._run_drafts)
         self.driver = MemorySpoke(address, DRIVER)
+        if proposing is not None:
+            options["sampler"] = "rejection"
+        self._proposing = proposing
         self.target = Target(target, hub, SESSION, **options)  # type: ignore[arg-type]
         self._address, self._width, self._draft_turns = address, width, draft_turns
         self.drafts = [self._draft(f"draft-{number}", model) for number, model in enumerate(drafts)]
         self.texts: dict[int, Text] = {}
 
     def _draft(self, name: str, model: ModelRunner) -> Draft:
-        return Draft(model, MemorySpoke(self._address, name), SESSION, Histogram, width=self._width)
+        return Draft(
+            model, MemorySpoke(self._address, name), SESSION, Histogram, width=self._width, proposing=self._proposing
+        )
 
     def join(self, name: str, model: ModelRunner) -> Draft:
         """Add a draft while requests run."""

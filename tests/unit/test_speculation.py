@@ -6,9 +6,10 @@ import pytest
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.saguaro.fanout import Histogram, Uniform
+from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation import cache as cache_module
 from ssd_ray.speculation.cache import SpeculationCache
-from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item
+from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item, Ranking
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
@@ -114,16 +115,14 @@ class TestTargetSession:
         session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))
         session.begin(7)
         assert session.inputs == [3, 4, 5, 6]
-        outcome, added = session.commit([4, 5, 9, 7])
-        assert (outcome.accepted, outcome.bonus_token, added) == (2, 9, [4, 5, 9])
+        assert session.commit(Decision(2, 9)) == [4, 5, 9]
         assert (session.position, session.round, session.generated) == (5, 1, [4, 5, 9])
 
     def test_it_never_yields_more_than_asked_for(self) -> None:
         session = target(max_tokens=2)
         session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))
         assert session.begin(7) == [4]
-        _, added = session.commit([4, 5])
-        assert added == [4, 5]
+        assert session.commit(Decision(1, 5)) == [4, 5]
         assert session.finish_reason == "length"
 
     def test_an_end_token_cuts_what_follows_it(self) -> None:
@@ -131,7 +130,7 @@ class TestTargetSession:
             session = target(**params)
             session.add("a", push(0, 0, (-1, 4), (0, 0), (1, 6)))
             session.begin(7)
-            _, added = session.commit([4, 0, 6, 7])
+            added = session.commit(Decision(3, 7))
             assert (added, session.finish_reason) == (kept, reason)
 
     @pytest.mark.parametrize(
@@ -148,13 +147,13 @@ class TestTargetSession:
     def test_a_miss_has_a_cause(self, messages: list[Nodes], drafts: list[str], cause: str, late: bool) -> None:
         session = target()
         session.begin(7)
-        session.commit([40])
+        session.commit(Decision(0, 40))
         session.look_up([])
         session.begin(7)
         if not late:
             for message in messages:
                 session.add("a", message)
-        session.commit([50])
+        session.commit(Decision(0, 50))
         if late:
             for message in messages:
                 session.add("a", message)
@@ -166,7 +165,7 @@ class TestTargetSession:
         session.add("a", push(0, 0, (-1, 4)))
         for choice in (40, 41):
             session.begin(0)
-            session.commit([choice])
+            session.commit(Decision(0, choice))
             session.look_up(["a"])
         assert session.tally.misses == {"late": 1, "stale": 1} or session.tally.misses == {"fan_out": 1, "stale": 1}
 
@@ -178,8 +177,8 @@ def opened(tokens: list[int], speculation: list[int] | None = None, **values: in
 def run(session: DraftSession, width: int = 4, ranked: list[int] | None = None) -> tuple[list[Item], Nodes | None]:
     """One step with a model that ranks the same tokens everywhere."""
     items, ranked = session.next_step(width), ranked or list(range(50, 80))
-    scores = [-float(rank) for rank in range(len(ranked))]
-    return items, session.complete(items, [ranked] * len(items), [scores] * len(items)) if items else None
+    ranking = Ranking(ranked, [-float(rank) for rank in range(len(ranked))], ranked[0])
+    return items, session.complete(items, [ranking] * len(items)) if items else None
 
 
 class TestDraftSession:

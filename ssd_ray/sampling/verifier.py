@@ -1,0 +1,81 @@
+"""What the target does with the logits of a verification: one object for each sequence, by the engine's sampler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssd_ray.config import Sampler, SamplingParams
+from ssd_ray.sampling.logits import scores
+from ssd_ray.sampling.noise import NoiseRows
+from ssd_ray.sampling.rejection import Proposal, stream_seed, verify_by_rejection
+from ssd_ray.sampling.verify import Outcome, verify
+
+
+class Verifier(ABC):
+    """Decides the rounds of one sequence."""
+
+    @abstractmethod
+    def decide(
+        self, logits: Tensor, position: int, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+    ) -> Outcome:
+        """Verify a speculation.
+
+        Args:
+            logits: after the bonus token and after each speculated one, float32 [n + 1, V]; may be changed.
+            position: of the bonus token.
+            speculation: n tokens.
+            proposals: what each of them was sampled from, as far as that is known.
+        """
+
+
+class CoupledVerifier(Verifier):
+    """The target makes its own choice everywhere, with noise that drafts share; a guess is right or wrong."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        self._params = params
+        self._noise = None if params.greedy else NoiseRows(params.seed, vocab_size)
+
+    def decide(
+        self, logits: Tensor, position: int, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+    ) -> Outcome:
+        noise = None if self._noise is None else self._noise.rows(_after(position, len(logits)))
+        return verify(speculation, scores(logits, self._params, noise).argmax(-1).tolist())
+
+
+class RejectionVerifier(Verifier):
+    """Proposals are accepted by the ratio of the target's probability and the draft's."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        self._params = params
+        self._noise = NoiseRows(stream_seed(params.seed, "bonus"), vocab_size)
+        self._draft_noise = NoiseRows(stream_seed(params.seed, "draft"), vocab_size)
+        self._coins = NoiseRows(stream_seed(params.seed, "accept"), 1)
+
+    def decide(
+        self, logits: Tensor, position: int, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+    ) -> Outcome:
+        positions = _after(position, len(logits))
+        probabilities = scores(logits, self._params).softmax(-1)
+        coins = torch.exp(-torch.exp(-self._coins.rows(positions)[:, 0]))  # Gumbel noise back to uniform
+        return verify_by_rejection(
+            speculation,
+            probabilities,
+            proposals,
+            self._draft_noise.rows(positions),
+            coins,
+            self._noise.rows(positions),
+        )
+
+
+def verifier(sampler: Sampler, params: SamplingParams, vocab_size: int) -> Verifier:
+    """The verifier of a sequence. At temperature 0 both samplers are the same: the argmax."""
+    kind = CoupledVerifier if params.greedy or sampler == "coupled" else RejectionVerifier
+    return kind(params, vocab_size)
+
+
+def _after(position: int, count: int) -> range:
+    return range(position + 1, position + 1 + count)
