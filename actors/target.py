@@ -40,7 +40,7 @@ class TargetActor:
             lookahead=lookahead(config) if config.method != "ar" else 0,
             exact_lookahead=inline and config.lookahead != "auto",
             sampler=config.sampler,
-            waits=config.backup != "none",
+            backup=config.backup if config.method == "ssd" else "draft",
             patient=inline,
             end_tokens=model_info(config.target).eos_token_ids,
             tokenizer=load_tokenizer(config.target),

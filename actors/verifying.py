@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from ssd_ray.config import MAX_LOOKAHEAD, Sampler, SamplingParams
+from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.sampling.verifier import Verifier, verifier
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import TargetSession
@@ -66,6 +67,8 @@ class Row:
     added: list[int] = field(default_factory=list)  # tokens of the last round
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
     wanted: int = 0  # tokens to wait for
+    ngrams: NgramIndex = field(default_factory=NgramIndex)
+    looked_up: bool = False  # the next speculation was found in the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Target:
         lookahead: tokens in one speculation at most.
         exact_lookahead: with ``patient``, wait for ``lookahead`` tokens rather than for the best number of them.
         sampler: how speculations are verified.
-        waits: wait for drafts where that pays.
+        backup: what a row does on a miss.
         patient: wait for drafts however long they take: the draft is in this process and never late.
         end_tokens: tokens that end a text.
         tokenizer: needed for stop strings alone.
@@ -103,7 +106,7 @@ class Target:
         lookahead: int = MAX_LOOKAHEAD,
         exact_lookahead: bool = False,
         sampler: Sampler = "coupled",
-        waits: bool = True,
+        backup: Backup = "draft",
         patient: bool = False,
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
@@ -115,7 +118,7 @@ class Target:
         self._lookahead = lookahead
         self._exact_lookahead = exact_lookahead
         self._sampler: Sampler = sampler
-        self._waits = waits
+        self._backup = backup
         self._patient = patient
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
@@ -225,7 +228,8 @@ class Target:
 
     def _commit(self, row: Row, decision: Decision, verify_ms: float) -> None:
         session = row.session
-        self._pace.saw_verification(verify_ms, len(session.cache.speculation), decision.accepted)
+        n = len(session.cache.speculation)
+        self._pace.saw_verification(verify_ms, n, decision.accepted, looked_up=row.looked_up)
         row.accepted = decision.accepted
         row.added = session.commit(decision)
         self._look_for_stop(row, row.added)
@@ -234,9 +238,12 @@ class Target:
         """Tell the drafts the outcome and what is verified next, and the driver the new tokens."""
         session = row.session
         if session.finish_reason is None:
-            session.look_up(self._drafts)
+            hit = session.look_up(self._drafts)
+            self._look_up_text(row)
             row.announced = session.cache.speculate(session.most(self._lookahead))
-            row.wanted = self._wanted(session)
+            row.wanted = len(row.announced) if row.looked_up else self._wanted(session)
+            if not hit:
+                session.back_up("ngram" if row.looked_up else "draft" if row.wanted else "none")
             for share, draft in enumerate(self._drafts):
                 message = Outcome(
                     session.sequence,
@@ -253,6 +260,19 @@ class Target:
                 if draft not in row.unaware:
                     self._send(draft, message)
         self._emit(Output(session.sequence, row.added))
+
+    def _look_up_text(self, row: Row) -> None:
+        """On a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
+        session, row.looked_up = row.session, False
+        if self._backup not in ("ngram", "auto"):
+            return
+        row.ngrams.extend(row.added)
+        most = session.most(self._lookahead)
+        proposal = [] if session.hit else row.ngrams.propose(most)
+        waits = self._worth_waiting(session)
+        if proposal and (self._backup == "ngram" or self._pace.prefers_lookup(len(proposal), most, waits=waits)):
+            session.cache.plant(proposal)
+            row.looked_up = True
 
     def _look_for_stop(self, row: Row, added: list[int]) -> None:
         """End the request behind the token that completes a stop string."""
@@ -298,7 +318,7 @@ class Target:
     def _worth_waiting(self, session: TargetSession) -> bool:
         """Whether some draft is at work on this sequence: it has said something about the round before this one."""
         at_work = max(session.cache.latest.values(), default=-1) >= max(0, session.round - 1)
-        return self._patient or (self._waits and at_work)
+        return self._patient or (self._backup in ("draft", "auto") and at_work)
 
     # Requests
 
@@ -339,7 +359,7 @@ class Target:
         number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
         verify = verifier(self._sampler, params, self._runner.vocab_size)
         text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
-        row = Row(session, number, verify, text)
+        row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
         for draft in self._drafts:
             self._open(draft, row)
         start = perf_counter()

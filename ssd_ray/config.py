@@ -14,7 +14,7 @@ from ssd_ray.errors import ConfigError
 
 Method = Literal["ssd", "sd", "ar"]
 FanOut = Literal["auto", "uniform", "geometric", "histogram"]
-Backup = Literal["auto", "draft", "none"]
+Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -108,7 +108,8 @@ class EngineConfig:
         budget: guessed outcomes of a round at most, over all drafts; "auto" is as many as there is time for.
         fan_out: which outcomes are prepared for.
         backup: what a row does when its outcome was not prepared for: "draft" waits for the best number of tokens,
-            none included, "none" never waits; "auto" is "draft".
+            none included, "ngram" takes what followed the last tokens earlier in the text, "none" goes on without a
+            speculation, "auto" does what earns the most tokens per time by what was measured.
         sampler: "coupled": target and draft share the noise, so one seed is one text. "rejection": drafts sample from a
             law of their own and tokens are accepted by the ratio of probabilities; the text then has the target's law
             but depends on what was drafted.

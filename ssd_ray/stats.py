@@ -65,6 +65,11 @@ class Stats:
         return msgspec.structs.asdict(self.sums.misses)
 
     @property
+    def backups(self) -> dict[str, int]:
+        """What was done about them; :class:`~ssd_ray.wire.Backups` explains each."""
+        return msgspec.structs.asdict(self.sums.backups)
+
+    @property
     def accepted(self) -> tuple[int, ...]:
         """Histogram: entry k counts the rounds that accepted exactly k tokens."""
         return self.sums.accepted
@@ -92,7 +97,8 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""
         ratios = {name: getattr(self, name) for name in ("tokens_per_round", "hit_rate", "duty_cycle")}
-        return msgspec.structs.asdict(self.sums) | {"misses": self.misses} | ratios
+        counts = {"misses": self.misses, "backups": self.backups}
+        return msgspec.structs.asdict(self.sums) | counts | ratios
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -149,6 +149,20 @@ class Misses(Struct, frozen=True, array_like=True):
     no_draft: int = 0
 
 
+class Backups(Struct, frozen=True, array_like=True):
+    """What rounds did whose speculation was not prepared.
+
+    Attributes:
+        draft: waited for a draft.
+        ngram: took what followed the last tokens earlier in the text.
+        none: went on without a speculation.
+    """
+
+    draft: int = 0
+    ngram: int = 0
+    none: int = 0
+
+
 class RequestStats(Struct, frozen=True, array_like=True):
     """Figures of one request, or sums over several.
 
@@ -164,6 +178,7 @@ class RequestStats(Struct, frozen=True, array_like=True):
             rounds.
         prefill_ms: milliseconds of prefill.
         waits: rounds that waited for a draft.
+        backups: misses by what was done about them.
     """
 
     rounds: int = 0
@@ -178,6 +193,7 @@ class RequestStats(Struct, frozen=True, array_like=True):
     host_ms: float = 0.0
     prefill_ms: float = 0.0
     waits: int = 0
+    backups: Backups = Backups()
 
 
 class Output(Message, frozen=True, tag="output"):

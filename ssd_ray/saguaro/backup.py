@@ -1,9 +1,9 @@
-"""What a row does when its next speculation is short: wait for the draft, and for how many tokens.
+"""What a row does when its next speculation is short: wait for the draft, and for how many tokens, or do without it.
 
 Waiting until j tokens are there takes the time of the draft steps that are missing, and a verification of j tokens
 earns 1 + a_1 + a_1 a_2 + .. tokens. The best j maximises tokens per time (paper, section 4.3); j = what is there
 already means going on at once. The rule is the same after a miss, where nothing is there, and after a hit whose branch
-is short.
+is short. On a miss a proposal from the text itself competes with waiting, at its own rate of acceptance.
 """
 
 from __future__ import annotations
@@ -16,31 +16,41 @@ from ssd_ray.config import MAX_LOOKAHEAD
 _SMOOTHING = 0.1
 
 
-def best_length(
-    available: int, most: int, acceptance: Sequence[float], *, verify_ms: float, step_ms: float, delay_ms: float
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Milliseconds of what a round may consist of.
+
+    Attributes:
+        verify_ms: a verification.
+        step_ms: one draft step, which makes one token.
+        delay_ms: what waiting costs beyond the steps: the messages' way and the draft's reaction.
+    """
+
+    verify_ms: float
+    step_ms: float
+    delay_ms: float
+
+    def rate(self, length: int, steps: int, acceptance: Sequence[float]) -> float:
+        """Tokens per millisecond of a round that verifies ``length`` tokens and waits for ``steps`` draft steps."""
+        gain, reach = 1.0, 1.0
+        for chance in acceptance[:length]:
+            reach *= chance
+            gain += reach
+        return gain / (self.verify_ms + steps * self.step_ms + (self.delay_ms if steps else 0.0))
+
+
+def best_length(available: int, most: int, acceptance: Sequence[float], costs: Costs) -> int:
     """How many tokens to verify next.
 
     Args:
         available: tokens that are there.
         most: tokens that can be of use.
         acceptance: probability of accepting the i-th token when it is reached.
-        verify_ms, step_ms: time of a verification and of one draft step, which makes one token.
-        delay_ms: what waiting costs beyond the steps: the messages' way and the draft's reaction.
+        costs: of a round.
     """
-    best, best_rate = min(available, most), 0.0
-    gain, reach = 1.0, 1.0
-    for length in range(most + 1):
-        if length > 0:
-            reach *= acceptance[length - 1]
-            gain += reach
-        if length < min(available, most):
-            continue
-        steps = max(0, length - available)
-        rate = gain / (verify_ms + steps * step_ms + (delay_ms if steps else 0.0))
-        if rate > best_rate * 1.0001:
-            best, best_rate = length, rate
-    return best
+    start = min(available, most)
+    # The first of equals: what needs no waiting.
+    return max(range(start, most + 1), key=lambda length: costs.rate(length, max(0, length - available), acceptance))
 
 
 @dataclass(slots=True)
@@ -51,18 +61,21 @@ class Pace:
         verify_ms, step_ms: milliseconds of a verification and of a draft step.
         delay_ms: milliseconds of a message's way and of the draft's reaction.
         acceptance: probability that the i-th token of a speculation is accepted when it is reached.
+        lookup_acceptance: the same of tokens that were found in the text.
     """
 
     verify_ms: float = 0.0
     step_ms: float = 0.0
     delay_ms: float = 0.5
     acceptance: list[float] = field(default_factory=lambda: [0.6] * MAX_LOOKAHEAD)
+    lookup_acceptance: list[float] = field(default_factory=lambda: [0.3] * MAX_LOOKAHEAD)
 
-    def saw_verification(self, milliseconds: float, n: int, accepted: int) -> None:
-        """Learn from a round that verified n tokens."""
+    def saw_verification(self, milliseconds: float, n: int, accepted: int, *, looked_up: bool = False) -> None:
+        """Learn from a round that verified n tokens, drafted or found in the text."""
         self.verify_ms = _blend(self.verify_ms, milliseconds)
+        acceptance = self.lookup_acceptance if looked_up else self.acceptance
         for depth in range(min(accepted + 1, n)):
-            self.acceptance[depth] += 0.02 * ((depth < accepted) - self.acceptance[depth])
+            acceptance[depth] += 0.02 * ((depth < accepted) - acceptance[depth])
 
     def saw_step(self, milliseconds: float) -> None:
         """Learn from a draft's report of its step time."""
@@ -73,18 +86,27 @@ class Pace:
         """Learn from a wait for ``steps`` draft steps."""
         self.delay_ms = _blend(self.delay_ms, min(max(milliseconds - steps * self.step_ms, 0.0), 2.0 * self.step_ms))
 
+    @property
+    def costs(self) -> Costs:
+        """The estimates as costs."""
+        return Costs(self.verify_ms, self.step_ms, self.delay_ms)
+
     def best_length(self, available: int, most: int) -> int:
         """How many tokens to verify next; while nothing is known yet, as many as possible."""
         if not self.verify_ms or not self.step_ms:
             return most
-        return best_length(
-            available,
-            most,
-            self.acceptance,
-            verify_ms=self.verify_ms,
-            step_ms=self.step_ms,
-            delay_ms=self.delay_ms,
-        )
+        return best_length(available, most, self.acceptance, self.costs)
+
+    def prefers_lookup(self, length: int, most: int, *, waits: bool) -> bool:
+        """Whether, with nothing drafted, ``length`` tokens from the text earn more than what a draft could do.
+
+        ``waits`` says whether there is a draft to wait for.
+        """
+        if not self.verify_ms or not self.step_ms or not waits:
+            return True
+        best = self.best_length(0, most)
+        rate = self.costs.rate
+        return rate(length, 0, self.lookup_acceptance) > rate(best, best, self.acceptance)
 
     def patience_ms(self, steps: int) -> float:
         """How long to wait for ``steps`` draft steps before giving up: they may take twice what they usually do."""

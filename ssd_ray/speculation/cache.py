@@ -6,7 +6,7 @@ change the output: a wrong token is rejected by the verification, so the cache o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,16 @@ class SpeculationCache:
         """Fix the speculation of this round: at most ``limit`` tokens of what is there."""
         self.tree.trunk = [self.tree.root, *self.tree.root.chain(limit)]
         return self.tree.speculation
+
+    def plant(self, tokens: Sequence[int]) -> None:
+        """Speculate these tokens next, which no draft has made: there is nothing below the bonus token yet."""
+        node = self.tree.root
+        for token in tokens:
+            child = self.tree.grow(node, token)
+            if isinstance(node, SampledNode):
+                node.sampled = child
+            node = child
+        self._count += len(tokens)
 
     def guesses(self, depth: int) -> int:
         """How many outcomes with exactly ``depth`` accepted tokens are prepared for."""

@@ -19,9 +19,10 @@ from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.sampling.rejection import Proposal, sound
 from ssd_ray.sampling.verify import Outcome
 from ssd_ray.speculation.cache import CachedNode, SampledNode, SpeculationCache
-from ssd_ray.wire import Misses, Nodes, RequestStats
+from ssd_ray.wire import Backups, Misses, Nodes, RequestStats
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+BackupKind = Literal["draft", "ngram", "none"]
 MissCause = Literal["fan_out", "late", "stale", "cold", "no_draft"]
 
 
@@ -39,6 +40,7 @@ class Tally:
     host_ms: float = 0.0
     prefill_ms: float = 0.0
     waits: int = 0
+    backups: dict[BackupKind, int] = field(default_factory=dict)
 
 
 class TargetSession:
@@ -148,6 +150,10 @@ class TargetSession:
             self.tally.misses[cause] = self.tally.misses.get(cause, 0) + 1
         return self.hit
 
+    def back_up(self, kind: BackupKind) -> None:
+        """Count what is done about a miss."""
+        self.tally.backups[kind] = self.tally.backups.get(kind, 0) + 1
+
     def finish(self, reason: FinishReason, generated: int | None = None) -> None:
         """End the sequence for a reason from outside: a stop string, a cancellation, an error.
 
@@ -173,6 +179,7 @@ class TargetSession:
             host_ms=tally.host_ms,
             prefill_ms=tally.prefill_ms,
             waits=tally.waits,
+            backups=Backups(**tally.backups),
         )
 
     def _proposal(self, node: CachedNode) -> Proposal | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,15 +143,28 @@ def test_two_drafts_cover_more_outcomes_than_one() -> None:
     assert hits[3] > hits[1] + 0.05
 
 
-def test_without_backup_nobody_waits() -> None:
-    params = SamplingParams(temperature=1.0, max_tokens=100, seed=2)
-    waits = {}
-    for backup in (True, False):
-        target, models = table_pair(0.7, 1)
-        text = Pump(target, models, waits=backup).run(PROMPT, params)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_backups_do_what_they_say_and_do_not_change_the_text(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, max_tokens=150, seed=2)
+    figures = {}
+    for backup in ("draft", "ngram", "none", "auto"):
+        target, models = table_pair(0.6, 1)
+        text = Pump(target, models, backup=backup).run(PROMPT, params)
         assert text.tokens == alone(params).tokens
-        waits[backup] = text.stats.waits
-    assert waits[True] > 0 == waits[False]
+        figures[backup] = text.stats
+        assert sum(msgspec.structs.astuple(text.stats.backups)) == sum(msgspec.structs.astuple(text.stats.misses))
+    assert figures["draft"].backups.draft > 0 == figures["draft"].backups.ngram
+    assert figures["ngram"].backups.ngram > 0 == figures["ngram"].waits
+    assert figures["none"].backups.none > 0 == figures["none"].waits
+
+
+def test_prompt_lookup_speculates_without_any_draft() -> None:
+    """A greedy text in which the last token decides the next soon runs in circles."""
+    params = SamplingParams(temperature=0.0, max_tokens=150)
+    texts = [Pump(TableModel(order=1), [], backup=backup).run(PROMPT, params) for backup in ("auto", "none")]
+    assert texts[0].tokens == texts[1].tokens
+    assert texts[0].stats.rounds < 60
+    assert texts[1].stats.rounds == 150
 
 
 def test_misses_are_told_by_cause() -> None:

@@ -30,7 +30,7 @@ BAD_ENGINE = {
     "lookahead": [0, 8, "many"],
     "budget": [0, 4097, "all"],
     "fan_out": ["wide"],
-    "backup": ["ngram"],
+    "backup": ["wait"],
     "sampler": ["greedy"],
     "saguaro_c": [-0.1, 1.5, "0.5", True],
     "law_tokens": [-1, 0.5],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_ray.saguaro.backup import Pace, best_length
+from ssd_ray.saguaro.backup import Costs, Pace, best_length
 from ssd_ray.saguaro.fanout import (
     MAX_RANK,
     POLICIES,
@@ -150,7 +150,7 @@ def test_the_exponent_is_found_again(r: float) -> None:
 def test_best_length_is_the_best_of_all(
     available: int, most: int, acceptance: list[float], verify_ms: float, step_ms: float, delay_ms: float
 ) -> None:
-    chosen = best_length(available, most, acceptance, verify_ms=verify_ms, step_ms=step_ms, delay_ms=delay_ms)
+    chosen = best_length(available, most, acceptance, Costs(verify_ms, step_ms, delay_ms))
 
     def rate(length: int) -> float:
         gain = sum(_product(acceptance[:n]) for n in range(length + 1))
