@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from ssd_ray.errors import ConfigError
 
 Method = Literal["ssd", "sd", "ar"]
-FanOut = Literal["auto", "uniform", "geometric", "histogram"]
+FanOut = Literal["auto", "uniform", "geometric", "histogram", "confidence"]
 Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]

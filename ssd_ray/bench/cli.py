@@ -10,12 +10,15 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_round, target_cores
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
+
+SHORT = {"transformers": "hf", "assisted": "hf+draft"}
 
 app = typer.Typer(help="Measure. Each command prints a table and ends with one JSON line.", invoke_without_command=True)
 
@@ -92,19 +95,28 @@ def shapes(
 def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:
     table = Table(
         title=f"temperature {params.temperature:g}, {prompts} held-out prompts x {params.max_tokens} tokens; medians",
-        caption="a round's milliseconds: verifying, waiting for drafts, and all else in the target's loop (host)",
+        caption="x sd: times as fast as sd. A round: ms of verifying + waiting for drafts + all else in the loop",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
+    others = [result for result in results if result.method != "ssd"]
     table.add_column("method")
-    columns = ("tokens/s", *(f"/ {result.method}" for result in results))
-    figures = ("tokens/round", "hit rate", "duty cycle", "verify ms", "wait ms", "host ms")
-    for column in (*columns, *figures):
+    headers = ("tokens/s", *(f"x {SHORT.get(each.method, each.method)}" for each in others))
+    for column in (*headers, "tokens/round", "hits", "duty", "a round"):
         table.add_column(column, justify="right")
     for result in results:
-        ratios = [f"{result.ratio(other):.2f}" for other in results]
-        stats = result.stats
-        rounds = [""] * len(figures) if stats is None else [f"{value:.2f}" for value in per_round(stats).values()]
-        table.add_row(result.method, f"{result.rate:.1f}", *ratios, *rounds)
+        ratios = [f"{result.ratio(other):.2f}" for other in others]
+        table.add_row(result.method, f"{result.rate:.1f}", *ratios, *_round(result))
     return table
+
+
+def _round(result: Result) -> list[str]:
+    """The last columns of a row: empty for what is not ours."""
+    if result.stats is None:
+        return []
+    figures = per_round(result.stats)
+    parts = "+".join(f"{figures[name]:.1f}" for name in ("verify_ms", "wait_ms", "host_ms"))
+    return [*(f"{figures[name]:.2f}" for name in ("tokens_per_round", "hit_rate", "duty_cycle")), parts]
 
 
 def machine() -> dict[str, Any]:

@@ -15,13 +15,32 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import exp, log
+from enum import IntEnum
+from itertools import accumulate, pairwise
+from math import exp, log, sqrt
 
 MAX_RANK = 64
 _DECAY = 0.98
 """Weight that a round keeps for each later round of its kind: about the last fifty count."""
 
+_SLOW_DECAY = 0.995
+"""The same for what is told apart finely: about the last two hundred."""
+
 _PRIOR_ACCEPTANCE, _PRIOR_ROUNDS = 0.6, 10.0
+_PRIOR_CONTINUATION = 0.7
+
+
+class Source(IntEnum):
+    """Where a drafted token comes from: the model, what the text says (:mod:`~ssd_ray.saguaro.ngram`), or both."""
+
+    MODEL = 0
+    """The text says nothing."""
+    BOTH = 1
+    """They agree."""
+    OVERRULED = 2
+    """The model's; the text says something else, which is the first guess then."""
+    TEXT = 3
+    """The text's; the model says something else."""
 
 
 @dataclass(slots=True)
@@ -33,15 +52,21 @@ class Situation:
             noise included. At depths below n that best one is the drafted token's, which is no guess: the first gap
             says how sure the draft was of it. Empty where the draft has not run that token yet.
         after_hit: whether the round began with a prepared speculation.
+        sources: of the token that the draft would draft at each depth; empty: the model.
     """
 
     gaps: list[Sequence[float]]
     after_hit: bool = True
+    sources: list[Source] = field(default_factory=list)
 
     @property
     def n(self) -> int:
         """Tokens that are verified."""
         return len(self.gaps) - 1
+
+    def source(self, depth: int) -> Source:
+        """Where the token that is drafted at a depth comes from."""
+        return self.sources[depth] if self.sources else Source.MODEL
 
 
 class FanOutPolicy(ABC):
@@ -49,9 +74,10 @@ class FanOutPolicy(ABC):
 
     def __init__(self) -> None:
         # Prior of the rank law: r = 1, the middle of what was measured. After a rejection and after full acceptance
-        # it differs: in the first case the likeliest token is excluded.
-        self._counts = {full: [40.0 / (rank + 1) ** 2 for rank in range(MAX_RANK)] for full in (False, True)}
-        self._ranks = {full: _normalised(counts) for full, counts in self._counts.items()}
+        # it differs: in the first case the likeliest token is excluded. And it does by where that one comes from.
+        kinds = [(full, source) for full in (False, True) for source in Source]
+        self._counts = {kind: [20.0 / (rank + 1) ** 2 for rank in range(MAX_RANK)] for kind in kinds}
+        self._ranks = {kind: _normalised(counts) for kind, counts in self._counts.items()}
 
     @abstractmethod
     def depths(self, situation: Situation) -> Sequence[float]:
@@ -60,7 +86,11 @@ class FanOutPolicy(ABC):
     def ranks(self, situation: Situation, depth: int) -> Sequence[float]:
         """Probability that the bonus token is the f-th guess, given that exactly ``depth`` tokens are accepted; not
         rising in f, and as long as there may be guesses."""
-        return self._ranks[depth == situation.n]
+        return self._ranks[depth == situation.n, situation.source(depth)]
+
+    def acceptance(self, gap: float, source: Source) -> float:
+        """Probability that a drafted token is accepted that leads the next one by ``gap`` nats."""
+        return _PRIOR_CONTINUATION
 
     def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
         """Learn from an outcome.
@@ -71,15 +101,15 @@ class FanOutPolicy(ABC):
             rank: of the bonus token among the guesses at that depth; None if it was not among them.
         """
         if rank is not None and rank < MAX_RANK:
-            full = accepted == situation.n
-            self._counts[full][rank] += 1.0
-            self._ranks[full] = _falling(_normalised(self._counts[full]))
+            kind = accepted == situation.n, situation.source(accepted)
+            self._counts[kind][rank] += 1.0
+            self._ranks[kind] = _falling(_normalised(self._counts[kind]))
 
     @property
     def exponent(self) -> float:
         """r of the chance F^-r that the bonus token is not among F guesses, from the ranks seen after a rejection."""
         misses, missing = [], 1.0
-        for chance in self._ranks[False]:
+        for chance in self._ranks[False, Source.MODEL]:
             missing -= chance
             misses.append(missing)
         return fit_exponent(misses[:16])
@@ -138,9 +168,9 @@ class _Rates:
         self.happened += [_PRIOR_ACCEPTANCE * _PRIOR_ROUNDS] * missing
         self.tried += [_PRIOR_ROUNDS] * missing
 
-    def add(self, index: int, happened: bool) -> None:
-        self.happened[index] = _DECAY * self.happened[index] + happened
-        self.tried[index] = _DECAY * self.tried[index] + 1.0
+    def add(self, index: int, happened: bool, decay: float = _DECAY) -> None:
+        self.happened[index] = decay * self.happened[index] + happened
+        self.tried[index] = decay * self.tried[index] + 1.0
 
     def rate(self, index: int) -> float:
         return self.happened[index] / self.tried[index]
@@ -165,6 +195,81 @@ class Histogram(FanOutPolicy):
         rates.grow(situation.n)
         for depth in range(min(accepted + 1, situation.n)):
             rates.add(depth, depth < accepted)
+
+
+class Confidence(FanOutPolicy):
+    """The draft's own confidence at the very position, calibrated online.
+
+    A drafted token is accepted as often as others were that led by about as many nats and came from the same source.
+    Guesses are ranked by what was measured for their ranks and by how far each lies behind, half and half.
+    """
+
+    EDGES = (0.1, 0.25, 0.5, 0.8, 1.2, 1.7, 2.3, 3.0, 4.0, 5.5, 8.0)
+    """Leads in nats that separate the bins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        middles = [0.05, *((low + high) / 2 for low, high in pairwise(self.EDGES)), 10.0]
+        prior = [_PRIOR_ROUNDS * (1.0 - 0.6 * exp(-middle / 1.5)) for middle in middles]
+        self._rates = {source: _Rates(list(prior), [_PRIOR_ROUNDS] * len(prior)) for source in Source}
+
+    def acceptance(self, gap: float, source: Source) -> float:
+        return self._rates[source].rate(bisect_left(self.EDGES, gap))
+
+    def depths(self, situation: Situation) -> Sequence[float]:
+        return _stops([self._chance(situation, depth) for depth in range(situation.n)])
+
+    def ranks(self, situation: Situation, depth: int) -> Sequence[float]:
+        gaps = situation.gaps[depth]
+        measured = super().ranks(situation, depth)
+        if not gaps:
+            return measured
+        # The geometric mean of the two; cut to never rise, since what is looked up stands out of turn.
+        weights = [sqrt(chance * exp(gaps[0] - gap)) for chance, gap in zip(measured, gaps, strict=False)]
+        return list(accumulate(_normalised(weights), min))
+
+    def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
+        super().observe(situation, accepted, rank)
+        for depth in range(min(accepted + 1, situation.n)):
+            if situation.gaps[depth]:
+                rates = self._rates[situation.source(depth)]
+                rates.add(bisect_left(self.EDGES, situation.gaps[depth][0]), depth < accepted, _SLOW_DECAY)
+
+    def _chance(self, situation: Situation, depth: int) -> float:
+        gaps = situation.gaps[depth]
+        return self.acceptance(gaps[0], situation.source(depth)) if gaps else _PRIOR_ACCEPTANCE
+
+
+class Auto(FanOutPolicy):
+    """Whichever of confidence and histogram would have had more hits lately under the budget; all learn from all."""
+
+    def __init__(self, budget: int = 16) -> None:
+        super().__init__()
+        self._budget = budget
+        self._policies: list[FanOutPolicy] = [Confidence(), Histogram()]
+        self._hits = [0.8, 0.75]  # the prior breaks the tie
+
+    @property
+    def best(self) -> FanOutPolicy:
+        """The policy that leads."""
+        return self._policies[self._hits.index(max(self._hits))]
+
+    def depths(self, situation: Situation) -> Sequence[float]:
+        return self.best.depths(situation)
+
+    def ranks(self, situation: Situation, depth: int) -> Sequence[float]:
+        return self.best.ranks(situation, depth)
+
+    def acceptance(self, gap: float, source: Source) -> float:
+        return self._policies[0].acceptance(gap, source)
+
+    def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
+        super().observe(situation, accepted, rank)
+        for index, policy in enumerate(self._policies):
+            place = policy.place(situation, accepted, rank)
+            hit = place is not None and place < self._budget
+            self._hits[index] += (1.0 - _SLOW_DECAY) * (hit - self._hits[index])
+            policy.observe(situation, accepted, rank)
 
 
 def shape(weights: Sequence[float], r: float, budget: int) -> list[int]:
@@ -240,9 +345,10 @@ _UNIFORM_RANKS = [exp(-rank) for rank in range(MAX_RANK)]
 """Any falling numbers, the same at all depths: guesses are then opened in turn."""
 
 POLICIES: dict[str, type[FanOutPolicy]] = {
-    "auto": Histogram,
+    "auto": Auto,
     "uniform": Uniform,
     "geometric": Geometric,
     "histogram": Histogram,
+    "confidence": Confidence,
 }
 """Policies by their name in the configuration."""

@@ -25,6 +25,14 @@ class NgramIndex:
             self._note()
             self._tokens.append(token)
 
+    def follows(self, tail: tuple[int, ...]) -> int | None:
+        """The token that followed the longest n-gram that ends ``tail`` where it stood last; None if it never did."""
+        for length in range(min(LONGEST, len(tail)), SHORTEST - 1, -1):
+            end = self._latest[length - SHORTEST].get(tail[-length:])
+            if end is not None:
+                return self._tokens[end]
+        return None
+
     def propose(self, limit: int) -> list[int]:
         """Up to ``limit`` tokens that may follow, from the latest place of the longest n-gram that ends the text."""
         for length in range(LONGEST, SHORTEST - 1, -1):

@@ -14,7 +14,7 @@ one forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
 
@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
-from ssd_ray.saguaro.fanout import FanOutPolicy, Situation, shape
+from ssd_ray.saguaro.fanout import FanOutPolicy, Situation, Source, shape
+from ssd_ray.saguaro.ngram import LONGEST, NgramIndex
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
@@ -43,9 +44,8 @@ RESERVE = 2 * (MAX_LOOKAHEAD + 1)
 CATCH_UP = 16
 """More committed tokens than this without KV are prefilled, not run in a step."""
 
-_ACCEPTANCE = 0.7
 _BEYOND = 0.25
-"""How much each further token of a branch is worth, and one beyond the lookahead: they order the work, no more."""
+"""How much a token beyond the lookahead is worth: it orders the work, no more."""
 
 
 Law = tuple[NDArray[np.int32], NDArray[np.float32]]
@@ -61,12 +61,14 @@ class Ranking:
         drafted: the token that it drafts.
         law: in rejection mode what that one was drawn from: token ids, int32 [M] (empty: all, in order), and their
             probabilities, float32 [M].
+        source: where the drafted token comes from.
     """
 
     tokens: Sequence[int]
     scores: Sequence[float]
     drafted: int
     law: Law | None = None
+    source: Source = Source.MODEL
 
 
 NOTHING = Ranking((), (), -1)
@@ -84,9 +86,10 @@ class DraftNode(Node):
         chance: probability that its outcome happens and that it is accepted then.
         law: in rejection mode what it was drawn from.
         sampled: in rejection mode the child that was drawn.
+        tail: the last tokens of the text up to it.
     """
 
-    __slots__ = ("chance", "depth", "id", "law", "path", "ranking", "sampled", "slot")
+    __slots__ = ("chance", "depth", "id", "law", "path", "ranking", "sampled", "slot", "tail")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
@@ -98,6 +101,7 @@ class DraftNode(Node):
         self.chance = 0.0
         self.law: Law | None = None
         self.sampled: DraftNode | None = None
+        self.tail: tuple[int, ...] = ()
 
     def continuation(self) -> DraftNode | None:
         return self.sampled or super().continuation()
@@ -182,6 +186,7 @@ class DraftSession:
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
         self._weights: Sequence[float] = ()
+        self._disputes = [1.0, 1.0]  # won by the model and by the text where they differ; recent ones count more
         self._start(opened)
 
     def _start(self, opened: Open) -> None:
@@ -191,6 +196,7 @@ class DraftSession:
         self._wanted = 0
         self._after_hit = True
         self._base = window_base(self.position)
+        self._ngrams = NgramIndex(self.tokens)
         self._tree: TokenTree[DraftNode] = TokenTree(DraftNode, self.tokens[-1])
         self._follow(opened)
 
@@ -225,8 +231,9 @@ class DraftSession:
         self._learn(outcome)
         committed = self._tree.trunk[: outcome.accepted + 1]
         start = self.position
-        self.tokens += [node.token for node in committed[1:]]
-        self.tokens.append(outcome.bonus_token)
+        added = [*(node.token for node in committed[1:]), outcome.bonus_token]
+        self.tokens += added
+        self._ngrams.extend(added)
         self._tree.advance(outcome.accepted, outcome.bonus_token)
         self.round += 1
         moves = self._move_kv(committed, start)
@@ -279,7 +286,7 @@ class DraftSession:
         """
         for item, ranking in zip(items, rankings, strict=True):
             if item.node is not None:
-                item.node.ranking = ranking
+                item.node.ranking = self._with_text(ranking, self._ngrams.follows(item.node.tail))
         self._open_guesses()
         for item in items:
             if item.node is not None and item.node.depth > 0:
@@ -291,6 +298,33 @@ class DraftSession:
         depths = Situation([()] * (self._lookahead + 1))
         planned = shape(self._policy.depths(depths), self._policy.exponent, self._budget)
         return [planned[min(_trunk_depth(item), self._lookahead)] for item in items]
+
+    # What the text says
+
+    def _tail(self) -> tuple[int, ...]:
+        return tuple(self.tokens[-LONGEST:])
+
+    def _with_text(self, ranking: Ranking, said: int | None) -> Ranking:
+        """Add the token that the text suggests: drafted if the text has been right more often than the model where
+        they differ, else the first guess."""
+        if said is None:
+            return ranking
+        if said == ranking.drafted:
+            return replace(ranking, source=Source.BOTH)
+        others = [(token, score) for token, score in zip(ranking.tokens, ranking.scores, strict=True) if token != said]
+        wins = ranking.law is None and self._disputes[1] > self._disputes[0]
+        others.insert(0 if wins else 1, (said, others[0][1] if wins else others[min(1, len(others) - 1)][1]))
+        tokens, scores = zip(*others, strict=True)
+        if wins:
+            return Ranking(tokens, scores, said, None, Source.TEXT)
+        return Ranking(tokens, scores, ranking.drafted, ranking.law, Source.OVERRULED)
+
+    def _judge(self, ranking: Ranking, token: int) -> None:
+        """Learn who was right at a position where model and text differed."""
+        if ranking.source >= Source.OVERRULED and token in ranking.tokens[:2]:
+            first = token == ranking.tokens[0]
+            model = first == (ranking.source is Source.OVERRULED)
+            self._disputes = [0.9 * wins + (model == (index == 0)) for index, wins in enumerate(self._disputes)]
 
     # The tree
 
@@ -304,12 +338,16 @@ class DraftSession:
         for node, _ in self._unpushed:
             node.id = -1
         self._unpushed.clear()
-        self._situation = Situation([()] * len(self._tree.trunk), self._after_hit)
+        self._situation = Situation(
+            [()] * len(self._tree.trunk), self._after_hit, [Source.MODEL] * len(self._tree.trunk)
+        )
         self._set_paths()
         self._open_guesses()
 
     def _set_paths(self) -> None:
         used = set()
+        for depth, node in enumerate(self._tree.trunk):
+            node.tail = (*self._tree.trunk[depth - 1].tail, node.token)[-LONGEST:] if depth else self._tail()
         stack: list[tuple[DraftNode, tuple[int, ...]]] = [(self._tree.root, ())]
         while stack:
             node, path = stack.pop()
@@ -344,6 +382,7 @@ class DraftSession:
         best = next((score for token, score in scored if token == drafted), guesses[0][1])
         self._guesses[depth] = [token for token, _ in guesses]
         self._situation.gaps[depth] = [best - score for _, score in guesses]
+        self._situation.sources[depth] = ranking.source
 
     def _offer_guess(self, depth: int, rank: int) -> None:
         """Put a guess on the frontier. Guesses are dealt out over the drafts by rank, starting elsewhere each depth."""
@@ -396,7 +435,8 @@ class DraftSession:
             return
         child = self._draft(node, node.id)
         child.depth = node.depth + 1
-        child.chance = node.chance * _ACCEPTANCE
+        scores = node.ranking.scores
+        child.chance = node.chance * self._policy.acceptance(scores[0] - scores[1], node.ranking.source)
         value = child.chance if child.depth <= self._lookahead else child.chance * _BEYOND
         heappush(self._frontier, (-value, next(self._tie), Candidate(node, child)))
 
@@ -405,6 +445,7 @@ class DraftSession:
         node = self._tree.grow(stem, token)
         if node.id < 0:
             node.id = self._next_id
+            node.tail = (*stem.tail, token)[-LONGEST:]
             self._next_id += 1
             self._unpushed.append((node, parent))
         return node
@@ -469,6 +510,9 @@ class DraftSession:
         if guesses is not None:
             rank = guesses.index(outcome.bonus_token) if outcome.bonus_token in guesses else None
             self._policy.observe(self._situation, outcome.accepted, rank)
+        for depth, node in enumerate(self._tree.trunk[: outcome.accepted + 1]):
+            token = self._tree.trunk[depth + 1].token if depth < outcome.accepted else outcome.bonus_token
+            self._judge(node.ranking, token)
 
 
 def _trunk_depth(item: Item) -> int:

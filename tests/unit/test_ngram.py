@@ -28,6 +28,18 @@ def test_it_is_the_latest_place_of_the_longest_ngram(tokens: list[int], prompt: 
     assert index.propose(limit) == naive(tokens, limit)
 
 
+@given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=6))
+def test_what_follows_a_tail_is_what_would_be_proposed_after_it(tokens: list[int], tail: list[int]) -> None:
+    following = NgramIndex(tokens).follows(tuple(tail))
+    places = [
+        tokens[end]
+        for length in range(min(LONGEST, len(tail)), SHORTEST - 1, -1)
+        for end in range(len(tokens) - 1, length - 1, -1)
+        if tokens[end - length : end] == tail[-length:]
+    ]
+    assert following == (places[0] if places else None)
+
+
 @pytest.mark.parametrize(
     ("tokens", "proposal"),
     [

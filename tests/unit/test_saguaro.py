@@ -59,7 +59,8 @@ def test_the_place_of_an_outcome_is_where_best_first_comes_to_it(
     policy: FanOutPolicy = POLICIES[name]()
     for earlier, accepted, rank in seen:
         policy.observe(earlier, min(accepted, earlier.n), rank)
-    depth, rank = data.draw(st.integers(0, situation.n)), data.draw(st.integers(0, 20))
+    depth = data.draw(st.integers(0, situation.n))
+    rank = data.draw(st.integers(0, max(0, len(situation.gaps[depth]) - 1)))
     place = policy.place(situation, depth, rank)
     values = [
         [weight * value for value in policy.ranks(situation, at)] for at, weight in enumerate(policy.depths(situation))
