@@ -335,6 +335,7 @@ class DraftSession:
         self._opened, self._allowed = 0, len(range(self._share, self._budget, self._shares)) if self._strict else -1
         self._frontier: list[tuple[float, int, Candidate]] = []
         self._guesses: dict[int, list[int]] = {}  # by depth of the trunk
+        self._ranks: dict[int, Sequence[float]] = {}  # probabilities of these guesses, given the depth
         for node, _ in self._unpushed:
             node.id = -1
         self._unpushed.clear()
@@ -366,6 +367,7 @@ class DraftSession:
         for depth in new:
             self._rank_guesses(depth)
         self._weights = self._policy.depths(self._situation) if new else self._weights
+        self._ranks |= {depth: self._policy.ranks(self._situation, depth) for depth in new}
         for depth in new:
             node, last = trunk[depth], depth == len(trunk) - 1
             if last:
@@ -392,7 +394,7 @@ class DraftSession:
             heappush(self._frontier, (-value, next(self._tie), candidate))
 
     def _chance(self, depth: int, rank: int) -> float:
-        ranks = self._policy.ranks(self._situation, depth)
+        ranks = self._ranks[depth]
         return self._weights[depth] * (ranks[rank] if rank < len(ranks) else 0.0)
 
     def _pop(self) -> tuple[DraftNode, DraftNode] | None:

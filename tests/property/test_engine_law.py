@@ -52,15 +52,15 @@ def _statistic(model: TableModel, before: int, row: Counter[int], temperature: f
     return float(((observed - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_the_law_is_the_targets(temperature: float) -> None:
     assert REQUESTS * LENGTH > 20_000
     assert p_value(temperature=temperature) > 0.001
 
 
-@pytest.mark.parametrize(("c", "most"), [(1.0, 0), (0.5, 4), (0.0, 2)])
+@pytest.mark.parametrize(("c", "most"), [(1.0, 0), (0.5, 4)])
 def test_the_law_is_the_targets_in_rejection_mode(c: float, most: int) -> None:
-    assert p_value(temperature=1.0, requests=20, proposing=Proposing(c, most)) > 0.001
+    assert p_value(temperature=1.0, requests=12, proposing=Proposing(c, most)) > 0.001
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_the_law_is_the_targets_in_rejection_mode_at_length(temperature: float, 
 
 
 def test_troubled_messages_do_not_change_the_law() -> None:
-    assert p_value(temperature=1.0, requests=20, proposing=Proposing(0.7, 4), trouble=0.2) > 0.001
+    assert p_value(temperature=1.0, requests=12, proposing=Proposing(0.7, 4), trouble=0.2) > 0.001
 
 
 def test_drafts_that_know_the_coin_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
