@@ -46,7 +46,7 @@ class Draft:
         lookahead: tokens in one speculation at most.
         branching: False drafts the one chain of plain speculative decoding.
         proposing: how tokens are drawn in rejection mode; None is coupled mode.
-        budget, strict: see :class:`~ssd_ray.speculation.draft.DraftSession`.
+        budget, strict, text_lookup: see :class:`~ssd_ray.speculation.draft.DraftSession`.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class Draft:
         proposing: Proposing | None = None,
         budget: int = 16,
         strict: bool = False,
+        text_lookup: bool = True,
     ) -> None:
-        self._budget, self._strict = budget, strict
+        self._budget, self._strict, self._text_lookup = budget, strict, text_lookup
         self._proposing = proposing
         self._runner = runner
         self._channel = channel
@@ -158,6 +159,7 @@ class Draft:
                 branching=self._branching,
                 budget=self._budget,
                 strict=self._strict,
+                text_lookup=self._text_lookup,
             )
 
     def _advance(self, message: Outcome) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ssd_ray.actors.drafting import Draft
-from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig
+from ssd_ray.config import MAX_LOOKAHEAD, Backup, EngineConfig
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.saguaro.fanout import POLICIES
@@ -32,6 +32,13 @@ def lookahead(config: EngineConfig) -> int:
     return MAX_LOOKAHEAD if config.lookahead == "auto" else config.lookahead
 
 
+def backup(config: EngineConfig) -> Backup:
+    """What a row does on a miss. Plain sd always drafts."""
+    if config.method != "ssd" or (config.backup == "auto" and not config.text_lookup):
+        return "draft"
+    return config.backup
+
+
 def load_draft(config: EngineConfig, channel: Channel, session: int, *, drafts: int = 1) -> Draft:
     """Load the draft's model and make the draft, which shares the guesses with ``drafts - 1`` others."""
     branching = config.method == "ssd"
@@ -47,6 +54,7 @@ def load_draft(config: EngineConfig, channel: Channel, session: int, *, drafts: 
         proposing=Proposing(config.saguaro_c, config.law_tokens) if config.sampler == "rejection" else None,
         budget=budget,
         strict=config.budget != "auto",
+        text_lookup=config.text_lookup,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from ssd_ray.actors.inline import INLINE, InlineChannel
-from ssd_ray.actors.process import load_draft, load_model, lookahead, pin
+from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
 from ssd_ray.actors.verifying import SHAPE, Target
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.loader import load_tokenizer, model_info
@@ -40,7 +40,7 @@ class TargetActor:
             lookahead=lookahead(config) if config.method != "ar" else 0,
             exact_lookahead=inline and config.lookahead != "auto",
             sampler=config.sampler,
-            backup=config.backup if config.method == "ssd" else "draft",
+            backup=backup(config),
             patient=inline,
             end_tokens=model_info(config.target).eos_token_ids,
             tokenizer=load_tokenizer(config.target),

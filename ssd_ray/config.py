@@ -116,6 +116,7 @@ class EngineConfig:
         saguaro_c: with "rejection", the factor in [0, 1] by which drafts lower the mass of the tokens that will be
             guessed: fewer acceptances, more hits. 1 is plain sampling.
         law_tokens: with "rejection", a draft's law is cut to its so many likeliest tokens; 0 keeps the vocabulary.
+        text_lookup: heed what followed the same tokens earlier in the text: in the drafts' rankings, and as a backup.
         transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
         inline_max_bytes: frames above it ride on Ray object refs.
         device: "auto", "cpu" or "cuda".
@@ -137,6 +138,7 @@ class EngineConfig:
     sampler: Sampler = "coupled"
     saguaro_c: float = 0.5
     law_tokens: int = 64
+    text_lookup: bool = True
     transport: Transport = "auto"
     inline_max_bytes: int = 1 << 20
     device: str = "auto"
@@ -168,7 +170,10 @@ class EngineConfig:
             _integer("max_model_len", self.max_model_len, 2, 1 << 24)
         device = self.device if isinstance(self.device, str) else ""
         _require(device.partition(":")[0] in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu' or 'cuda'", self.device)
-        _require(isinstance(self.compile, bool), "compile", "True or False", self.compile)
+        for name in ("compile", "text_lookup"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        if self.backup == "ngram":
+            _require(self.text_lookup, "text_lookup", "True with backup 'ngram'", self.text_lookup)
 
     @classmethod
     def from_kwargs(cls, **values: Any) -> EngineConfig:

@@ -43,6 +43,7 @@ def methods(
     num_drafts: Annotated[int, typer.Option(min=0)] = 1,
     dtype: Annotated[str, typer.Option()] = "auto",
     transport: Annotated[str, typer.Option()] = "auto",
+    lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
 ) -> None:
     """Compare ar, sd and ssd with transformers' generation and assisted generation, on the same prompts and cores."""
     from ssd_ray.models.loader import load_tokenizer
@@ -55,6 +56,7 @@ def methods(
         dtype=dtype,
         transport=transport,
         max_num_seqs=1,
+        text_lookup=lookup,
     )
     chosen = held_out_prompts(load_tokenizer(target), count=prompts, tokens=prompt_tokens)
     base = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)

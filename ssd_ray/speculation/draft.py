@@ -44,6 +44,9 @@ RESERVE = 2 * (MAX_LOOKAHEAD + 1)
 CATCH_UP = 16
 """More committed tokens than this without KV are prefilled, not run in a step."""
 
+_TRUSTED = 0.8
+"""How often the text must have been right lately for a branch to follow it blindly."""
+
 _BEYOND = 0.25
 """How much a token beyond the lookahead is worth: it orders the work, no more."""
 
@@ -163,6 +166,7 @@ class DraftSession:
             decoding does.
         budget: guesses of a round for which there is usually time, over all drafts.
         strict: open no more than these.
+        text_lookup: heed what followed the same tokens earlier in the text.
     """
 
     def __init__(
@@ -174,6 +178,7 @@ class DraftSession:
         branching: bool = True,
         budget: int = 16,
         strict: bool = False,
+        text_lookup: bool = True,
     ) -> None:
         self.sequence = opened.sequence
         self._policy = policy
@@ -181,11 +186,13 @@ class DraftSession:
         self._branching = branching
         self._budget = budget
         self._strict = strict
+        self._text_lookup = text_lookup
         self._next_id = 0
         self._filled = 0  # committed tokens whose KV is in place
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
         self._weights: Sequence[float] = ()
+        self._text_right = 0.5
         self._disputes = [1.0, 1.0]  # won by the model and by the text where they differ; recent ones count more
         self._start(opened)
 
@@ -196,7 +203,7 @@ class DraftSession:
         self._wanted = 0
         self._after_hit = True
         self._base = window_base(self.position)
-        self._ngrams = NgramIndex(self.tokens)
+        self._ngrams = NgramIndex(self.tokens if self._text_lookup else ())
         self._tree: TokenTree[DraftNode] = TokenTree(DraftNode, self.tokens[-1])
         self._follow(opened)
 
@@ -233,7 +240,8 @@ class DraftSession:
         start = self.position
         added = [*(node.token for node in committed[1:]), outcome.bonus_token]
         self.tokens += added
-        self._ngrams.extend(added)
+        if self._text_lookup:
+            self._ngrams.extend(added)
         self._tree.advance(outcome.accepted, outcome.bonus_token)
         self.round += 1
         moves = self._move_kv(committed, start)
@@ -319,8 +327,20 @@ class DraftSession:
             return Ranking(tokens, scores, said, None, Source.TEXT)
         return Ranking(tokens, scores, ranking.drafted, ranking.law, Source.OVERRULED)
 
+    def _unroll(self, node: DraftNode) -> None:
+        """Continue a guess by what the text says, without running anything, once the text is worth it."""
+        if not (self._disputes[1] > self._disputes[0] and self._text_right > _TRUSTED):
+            return
+        while node.depth <= self._lookahead and (said := self._ngrams.follows(node.tail)) is not None:
+            child = self._make(node, said, node.id)
+            child.depth, child.chance = node.depth + 1, node.chance * self._text_right
+            node = child
+
     def _judge(self, ranking: Ranking, token: int) -> None:
-        """Learn who was right at a position where model and text differed."""
+        """Learn how often the text is right, and who was where it differed from the model."""
+        if ranking.source is not Source.MODEL:
+            said = ranking.tokens[1] if ranking.source is Source.OVERRULED else ranking.drafted
+            self._text_right += 0.05 * ((said == token) - self._text_right)
         if ranking.source >= Source.OVERRULED and token in ranking.tokens[:2]:
             first = token == ranking.tokens[0]
             model = first == (ranking.source is Source.OVERRULED)
@@ -427,6 +447,7 @@ class DraftSession:
         self._opened += 1
         node.depth = 1
         node.chance = self._chance(guess.depth, guess.rank)
+        self._unroll(node)
         if self._branching:
             self._offer_guess(guess.depth, guess.rank + self._shares)
         return node

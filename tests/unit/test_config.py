@@ -31,6 +31,7 @@ BAD_ENGINE = {
     "budget": [0, 4097, "all"],
     "fan_out": ["wide"],
     "backup": ["wait"],
+    "text_lookup": ["yes"],
     "sampler": ["greedy"],
     "saguaro_c": [-0.1, 1.5, "0.5", True],
     "law_tokens": [-1, 0.5],

@@ -1,0 +1,128 @@
+"""What will I get: a simulator of rounds, from measured distributions and times to tokens per second.
+
+It is the model of the paper's section 3 with what it leaves out: accept lengths as measured, host work, partial trees,
+many rows. It draws rounds at random instead of solving for the mean, so that rows of a batch which miss at different
+times can be put together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Milliseconds of a pair on some machine.
+
+    Attributes:
+        verify_ms: a verification forward of all rows.
+        step_ms: one draft step.
+        host_ms: a round's other work on the target, rows together.
+        message_ms: an outcome's way to the draft and a token's way back.
+    """
+
+    verify_ms: float
+    step_ms: float
+    host_ms: float = 0.0
+    message_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """How well a draft guesses a target.
+
+    Attributes:
+        after_hit, after_miss: weights of "exactly k accepted" for k = 0..K, in rounds that verify a prepared
+            speculation, and in those that verify what was drafted after a miss.
+        hit_rate: probability that an outcome was prepared for.
+    """
+
+    after_hit: Sequence[float]
+    after_miss: Sequence[float]
+    hit_rate: float
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens in one speculation."""
+        return len(self.after_hit) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a simulation came to.
+
+    Attributes:
+        tokens_per_s: of all rows together.
+        tokens_per_round: of one row.
+        duty_cycle: share of the time inside verification forwards.
+    """
+
+    tokens_per_s: float
+    tokens_per_round: float
+    duty_cycle: float
+
+
+def ar(hardware: Hardware, rows: int = 1) -> Forecast:
+    """Autoregressive decoding: a forward for each token of each row."""
+    round_ms = hardware.verify_ms + hardware.host_ms
+    return Forecast(1e3 * rows / round_ms, 1.0, hardware.verify_ms / round_ms)
+
+
+def sd(hardware: Hardware, pair: Pair, rows: int = 1) -> Forecast:
+    """Plain speculative decoding: every round drafts K tokens first."""
+    tokens = 1.0 + _mean(pair.after_miss)
+    round_ms = hardware.verify_ms + hardware.host_ms + pair.lookahead * hardware.step_ms
+    return Forecast(1e3 * rows * tokens / round_ms, tokens, hardware.verify_ms / round_ms)
+
+
+def ssd(
+    hardware: Hardware,
+    pair: Pair,
+    rows: int = 1,
+    *,
+    lock_step: bool = False,
+    waits: bool = True,
+    rounds: int = 20_000,
+    seed: int = 0,
+) -> Forecast:
+    """Speculative speculative decoding.
+
+    Args:
+        hardware, pair: as measured.
+        rows: sequences of the batch.
+        lock_step: one row's miss makes all rows wait, as in the paper; else a row that missed goes on alone, without a
+            speculation, and the others do not notice.
+        waits: a lone row that missed waits for K draft steps.
+        rounds: to simulate.
+        seed: of the random numbers.
+    """
+    dice = random.Random(seed)
+    cumulative = {hit: list(accumulate(weights)) for hit, weights in ((True, pair.after_hit), (False, pair.after_miss))}
+    hits = [True] * rows
+    tokens, time = 0.0, 0.0
+    tree_ms = (pair.lookahead + 1) * hardware.step_ms + hardware.message_ms
+    backup_ms = pair.lookahead * hardware.step_ms + hardware.message_ms
+    drafted = waits and (rows == 1 or lock_step)
+    for _ in range(rounds):
+        verified = hardware.verify_ms + hardware.host_ms
+        missed = not all(hits)
+        time += max(verified, tree_ms) + (backup_ms if missed and drafted else 0.0)
+        for row, hit in enumerate(hits):
+            tokens += 1.0
+            if hit or drafted:
+                tokens += dice.choices(range(pair.lookahead + 1), cum_weights=cumulative[hit])[0]
+            hits[row] = dice.random() < pair.hit_rate
+    return Forecast(1e3 * tokens / time, tokens / rounds / rows, rounds * hardware.verify_ms / time)
+
+
+def several_drafts(pair: Pair, drafts: int, exponent: float) -> Pair:
+    """The pair with that many drafts: together they guess ``drafts`` times as many outcomes, and the chance of a miss
+    falls as the power law F^-r does."""
+    return replace(pair, hit_rate=1.0 - (1.0 - pair.hit_rate) * drafts**-exponent)
+
+
+def _mean(weights: Sequence[float]) -> float:
+    return sum(k * weight for k, weight in enumerate(weights)) / sum(weights)
