@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssd_ray.actors.drafting import Draft
-from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.channel import Channel, Frame
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub
 
 INLINE = "inline"
@@ -28,7 +28,7 @@ class InlineChannel(Channel):
     def send(self, peer: str, frame: bytes) -> bool:
         return self._hub.send(peer, frame) if peer == INLINE else self._outer.send(peer, frame)
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         received = self._hub.receive() or self._outer.receive()
         while received is None and timeout > 0.0 and self._draft is not None and self._draft.turn(0.0):
             received = self._hub.receive()

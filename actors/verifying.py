@@ -312,7 +312,8 @@ class Target:
         while cache.available(wanted) < wanted and (left := deadline - perf_counter()) > 0:
             if not self._receive(left) and self._patient:
                 break
-        self._pace.saw_wait(1e3 * (perf_counter() - start), steps)
+        came = cache.available(wanted) >= wanted
+        self._pace.saw_wait(1e3 * (perf_counter() - start), steps, came=came)
         return True
 
     def _worth_waiting(self, session: TargetSession) -> bool:

@@ -24,7 +24,7 @@ from ssd_ray.cluster.supervisor import Supervisor, own_error
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, SsdRayError
 from ssd_ray.stats import EngineStats
-from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.channel import Channel, Frame
 from ssd_ray.transport.zmq import ZmqSpoke
 from ssd_ray.wire import Output, decode
 
@@ -167,7 +167,7 @@ class Driver:
             logger.exception("the driver's channel failed")
             self._fail(EngineError(f"the driver's channel failed: {error}"))
 
-    def _dispatch(self, frame: bytes) -> None:
+    def _dispatch(self, frame: Frame) -> None:
         try:
             message = decode(self._session, frame)
         except ProtocolError as error:

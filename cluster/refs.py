@@ -29,7 +29,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayError
 
-from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
+from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel, Frame
 from ssd_ray.transport.inbox import QUEUE_FRAMES, Inbox, InboxChannel
 
 CONCURRENCY_GROUPS = {"inbox": 1, "outbox": 8}
@@ -43,7 +43,7 @@ _WAKE_SECONDS = 0.1
 _DRAIN_SECONDS = 1.0
 """How long one drain waits at the hub. A driver that has died holds a thread of "outbox" for as long."""
 
-Frame = bytes | NDArray[np.uint8]
+Payload = bytes | NDArray[np.uint8]
 """A frame as an argument of a call: a large one is an array, which Ray maps from the object store without a copy."""
 
 
@@ -135,12 +135,12 @@ class RefChannel(InboxChannel):
         """Drop further frames for a peer, from any thread; nothing happens if it is unknown."""
         self._peers.pop(name, None)
 
-    def deliver(self, sender: str, frame: Frame) -> None:
+    def deliver(self, sender: str, frame: Payload) -> None:
         """Put a frame into the inbox, from any thread."""
-        # The copy lets go of the object store at once, however long the frame waits to be received.
-        self.inbox.put(sender, frame if isinstance(frame, bytes) else frame.tobytes())
+        # A view: the object store keeps a large frame until whoever received it lets go of it, and of its parts.
+        self.inbox.put(sender, frame if isinstance(frame, bytes) else frame.data)
 
-    def drain(self, name: str, reader: str, timeout: float) -> list[bytes]:
+    def drain(self, name: str, reader: str, timeout: float) -> list[Frame]:
         """Take what waits for a peer that is no actor, from any thread; wait up to ``timeout`` seconds for the first.
 
         Only the latest reader of that name gets anything: the last call of one that is gone takes no frames with it.
@@ -172,13 +172,13 @@ class DrainChannel(Channel):
         self.name = name
         self._hub = hub
         self._calls = _Calls(hub, inline_max_bytes)
-        self._frames: deque[bytes] = deque()
+        self._frames: deque[Frame] = deque()
         self._closed = False
         self._woken = False
         self._reader = secrets.token_hex(8)
         # It runs in the hub's "inbox" group before the first frame does, so that the answer finds an outbox.
         hub.add_reader.remote(name, self._reader)
-        self._drain: ray.ObjectRef[list[bytes]] = hub.drain.remote(name, self._reader, 0.0)
+        self._drain: ray.ObjectRef[list[Frame]] = hub.drain.remote(name, self._reader, 0.0)
 
     def send(self, peer: str, frame: bytes) -> bool:
         accepted = not self._closed and peer == HUB and len(frame) <= MAX_FRAME_BYTES
@@ -187,7 +187,7 @@ class DrainChannel(Channel):
         self.dropped += 1
         return False
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         if self._closed:
             return None
         deadline = monotonic() + timeout
@@ -226,7 +226,7 @@ class RefEndpoint:
         self.refs = RefChannel(name, Inbox(), inline_max_bytes=inline_max_bytes)
 
     @ray.method(concurrency_group="inbox")
-    def deliver(self, sender: str, frame: Frame) -> None:
+    def deliver(self, sender: str, frame: Payload) -> None:
         """Take a frame from another actor or a driver."""
         self.refs.deliver(sender, frame)
 
@@ -246,6 +246,6 @@ class RefEndpoint:
         self.refs.remove_peer(name)
 
     @ray.method(concurrency_group="outbox")
-    def drain(self, name: str, reader: str, timeout: float) -> list[bytes]:
+    def drain(self, name: str, reader: str, timeout: float) -> list[Frame]:
         """Hand over the frames for a peer that is no actor, waiting up to ``timeout`` seconds for the first."""
         return self.refs.drain(name, reader, timeout)

@@ -44,7 +44,7 @@ def round_trips(near: Channel, peer: str, size: int, count: int) -> list[float]:
 def echo(channel: Channel) -> None:
     """Send back what comes, until told to stop."""
     while (item := channel.receive(_PATIENCE_SECONDS)) is not None and item[1] != _STOP:
-        channel.send(*item)
+        channel.send(item[0], bytes(item[1]))
 
 
 @contextmanager

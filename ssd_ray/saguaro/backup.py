@@ -24,17 +24,20 @@ class Costs:
         verify_ms: a verification.
         step_ms: one draft step, which makes one token.
         delay_ms: what waiting costs beyond the steps: the messages' way and the draft's reaction.
+        arrival: probability that what is waited for comes in time.
     """
 
     verify_ms: float
     step_ms: float
     delay_ms: float
+    arrival: float = 1.0
 
     def rate(self, length: int, steps: int, acceptance: Sequence[float]) -> float:
-        """Tokens per millisecond of a round that verifies ``length`` tokens and waits for ``steps`` draft steps."""
+        """Tokens per millisecond of a round that verifies ``length`` tokens and waits for ``steps`` draft steps, which
+        make the last of them."""
         gain, reach = 1.0, 1.0
-        for chance in acceptance[:length]:
-            reach *= chance
+        for index, chance in enumerate(acceptance[:length]):
+            reach *= chance * (self.arrival if index == length - steps else 1.0)
             gain += reach
         return gain / (self.verify_ms + steps * self.step_ms + (self.delay_ms if steps else 0.0))
 
@@ -62,34 +65,45 @@ class Pace:
         delay_ms: milliseconds of a message's way and of the draft's reaction.
         acceptance: probability that the i-th token of a speculation is accepted when it is reached.
         lookup_acceptance: the same of tokens that were found in the text.
+        arrival: probability that a wait is not in vain. It recovers slowly, so that a draft that has got better is
+            found out.
     """
 
     verify_ms: float = 0.0
     step_ms: float = 0.0
     delay_ms: float = 0.5
+    arrival: float = 1.0
     acceptance: list[float] = field(default_factory=lambda: [0.6] * MAX_LOOKAHEAD)
     lookup_acceptance: list[float] = field(default_factory=lambda: [0.3] * MAX_LOOKAHEAD)
+
+    _seen: dict[bool, list[int]] = field(
+        default_factory=lambda: {looked_up: [0] * MAX_LOOKAHEAD for looked_up in (False, True)}
+    )
 
     def saw_verification(self, milliseconds: float, n: int, accepted: int, *, looked_up: bool = False) -> None:
         """Learn from a round that verified n tokens, drafted or found in the text."""
         self.verify_ms = _blend(self.verify_ms, milliseconds)
         acceptance = self.lookup_acceptance if looked_up else self.acceptance
+        seen = self._seen[looked_up]
         for depth in range(min(accepted + 1, n)):
-            acceptance[depth] += 0.02 * ((depth < accepted) - acceptance[depth])
+            seen[depth] += 1
+            acceptance[depth] += max(0.02, 1.0 / (5 + seen[depth])) * ((depth < accepted) - acceptance[depth])
+        self.arrival += 0.002 * (1.0 - self.arrival)
 
     def saw_step(self, milliseconds: float) -> None:
         """Learn from a draft's report of its step time."""
         if milliseconds > 0.0:
             self.step_ms = _blend(self.step_ms, milliseconds)
 
-    def saw_wait(self, milliseconds: float, steps: int) -> None:
-        """Learn from a wait for ``steps`` draft steps."""
-        self.delay_ms = _blend(self.delay_ms, min(max(milliseconds - steps * self.step_ms, 0.0), 2.0 * self.step_ms))
+    def saw_wait(self, milliseconds: float, steps: int, *, came: bool) -> None:
+        """Learn from a wait for ``steps`` draft steps, and from whether they came."""
+        self.delay_ms = _blend(self.delay_ms, min(max(milliseconds - steps * self.step_ms, 0.0), self.verify_ms))
+        self.arrival += 0.2 * (came - self.arrival)
 
     @property
     def costs(self) -> Costs:
         """The estimates as costs."""
-        return Costs(self.verify_ms, self.step_ms, self.delay_ms)
+        return Costs(self.verify_ms, self.step_ms, self.delay_ms, self.arrival)
 
     def best_length(self, available: int, most: int) -> int:
         """How many tokens to verify next; while nothing is known yet, as many as possible."""

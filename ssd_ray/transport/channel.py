@@ -28,6 +28,9 @@ HUB = "target"
 
 MAX_FRAME_BYTES = 1 << 24
 
+Frame = bytes | memoryview
+"""A frame as it is received: one that came through shared memory is a read-only view of it."""
+
 
 class Channel(ABC):
     """One endpoint; see the module's docstring for the contract."""
@@ -43,7 +46,7 @@ class Channel(ABC):
         """Hand a frame over for ``peer``; False if it was dropped."""
 
     @abstractmethod
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         """Return the next (peer, frame), waiting up to ``timeout`` seconds for it; None if there is none."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.channel import Channel, Frame
 from ssd_ray.transport.inbox import InboxChannel
 
 
@@ -27,7 +27,7 @@ class HybridChannel(Channel):
         self.dropped += 1
         return False
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         # A frame that comes through the large one wakes the small one.
         return self._small.receive() or self._large.receive() or self._small.receive(timeout) or self._large.receive()
 

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from threading import Condition
 
-from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.channel import Channel, Frame
 
 QUEUE_FRAMES = 256
 """Frames of one peer that wait for a slow reader at most; further ones are dropped."""
@@ -21,13 +21,13 @@ class Inbox:
     def __init__(self, limit: int = QUEUE_FRAMES) -> None:
         self.on_put: Callable[[], None] = lambda: None  # told of every frame, in the thread that puts it
         self._limit = limit
-        self._frames: deque[tuple[str, bytes]] = deque()
+        self._frames: deque[tuple[str, Frame]] = deque()
         self._waiting: Counter[str] = Counter()
         self._changed = Condition()
         self._closed = False
         self._woken = False
 
-    def put(self, sender: str, frame: bytes) -> bool:
+    def put(self, sender: str, frame: Frame) -> bool:
         """Append a frame; False if it was dropped because the sender has too many here or the inbox is closed."""
         with self._changed:
             if self._closed or self._waiting[sender] >= self._limit:
@@ -38,7 +38,7 @@ class Inbox:
         self.on_put()
         return True
 
-    def get(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def get(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         """Take the oldest (sender, frame), waiting up to ``timeout`` seconds for one; None if there is none."""
         with self._changed:
             if not self._frames and timeout > 0:
@@ -52,7 +52,7 @@ class Inbox:
                 del self._waiting[sender]
             return sender, frame
 
-    def get_all(self, timeout: float = 0.0) -> list[tuple[str, bytes]]:
+    def get_all(self, timeout: float = 0.0) -> list[tuple[str, Frame]]:
         """Take everything that is here, waiting up to ``timeout`` seconds for the first; empty if there is nothing."""
         item, items = self.get(timeout), []
         while item is not None:
@@ -85,7 +85,7 @@ class InboxChannel(Channel):
         self.name = name
         self.inbox = inbox
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         return self.inbox.get(timeout)
 
     def wake(self) -> None:

@@ -23,7 +23,7 @@ from typing import Literal
 import zmq
 
 from ssd_ray.errors import EngineError, ResourceError
-from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
+from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel, Frame
 from ssd_ray.transport.inbox import QUEUE_FRAMES
 
 _CURVE_OVERHEAD_BYTES = 256
@@ -73,7 +73,7 @@ class _ZmqChannel(Channel):
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
 
-    def receive(self, timeout: float = 0.0) -> tuple[str, bytes] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         if self._socket.closed:
             return None
         deadline = None

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 
+import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError
@@ -13,6 +14,7 @@ from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.hybrid import HybridChannel
 from ssd_ray.transport.inbox import QUEUE_FRAMES, Inbox
 from ssd_ray.transport.zmq import ZmqHub, ZmqSpoke
+from ssd_ray.wire import Nodes, decode, encode
 from tests.conformance.channel_actors import INLINE_MAX_BYTES, HybridNode, RefNode
 from tests.conformance.channel_suite import PATIENCE, ChannelSuite, Network, drain, meet, numbered, numbers
 
@@ -126,6 +128,23 @@ class TestHybrid(ChannelSuite):
     network_type = HybridNetwork
     load = 100
     flood = 800
+
+
+def test_large_frames_are_read_where_they_lie():
+    """Two readers of one object: the same read-only memory, from the object store to the law that a message holds."""
+    law = np.full(1 << 16, 2.0**-16, np.float32)
+    nodes = Nodes(1, 0, 0, [-1], [7], sampled=[0], law_weights=memoryview(law.tobytes()))
+    ref = ray.put(np.frombuffer(encode(3, nodes), np.uint8))
+    addresses = set()
+    for name in ("one", "other"):
+        channel = RefChannel(name, Inbox())
+        channel.deliver(HUB, ray.get(ref))
+        _, frame = channel.receive()
+        weights = np.frombuffer(decode(3, frame).law_weights, np.float32)
+        assert np.array_equal(weights, law)
+        assert not weights.flags.writeable
+        addresses.add(weights.ctypes.data)
+    assert len(addresses) == 1
 
 
 def test_frames_for_a_stuck_actor_are_dropped_instead_of_piling_up():
