@@ -18,6 +18,8 @@ from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_ro
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 
+BUDGETS = (8, 16, 32)
+
 SHORT = {"transformers": "hf", "assisted": "hf+draft"}
 
 app = typer.Typer(help="Measure. Each command prints a table and ends with one JSON line.", invoke_without_command=True)
@@ -71,6 +73,38 @@ def methods(
 
 
 @app.command()
+def policies(
+    target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 10,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 192,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 128,
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeat for several; default: 0, 0.7, 1.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Draft steps during a verification.")] = 6,
+    lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
+) -> None:
+    """Compare fan-out policies at equal budgets on the same rounds: the share of outcomes prepared for."""
+    from ssd_ray.bench.policies import Rehearsal, compare_policies
+    from ssd_ray.models.loader import load_runner, load_tokenizer
+    from ssd_ray.speculation.draft import SCRATCH
+
+    chosen = held_out_prompts(load_tokenizer(target), count=prompts, tokens=prompt_tokens)
+    runners = [
+        load_runner(path, role=role, rows=1, scratch=SCRATCH)  # type: ignore[arg-type]
+        for path, role in ((target, "target"), (draft, "draft"))
+    ]
+    figures = {}
+    for value in temperature or [0.0, 0.7, 1.0]:
+        rehearsal = Rehearsal(*runners, steps=steps, text_lookup=lookup)
+        for seed, prompt in enumerate(chosen):
+            params = SamplingParams(temperature=value, max_tokens=max_tokens, seed=seed, ignore_eos=True)
+            rehearsal.run(prompt, params)
+        figures[value] = compare_policies(rehearsal.recorder.records, BUDGETS)
+    Console().print(_policy_table(figures, len(chosen)))
+    print(json.dumps({"bench": "policies", "machine": machine(), "budgets": BUDGETS, "hit_rates": figures}))
+
+
+@app.command()
 def shapes(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     dtype: Annotated[str, typer.Option()] = "auto",
@@ -109,6 +143,17 @@ def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> T
     for result in results:
         ratios = [f"{result.ratio(other):.2f}" for other in others]
         table.add_row(result.method, f"{result.rate:.1f}", *ratios, *_round(result))
+    return table
+
+
+def _policy_table(figures: dict[float, dict[str, list[float]]], prompts: int) -> Table:
+    table = Table(title=f"outcomes among the first B guesses, {prompts} held-out prompts", box=SIMPLE)
+    table.add_column("policy")
+    for value in figures:
+        for budget in BUDGETS:
+            table.add_column(f"T={value:g}\nB={budget}", justify="right")
+    for name in next(iter(figures.values())):
+        table.add_row(name, *(f"{rate:.3f}" for rates in figures.values() for rate in rates[name]))
     return table
 
 

@@ -12,6 +12,7 @@ from ssd_ray.bench.cli import app
 from ssd_ray.bench.methods import Result, Run
 from ssd_ray.bench.prompts import held_out_prompts, held_out_texts
 from ssd_ray.models.loader import load_tokenizer
+from ssd_ray.saguaro.fanout import POLICIES
 from tests.support.tiny import tiny_pair
 
 
@@ -28,6 +29,17 @@ def test_ratios_are_taken_prompt_by_prompt() -> None:
     slow = Result("ar", 0.0, [Run(100, 2.0), Run(100, 20.0), Run(100, 3.0)])
     assert fast.ratio(slow) == pytest.approx(2.0)
     assert (fast.rate, slow.rate) == (100.0, pytest.approx(100.0 / 3))
+
+
+def test_policies(tmp_path: Path) -> None:
+    target, draft = tiny_pair(tmp_path, vocab=4096, context=128)
+    arguments = ["policies", "--target", str(target), "--draft", str(draft), "--prompts", "2"]
+    arguments += ["--prompt-tokens", "16", "--max-tokens", "24", "--temperature", "1"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert set(figures["hit_rates"]["1.0"]) == set(POLICIES)
+    for rates in figures["hit_rates"]["1.0"].values():
+        assert rates == sorted(rates)
 
 
 @pytest.mark.ray
