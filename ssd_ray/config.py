@@ -106,7 +106,8 @@ class EngineConfig:
         num_drafts: draft actors at the start; 0 is allowed and decodes without speculation.
         lookahead: tokens in one speculation at most, 1 to 7, or "auto".
         budget: guessed outcomes of a round at most, over all drafts; "auto" is as many as there is time for.
-        fan_out: which outcomes are prepared for.
+        fan_out: which outcomes are prepared for: "uniform", "geometric" and "histogram" by how many tokens are usually
+            accepted, "confidence" by how sure the draft is; "auto" is the better of the last two.
         backup: what a row does when its outcome was not prepared for: "draft" waits for the best number of tokens,
             none included, "ngram" takes what followed the last tokens earlier in the text, "none" goes on without a
             speculation, "auto" does what earns the most tokens per time by what was measured.
@@ -120,7 +121,7 @@ class EngineConfig:
         transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
         inline_max_bytes: frames above it ride on Ray object refs.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto" is the checkpoint's.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is the checkpoint's.
         compile: compile the forwards at their fixed shapes with torch.compile.
         max_num_seqs: sequences that decode at the same time at most.
         max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit.

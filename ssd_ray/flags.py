@@ -14,6 +14,8 @@ import typer
 Config = TypeVar("Config")
 Command = Callable[..., None]
 
+_WIDEST_METAVAR = 12
+
 
 def with_flags(*configs: type) -> Callable[[Command], Command]:
     """Give a command, which takes ``**values``, one flag for each field of the configuration classes."""
@@ -57,6 +59,8 @@ def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect
     elif get_origin(hint) in (Union, UnionType) and NoneType not in get_args(hint):
         kind = str
         options |= {"parser": _number_or_word, "metavar": _metavar(hint)}
+    elif get_origin(hint) is Literal and len("|".join(get_args(hint))) > _WIDEST_METAVAR:
+        options["metavar"] = "<choice>"  # the explanation names them; a wide column would crowd the flags out
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(**options)]
     )
