@@ -13,10 +13,13 @@ from ssd_ray.saguaro.backup import Costs, Pace, best_length
 from ssd_ray.saguaro.fanout import (
     MAX_RANK,
     POLICIES,
+    Auto,
+    Confidence,
     FanOutPolicy,
     Geometric,
     Histogram,
     Situation,
+    Source,
     Uniform,
     fit_exponent,
     shape,
@@ -97,6 +100,36 @@ def test_geometric_is_the_closed_form() -> None:
 def test_uniform_takes_the_depths_in_turn() -> None:
     places = {(depth, rank): Uniform().place(sure(3), depth, rank) for depth in range(4) for rank in range(5)}
     assert all(4 * rank <= (place or 0) < 4 * rank + 4 for (_, rank), place in places.items())
+
+
+def test_confidence_learns_what_a_lead_is_worth() -> None:
+    policy = Confidence()
+    for _ in range(300):
+        policy.observe(sure(1, gap=6.0), 1, 0)
+        policy.observe(sure(1, gap=0.2), 0, 0)
+    assert policy.depths(sure(1, gap=6.0))[1] > 0.9
+    assert policy.depths(sure(1, gap=0.2))[0] > 0.9
+    assert policy.acceptance(6.0, Source.MODEL) > 0.9 > 0.1 > policy.acceptance(0.2, Source.MODEL)
+
+
+def test_confidence_tells_sources_apart() -> None:
+    policy = Confidence()
+    for _ in range(300):
+        for source, accepted in ((Source.BOTH, 1), (Source.OVERRULED, 0)):
+            situation = sure(1)
+            situation.sources = [source] * 2
+            policy.observe(situation, accepted, 0)
+    assert policy.acceptance(1.0, Source.BOTH) > 0.9 > 0.1 > policy.acceptance(1.0, Source.OVERRULED)
+
+
+def test_auto_follows_the_one_with_more_hits() -> None:
+    """A lead that says nothing: only the histogram knows at which depth rounds end."""
+    policy = Auto(budget=1)
+    assert isinstance(policy.best, Confidence)
+    for accepted in itertools.islice(itertools.cycle([3, 3, 3, 0, 3, 3, 1]), 900):
+        situation = sure(4, gap=1.0)
+        policy.observe(situation, accepted, 0)
+    assert isinstance(policy.best, Histogram)
 
 
 def test_without_speculation_all_weight_is_on_none_accepted() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.saguaro.fanout import Histogram, Uniform
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation import cache as cache_module
-from ssd_ray.speculation.cache import SpeculationCache
+from ssd_ray.speculation.cache import SampledNode, SpeculationCache
 from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item, Ranking
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.speculation.tree import Node, TokenTree
@@ -102,6 +103,59 @@ class TestSpeculationCache:
         cache.forget("a")
         assert cache.add("a", push(0, 9, (0, 7))) == 0
         assert cache.speculate(7) == [6]
+
+
+def laws(*weights: list[float], tokens: list[list[int]] | None = None) -> dict[str, object]:
+    """Fields of a message whose nodes 0, 1, .. were drawn from these laws."""
+    return {
+        "sampled": list(range(len(weights))),
+        "law_weights": memoryview(np.array(weights, np.float32).tobytes()),
+        "law_tokens": memoryview(np.array(tokens or [], np.int32).tobytes()),
+    }
+
+
+class TestRejectionMode:
+    """Chains follow what was drawn, and nothing else."""
+
+    def test_guesses_do_not_continue_a_chain(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100, node=SampledNode)
+        cache.add("a", push(0, 0, (-1, 6), (0, 7)))
+        assert cache.speculate(7) == []
+        cache.add("a", Nodes(1, 0, 2, [-1, 2], [8, 9], **laws([1.0], [1.0], tokens=[[8], [9]])))  # type: ignore[arg-type]
+        assert cache.speculate(7) == [8, 9]
+
+    def test_a_guess_that_is_drawn_later_gets_its_law(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100, node=SampledNode)
+        cache.add("a", push(0, 0, (-1, 6)))
+        cache.add("a", Nodes(1, 0, 1, [-1], [6], **laws([0.5, 0.5], tokens=[[6, 7]])))  # type: ignore[arg-type]
+        assert cache.speculate(7) == [6]
+
+    def test_the_first_draw_stands(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100, node=SampledNode)
+        for token in (6, 7):
+            cache.add("a", Nodes(1, 0, token, [-1], [token], **laws([1.0], tokens=[[token]])))  # type: ignore[arg-type]
+        assert cache.speculate(7) == [6]
+
+    def test_uneven_laws_are_no_laws(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100, node=SampledNode)
+        fields = laws([0.5, 0.5], tokens=[[6]])
+        assert cache.add("a", Nodes(1, 0, 0, [-1], [6], **fields)) == 1  # type: ignore[arg-type]
+        assert cache.speculate(7) == []
+
+    def test_proposals_are_laws_or_nothing(self) -> None:
+        session = TargetSession(1, [5], SamplingParams(), max_length=64, vocab_size=4, sampled=True)
+        session.add("a", Nodes(1, 0, 0, [-1, 0], [2, 3], **laws([0.25] * 4, [0.9] * 4)))  # type: ignore[arg-type]
+        assert session.begin(7) == [2, 3]
+        sound, broken = session.proposals
+        assert sound is not None
+        assert sound.tokens.tolist() == [0, 1, 2, 3]
+        assert broken is None
+
+    def test_what_is_found_in_the_text_is_speculated_without_a_law(self) -> None:
+        cache = SpeculationCache(5, vocab_size=100, node=SampledNode)
+        cache.plant([6, 7])
+        assert cache.speculate(7) == [6, 7]
+        assert [node.law for node in cache.tree.trunk] == [None] * 3
 
 
 def target(**params: object) -> TargetSession:
@@ -295,6 +349,48 @@ class TestDraftSession:
         session = DraftSession(opened([1, 2]), Uniform(), lookahead=3, branching=False)
         tokens = [[item.token for item in run(session, width=1)[0]] for _ in range(6)]
         assert tokens == [[1, 2], [50], [50], [50], [50], []]
+
+    @pytest.mark.parametrize("shares", [1, 3])
+    def test_a_strict_budget_is_kept_over_all_drafts(self, shares: int) -> None:
+        guesses = 0
+        for share in range(shares):
+            message = opened([1, 2], [3, 4], share=share, shares=shares)
+            session = DraftSession(message, Uniform(), budget=10, strict=True)
+            nodes = [run(session, width=16)[1] for _ in range(8)]
+            guesses += sum(parent < 0 for each in nodes if each for parent in each.parents)
+        extra = shares - 1  # each draft continues the trunk, whoever has that guess
+        assert 10 <= guesses <= 10 + extra
+
+    def test_what_the_text_says_is_the_first_guess(self) -> None:
+        session = DraftSession(opened([7, 8, 9, 7, 8]), Uniform(), branching=False)
+        _, nodes = run(session, ranked=[50, 51, 52])
+        assert nodes is not None
+        assert nodes.tokens[0] == 50
+        session = DraftSession(opened([7, 8, 9, 7, 8], [50]), Uniform())
+        run(session, ranked=[50, 51, 52])
+        items, _ = run(session, width=2, ranked=[50, 51, 52])
+        assert 9 in {item.token for item in items}
+
+    def test_a_text_that_is_right_is_followed_without_running_it(self) -> None:
+        loop = [7, 8, 9]
+        session = DraftSession(opened(loop * 4 + [7, 8]), Uniform(), lookahead=4)
+        for round in range(40):  # the model says 50, the text goes on in its loop
+            run(session, ranked=[50, 51, 52])
+            position = session.position
+            session.advance(Outcome(1, round, position + 1, 0, loop[(position + 1) % 3], [], False))
+        items, nodes = run(session, width=1, ranked=[50, 51, 52])
+        pushed = list(nodes.tokens) if nodes else []
+        items, nodes = run(session, width=1, ranked=[50, 51, 52])
+        pushed += list(nodes.tokens) if nodes else []
+        start = (session.position + 1) % 3
+        assert pushed[:4] == [loop[(start + step) % 3] for step in range(4)]
+        assert len(items) == 1
+
+    def test_without_lookup_the_text_has_no_say(self) -> None:
+        session = DraftSession(opened([7, 8, 9, 7, 8], [50]), Uniform(), text_lookup=False)
+        run(session, ranked=[50, 51, 52])
+        items, _ = run(session, width=3, ranked=[50, 51, 52])
+        assert 9 not in {item.token for item in items}
 
     def test_reopening_keeps_the_kv_of_the_common_beginning(self) -> None:
         session = DraftSession(opened([1, 2, 3, 4]), Uniform())
