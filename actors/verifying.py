@@ -20,6 +20,7 @@ from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.ngram import NgramIndex
+from ssd_ray.saguaro.planner import Planner
 from ssd_ray.sampling.verifier import Verifier, verifier
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import TargetSession
@@ -131,6 +132,7 @@ class Target:
         self._done = RequestStats()
         self._requests = 0
         self._pace = Pace()
+        self._planner = Planner(self._pace, lookahead)
         self.malformed = 0
 
     # Called from any thread
@@ -156,7 +158,8 @@ class Target:
         total = self._done
         for row in list(self._rows):
             total = add(total, row.session.stats())
-        return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts))
+        plan = str(self._planner.plan)
+        return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts), plan=plan)
 
     # The loop
 
@@ -194,6 +197,8 @@ class Target:
             tally.host_ms += host_ms / len(rows)
             tally.waits += wait_ms > 0.0
         self._rows = [row for row in rows if not self._ended(row)]
+        if (plan := self._planner.update()) is not None:
+            logger.info("plan: %s", plan)
 
     def _begin(self, row: Row) -> None:
         speculation = row.session.begin(self._lookahead)
@@ -292,7 +297,7 @@ class Target:
             return available
         if self._exact_lookahead:
             return most
-        wanted = self._pace.best_length(available, most)
+        wanted = self._pace.best_length(available, most) if available else min(most, self._planner.plan.wait)
         return max(wanted, min(1, most)) if self._patient else wanted  # what is never tried is never known
 
     def _wait(self, rows: Sequence[Row]) -> float:

@@ -109,13 +109,15 @@ class EngineStats(Stats):
         requests: requests that have ended.
         drafts: names of the drafts that are connected now.
         draft_restarts: drafts that died and were replaced.
+        plan: what a round is planned to be like now, and why.
     """
 
     requests: int = 0
     drafts: tuple[str, ...] = ()
     draft_restarts: int = 0
+    plan: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""
-        own = {name: getattr(self, name) for name in ("requests", "drafts", "draft_restarts")}
+        own = {name: getattr(self, name) for name in ("requests", "drafts", "draft_restarts", "plan")}
         return Stats.as_dict(self) | own

@@ -1,0 +1,73 @@
+"""The plan follows what changes and not what twitches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.planner import PATIENCE, Plan, Planner
+
+
+def rounds(
+    pace: Pace,
+    planner: Planner,
+    count: int,
+    *,
+    verify: float,
+    step: float,
+    accept: float,
+    noise: float,
+    dice: random.Random,
+) -> list[Plan]:
+    """Plans that were made in ``count`` rounds of these times, each off by up to ``noise``."""
+    plans = []
+    for _ in range(count):
+        accepted = next((k for k in range(7) if dice.random() > accept), 7)
+        pace.saw_verification(verify * dice.uniform(1 - noise, 1 + noise), 7, accepted)
+        pace.saw_step(step * dice.uniform(1 - noise, 1 + noise))
+        plans += [plan for plan in [planner.update()] if plan]
+    return plans
+
+
+def test_before_anything_is_measured_the_plan_is_the_most() -> None:
+    planner = Planner(Pace(), 5)
+    assert planner.update() is None
+    assert (planner.plan.wait, planner.plan.lookahead) == (5, 5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_does_not_make_it_oscillate(seed: int) -> None:
+    pace, dice = Pace(), random.Random(seed)
+    planner = Planner(pace, 7)
+    rounds(pace, planner, 200, verify=15, step=2, accept=0.6, noise=0.5, dice=dice)
+    assert len(rounds(pace, planner, 3000, verify=15, step=2, accept=0.6, noise=0.5, dice=dice)) <= 6
+
+
+def test_a_step_change_is_followed_once() -> None:
+    pace, dice = Pace(), random.Random(0)
+    planner = Planner(pace, 7)
+    rounds(pace, planner, 300, verify=15, step=1, accept=0.8, noise=0.2, dice=dice)
+    before = planner.plan
+    plans = rounds(pace, planner, 300, verify=15, step=60, accept=0.8, noise=0.2, dice=dice)
+    assert before.wait >= 3
+    assert planner.plan.wait == 0
+    assert 1 <= len(plans) <= 4
+
+
+def test_a_passing_disturbance_changes_nothing() -> None:
+    pace, dice = Pace(), random.Random(0)
+    planner = Planner(pace, 7)
+    rounds(pace, planner, 300, verify=15, step=1, accept=0.8, noise=0.1, dice=dice)
+    assert not rounds(pace, planner, PATIENCE // 4, verify=15, step=60, accept=0.8, noise=0.1, dice=dice)
+
+
+def test_the_plan_says_why() -> None:
+    pace = Pace()
+    planner = Planner(pace, 7)
+    pace.saw_verification(15.0, 7, 3)
+    pace.saw_step(2.0)
+    plan = planner.update()
+    assert plan is not None
+    assert "verification 15.0 ms, draft step 2.0 ms" in str(plan)
