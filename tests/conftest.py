@@ -1,6 +1,7 @@
 """What every test shares: an environment without network, without surprises from Ray, and with one thread for maths."""
 
 import os
+import signal
 
 import pytest
 
@@ -14,6 +15,9 @@ os.environ.update(
 )
 for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
     os.environ.pop(name, None)  # typer colours its help for any of them, whatever their value
+
+# A shell starts background jobs with SIGINT ignored, and Python then leaves it so: tests of Ctrl-C want it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
