@@ -45,7 +45,7 @@ class Recorder(Auto):
         self.records.append(Record(situation, accepted, rank))
 
 
-class _Meanwhile(ModelRunner):
+class Meanwhile(ModelRunner):
     """A target's runner that lets the draft work while it verifies."""
 
     def __init__(self, runner: ModelRunner, work: Callable[[], None]) -> None:
@@ -86,7 +86,7 @@ class Rehearsal:
         channel = MemorySpoke(hub.address, "draft")
         self._draft = Draft(draft, channel, _SESSION, lambda: self.recorder, text_lookup=text_lookup)
         self._steps = steps
-        self._target = Target(_Meanwhile(target, self._work), hub, _SESSION, backup="none")
+        self._target = Target(Meanwhile(target, self._work), hub, _SESSION, backup="none")
         self._number = 0
         self._draft.turn(0.0)
 

@@ -263,8 +263,11 @@ class Auto(FanOutPolicy):
     def acceptance(self, gap: float, source: Source) -> float:
         return self._policies[0].acceptance(gap, source)
 
+    @property
+    def exponent(self) -> float:
+        return self.best.exponent
+
     def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
-        super().observe(situation, accepted, rank)
         for index, policy in enumerate(self._policies):
             place = policy.place(situation, accepted, rank)
             hit = place is not None and place < self._budget

@@ -23,17 +23,15 @@ class Plan:
 
     Attributes:
         wait: tokens to wait for when nothing was prepared; 0 goes on at once.
-        lookahead: tokens of a speculation that are worth verifying.
         why: the estimates behind it, in words.
     """
 
     wait: int
-    lookahead: int
     why: str = "nothing is measured yet"
 
     def __str__(self) -> str:
-        wait = f"on a miss wait for {self.wait} tokens" if self.wait else "on a miss go on at once"
-        return f"verify up to {self.lookahead} tokens, {wait}: {self.why}"
+        what = f"wait for {self.wait} tokens" if self.wait else "go on at once"
+        return f"on a miss {what}: {self.why}"
 
 
 class Planner:
@@ -45,7 +43,7 @@ class Planner:
     """
 
     def __init__(self, pace: Pace, lookahead: int) -> None:
-        self.plan = Plan(lookahead, lookahead)
+        self.plan = Plan(lookahead)
         self._pace = pace
         self._most = lookahead
         self._in_favour = 0
@@ -70,16 +68,7 @@ class Planner:
             f"verification {pace.verify_ms:.1f} ms, draft step {pace.step_ms:.1f} ms, "
             f"waiting costs {pace.delay_ms:.1f} ms more, first token accepted {pace.acceptance[0]:.0%}"
         )
-        return Plan(pace.best_length(0, self._most), self._useful(), why)
-
-    def _useful(self) -> int:
-        """The longest speculation whose last token is accepted now and then. All lengths cost the same to verify."""
-        reach = 1.0
-        for length, chance in enumerate(self._pace.acceptance[: self._most]):
-            reach *= chance
-            if reach < 0.001:
-                return max(1, length)
-        return self._most
+        return Plan(pace.best_length(0, self._most), why)
 
     def _rate(self, plan: Plan) -> float:
         """Tokens per millisecond of a round after a miss; after a hit all plans are the same."""

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ssd_ray.sampling.laws import Law
 from ssd_ray.sampling.verify import Outcome
 
 STREAMS = {"accept": 1, "bonus": 2, "draft": 3}
@@ -111,9 +111,7 @@ class Proposing:
     c: float = 1.0
     most: int = 0
 
-    def draw(
-        self, probabilities: Tensor, guesses: Sequence[int], noise: Tensor
-    ) -> tuple[list[int], list[tuple[NDArray[np.int32], NDArray[np.float32]]]]:
+    def draw(self, probabilities: Tensor, guesses: Sequence[int], noise: Tensor) -> tuple[list[int], list[Law]]:
         """Draw one token of each row.
 
         Args:
@@ -122,7 +120,7 @@ class Proposing:
             noise: float32 [R, V].
 
         Returns:
-            The tokens, and what each was drawn from: token ids, int32 [M] (empty: all), and probabilities, float32 [M].
+            The tokens, and what each was drawn from.
         """
         tokens, weights = truncate(saguaro(probabilities, guesses, self.c), self.most)
         drawn: list[int] = draw(tokens, weights, noise).tolist()
@@ -173,6 +171,16 @@ def sound(proposal: Proposal, vocab_size: int) -> bool:
         and abs(float(weights.sum(dtype=torch.float64)) - 1.0) < 1e-3
         and len(torch.unique(tokens)) == len(tokens)
     )
+
+
+def proposal_of(law: Law | None, vocab_size: int) -> Proposal | None:
+    """What came with a token as a proposal; None if there is nothing, or no law."""
+    if law is None:
+        return None
+    tokens, weights = law
+    ids = torch.from_numpy(tokens.astype(np.int64)) if len(tokens) else torch.arange(len(weights))
+    proposal = Proposal(ids, torch.from_numpy(weights.copy()))
+    return proposal if sound(proposal, vocab_size) else None
 
 
 def _residual(p: Tensor, token: int, proposal: Proposal | None) -> Tensor:

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ssd_ray.sampling.laws import Law, unpack_laws
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Nodes
-
-Law = tuple[NDArray[np.int32], NDArray[np.float32]]
-"""What a token was drawn from: token ids (empty: all, in order) and their probabilities, views of a frame."""
 
 MAX_NODES = 4096
 """Nodes that one sequence may hold; more are dropped."""
@@ -133,7 +128,7 @@ class SpeculationCache:
         if message.round > self.round or len(message.parents) != len(message.tokens):
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
-        laws = _laws(message) if message.sampled else {}
+        laws = unpack_laws(message.sampled, message.law_tokens, message.law_weights)
         used = 0
         for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
             node = self._place(draft, message.round, parent, token, laws.get(offset))
@@ -176,13 +171,3 @@ class SpeculationCache:
             return None
         self.guessed = True
         return self.tree.root
-
-
-def _laws(message: Nodes) -> dict[int, Law]:
-    """The law of each sampled node by its place in the message; none if the parts are not equal."""
-    count = len(message.sampled)
-    if len(message.law_weights) % (4 * count) or len(message.law_tokens) not in (0, len(message.law_weights)):
-        return {}
-    weights = np.frombuffer(message.law_weights, np.float32).reshape(count, -1)
-    tokens = np.frombuffer(message.law_tokens, np.int32).reshape(count, -1)
-    return {node: (tokens[index], weights[index]) for index, node in enumerate(message.sampled)}

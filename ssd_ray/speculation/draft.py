@@ -18,12 +18,10 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.saguaro.fanout import FanOutPolicy, Situation, Source, shape
 from ssd_ray.saguaro.ngram import LONGEST, NgramIndex
+from ssd_ray.sampling.laws import Law, pack_laws
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
@@ -51,9 +49,6 @@ _BEYOND = 0.25
 """How much a token beyond the lookahead is worth: it orders the work, no more."""
 
 
-Law = tuple[NDArray[np.int32], NDArray[np.float32]]
-
-
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """What the draft says about the token after another one.
@@ -62,8 +57,7 @@ class Ranking:
         tokens: the likeliest, best first.
         scores: theirs, in nats up to a constant, noise included.
         drafted: the token that it drafts.
-        law: in rejection mode what that one was drawn from: token ids, int32 [M] (empty: all, in order), and their
-            probabilities, float32 [M].
+        law: in rejection mode what that one was drawn from.
         source: where the drafted token comes from.
     """
 
@@ -192,6 +186,7 @@ class DraftSession:
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
         self._weights: Sequence[float] = ()
+        self._planned: Sequence[int] = ()  # guesses by depth, as fan_out has it
         self._text_right = 0.5
         self._disputes = [1.0, 1.0]  # won by the model and by the text where they differ; recent ones count more
         self._start(opened)
@@ -303,9 +298,10 @@ class DraftSession:
 
     def fan_out(self, items: Sequence[Item]) -> list[int]:
         """Guesses that are planned for the position after each item, should it be in the trunk of a round."""
-        depths = Situation([()] * (self._lookahead + 1))
-        planned = shape(self._policy.depths(depths), self._policy.exponent, self._budget)
-        return [planned[min(_trunk_depth(item), self._lookahead)] for item in items]
+        if not self._planned:
+            depths = Situation([()] * (self._lookahead + 1))
+            self._planned = shape(self._policy.depths(depths), self._policy.exponent, self._budget)
+        return [self._planned[min(_trunk_depth(item), self._lookahead)] for item in items]
 
     # What the text says
 
@@ -354,6 +350,7 @@ class DraftSession:
         self._share, self._shares = message.share, message.shares
         self._opened, self._allowed = 0, len(range(self._share, self._budget, self._shares)) if self._strict else -1
         self._frontier: list[tuple[float, int, Candidate]] = []
+        self._planned = ()
         self._guesses: dict[int, list[int]] = {}  # by depth of the trunk
         self._ranks: dict[int, Sequence[float]] = {}  # probabilities of these guesses, given the depth
         for node, _ in self._unpushed:
@@ -391,7 +388,7 @@ class DraftSession:
         for depth in new:
             node, last = trunk[depth], depth == len(trunk) - 1
             if last:
-                self._draft(node, -1 - depth)
+                self._start_branch(self._draft(node, -1 - depth), depth, 0)
             if last or self._branching:
                 self._offer_guess(depth, (self._share - depth) % self._shares)
 
@@ -435,8 +432,6 @@ class DraftSession:
         trunk = self._tree.trunk
         stem, length = trunk[-1], len(trunk)
         node = self._draft(stem, -length)
-        if node.depth == 0:
-            node.depth, node.chance = 1, self._chance(length - 1, 0)
         while node.slot >= 0 and (following := node.continuation()) is not None:
             stem, node, length = node, following, length + 1
         return (stem, node) if node.slot < 0 and length < self._wanted else None
@@ -445,12 +440,14 @@ class DraftSession:
         """Make the node of a guess, and offer the next one at its depth."""
         node = self._make(guess.stem, self._guesses[guess.depth][guess.rank], -1 - guess.depth)
         self._opened += 1
-        node.depth = 1
-        node.chance = self._chance(guess.depth, guess.rank)
-        self._unroll(node)
+        self._start_branch(node, guess.depth, guess.rank)
         if self._branching:
             self._offer_guess(guess.depth, guess.rank + self._shares)
         return node
+
+    def _start_branch(self, node: DraftNode, depth: int, rank: int) -> None:
+        node.depth, node.chance = 1, self._chance(depth, rank)
+        self._unroll(node)
 
     def _extend(self, node: DraftNode) -> None:
         """Continue the branch of a node that ran by the token that is drafted after it."""
@@ -485,7 +482,7 @@ class DraftSession:
         if not self._unpushed:
             return None
         nodes, self._unpushed = self._unpushed, []
-        sampled, tokens, weights = _laws([node for node, _ in nodes])
+        sampled, tokens, weights = pack_laws([node.law for node, _ in nodes])
         return Nodes(
             sequence=self.sequence,
             round=self.round,
@@ -546,12 +543,3 @@ def _trunk_depth(item: Item) -> int:
 def window_base(position: int) -> int:
     """First scratch slot for a bonus token at this position: many rounds beyond, so that the window rarely moves."""
     return (position // WINDOW_STEP + 2) * WINDOW_STEP
-
-
-def _laws(nodes: Sequence[DraftNode]) -> tuple[list[int], memoryview, memoryview]:
-    """Which of these nodes were drawn, and what from; see :class:`~ssd_ray.wire.Nodes`."""
-    laws = {index: node.law for index, node in enumerate(nodes) if node.law is not None}
-    if not laws:
-        return [], memoryview(b""), memoryview(b"")
-    tokens, weights = (np.stack(parts) for parts in zip(*laws.values(), strict=True))
-    return list(laws), memoryview(tokens.tobytes()), memoryview(weights.tobytes())

@@ -12,11 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-import torch
-
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
-from ssd_ray.sampling.rejection import Proposal, sound
+from ssd_ray.sampling.rejection import Proposal, proposal_of
 from ssd_ray.sampling.verify import Outcome
 from ssd_ray.speculation.cache import CachedNode, SampledNode, SpeculationCache
 from ssd_ray.wire import Backups, Misses, Nodes, RequestStats
@@ -117,7 +114,7 @@ class TargetSession:
     @property
     def proposals(self) -> list[Proposal | None]:
         """What each speculated token was drawn from; None if that is not known or no law."""
-        return [self._proposal(node) for node in self.cache.tree.trunk[1:]]
+        return [proposal_of(node.law, self._vocab_size) for node in self.cache.tree.trunk[1:]]
 
     def add(self, draft: str, message: Nodes) -> int:
         """Take nodes of a draft; returns how many are of use."""
@@ -181,16 +178,6 @@ class TargetSession:
             waits=tally.waits,
             backups=Backups(**tally.backups),
         )
-
-    def _proposal(self, node: CachedNode) -> Proposal | None:
-        if node.law is None:
-            return None
-        tokens, weights = node.law
-        proposal = Proposal(
-            torch.from_numpy(tokens.astype(np.int64)) if len(tokens) else torch.arange(len(weights)),
-            torch.from_numpy(weights.copy()),
-        )
-        return proposal if sound(proposal, self._vocab_size) else None
 
     def _until_end(self, tokens: Sequence[int]) -> list[int]:
         """The tokens up to the one that ends the sequence, that one included."""

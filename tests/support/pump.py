@@ -6,10 +6,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.verifying import DRIVER, Target
+from ssd_ray.bench.policies import Meanwhile
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.table import TableModel
@@ -82,21 +81,6 @@ def garbage(frame: bytes, dice: random.Random) -> bytes:
     for _ in range(dice.randrange(1, 6)):
         changed[dice.randrange(len(changed))] = dice.randrange(256)
     return bytes(changed)
-
-
-class Meanwhile(ModelRunner):
-    """A runner that lets others work while it verifies."""
-
-    def __init__(self, runner: ModelRunner, work: Callable[[], None]) -> None:
-        self.__dict__.update(runner.__dict__)
-        self._runner, self._work = runner, work
-        self.extent, self.extend, self.prefill, self.move = runner.extent, runner.extend, runner.prefill, runner.move
-
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        self._work()
-        return self._runner.append(rows, tokens, starts)
-
-    extent = extend = prefill = move = None  # type: ignore[assignment]
 
 
 class Pump:
