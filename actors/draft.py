@@ -24,7 +24,7 @@ class DraftActor:
         self._cores = cores
         self._channel = channel
         self._stopping = False
-        self._draft = load_draft(config, channel, session, drafts=config.num_drafts)
+        self._draft = load_draft(config, channel, session)
 
     def run(self) -> None:
         """Draft until :meth:`stop`, from one thread."""

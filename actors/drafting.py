@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from time import monotonic, perf_counter
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class Draft:
         branching: False drafts the one chain of plain speculative decoding.
         proposing: how tokens are drawn in rejection mode; None is coupled mode.
         budget, strict, text_lookup: see :class:`~ssd_ray.speculation.draft.DraftSession`.
+        clock: seconds; another one lets time be simulated.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Draft:
         budget: int = 16,
         strict: bool = False,
         text_lookup: bool = True,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
+        self._clock = clock
         self._budget, self._strict, self._text_lookup = budget, strict, text_lookup
         self._proposing = proposing
         self._runner = runner
@@ -97,7 +100,7 @@ class Draft:
         self._receive(0.0)
         if self._step():
             return True
-        self._receive(min(idle_seconds, max(0.0, self._hello_due - monotonic())))
+        self._receive(min(idle_seconds, max(0.0, self._hello_due - self._clock())))
         return False
 
     def leave(self) -> None:
@@ -108,7 +111,7 @@ class Draft:
 
     def _say_hello(self) -> None:
         # Again and again: the target may not be there yet, or may have given this draft up while it was stopped.
-        now = monotonic()
+        now = self._clock()
         if now >= self._hello_due:
             sent = self._send(Hello(self._channel.name))
             self._hello_due = now + (HELLO_SECONDS if sent else KNOCK_SECONDS)
@@ -187,7 +190,7 @@ class Draft:
     def _step(self) -> bool:
         """Run one step of the first sequence that has work, and put that sequence last."""
         for number, sequence in list(self._sequences.items()):
-            start = perf_counter()
+            start = self._clock()
             row = self._rows[number]
             prefill = sequence.prefill()
             if prefill is not None:
@@ -204,7 +207,7 @@ class Draft:
         nodes = sequence.complete(items, self._rankings(sequence, items), step_ms=self._step_ms)
         if nodes is not None:
             self._send(nodes)
-        self._step_ms = 1e3 * (perf_counter() - start)
+        self._step_ms = 1e3 * (self._clock() - start)
 
     @torch.inference_mode()
     def _rankings(self, sequence: DraftSession, items: Sequence[Item]) -> list[Ranking]:

@@ -39,8 +39,8 @@ def backup(config: EngineConfig) -> Backup:
     return config.backup
 
 
-def load_draft(config: EngineConfig, channel: Channel, session: int, *, drafts: int = 1) -> Draft:
-    """Load the draft's model and make the draft, which shares the guesses with ``drafts - 1`` others."""
+def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
+    """Load the draft's model and make the draft."""
     branching = config.method == "ssd"
     budget = BUDGET if config.budget == "auto" else config.budget
     return Draft(
@@ -48,7 +48,7 @@ def load_draft(config: EngineConfig, channel: Channel, session: int, *, drafts: 
         channel,
         session,
         POLICIES[config.fan_out],
-        width=min(BUDGET, max(1, budget // max(1, drafts))),
+        width=min(BUDGET, budget),
         lookahead=lookahead(config),
         branching=branching,
         proposing=Proposing(config.saguaro_c, config.law_tokens) if config.sampler == "rejection" else None,

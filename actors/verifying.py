@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -96,6 +96,7 @@ class Target:
         end_tokens: tokens that end a text.
         tokenizer: needed for stop strings alone.
         concurrency: requests that run at the same time.
+        clock: seconds; another one lets time be simulated.
     """
 
     def __init__(
@@ -112,7 +113,9 @@ class Target:
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
         concurrency: int = 1,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
+        self._clock = clock
         self._runner = runner
         self._channel = channel
         self._session = session
@@ -176,20 +179,20 @@ class Target:
         return True
 
     def _round(self) -> None:
-        start = perf_counter()
+        start = self._clock()
         rows = self._rows
         for row in rows:
             self._begin(row)
-        verify_start = perf_counter()
+        verify_start = self._clock()
         logits = self._verify(rows)
-        verify_ms = 1e3 * (perf_counter() - verify_start)
+        verify_ms = 1e3 * (self._clock() - verify_start)
         for row, decision in zip(rows, self._decide(rows, logits), strict=True):
             self._commit(row, decision, verify_ms)
         self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
         for row in rows:
             self._announce(row)
         wait_ms = self._wait([row for row in rows if row.session.finish_reason is None])
-        host_ms = 1e3 * (perf_counter() - start) - verify_ms - wait_ms
+        host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
         for row in rows:
             tally = row.session.tally
             tally.verify_ms += verify_ms / len(rows)
@@ -302,11 +305,11 @@ class Target:
 
     def _wait(self, rows: Sequence[Row]) -> float:
         """Wait for drafts where a longer speculation is worth it; returns milliseconds."""
-        start = perf_counter()
+        start = self._clock()
         waited = False
         for row in rows:
             waited |= self._wait_for(row, start)
-        return 1e3 * (perf_counter() - start) if waited else 0.0
+        return 1e3 * (self._clock() - start) if waited else 0.0
 
     def _wait_for(self, row: Row, start: float) -> bool:
         cache, wanted = row.session.cache, row.wanted
@@ -314,11 +317,11 @@ class Target:
         if steps <= 0:
             return False
         deadline = start + (3600.0 if self._patient else 1e-3 * self._pace.patience_ms(steps))
-        while cache.available(wanted) < wanted and (left := deadline - perf_counter()) > 0:
+        while cache.available(wanted) < wanted and (left := deadline - self._clock()) > 0:
             if not self._receive(left) and self._patient:
                 break
         came = cache.available(wanted) >= wanted
-        self._pace.saw_wait(1e3 * (perf_counter() - start), steps, came=came)
+        self._pace.saw_wait(1e3 * (self._clock() - start), steps, came=came)
         return True
 
     def _worth_waiting(self, session: TargetSession) -> bool:
@@ -368,9 +371,9 @@ class Target:
         row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
         for draft in self._drafts:
             self._open(draft, row)
-        start = perf_counter()
+        start = self._clock()
         self._runner.prefill(number, tokens[:-1])
-        session.tally.prefill_ms = 1e3 * (perf_counter() - start)
+        session.tally.prefill_ms = 1e3 * (self._clock() - start)
         self._rows.append(row)
 
     def _ended(self, row: Row) -> bool:

@@ -94,6 +94,11 @@ class Stats:
         """Share of the rounds' time inside verification forwards. 1 is the limit of speculative decoding."""
         return _ratio(self.verify_ms, self.verify_ms + self.wait_ms + self.host_ms)
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of the rounds, prefill apart."""
+        return 1e3 * _ratio(self.tokens, self.verify_ms + self.wait_ms + self.host_ms)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""
         ratios = {name: getattr(self, name) for name in ("tokens_per_round", "hit_rate", "duty_cycle")}

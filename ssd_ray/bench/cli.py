@@ -6,8 +6,9 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -18,7 +19,8 @@ from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_ro
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 
-BUDGETS = (8, 16, 32)
+if TYPE_CHECKING:
+    from ssd_ray.bench.policies import Figure
 
 SHORT = {"transformers": "hf", "assisted": "hf+draft"}
 
@@ -66,7 +68,7 @@ def methods(
     console = Console(stderr=True)
     with console.status("starting") as status:
         results = compare(config, chosen, params, method or (*OWN, *THEIRS), status.update)
-    out = Console()
+    out = _console()
     for each in params:
         out.print(_table([result for result in results if result.temperature == each.temperature], each, len(chosen)))
     print(json.dumps({"bench": "methods", "machine": machine(), "results": [result.as_dict() for result in results]}))
@@ -76,32 +78,49 @@ def methods(
 def policies(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 10,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 4,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 192,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 96,
     temperature: Annotated[list[float] | None, typer.Option(help="Repeat for several; default: 0, 0.7, 1.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Draft steps during a verification.")] = 6,
+    verify_ms: Annotated[float | None, typer.Option(min=0.0, help="A verification takes; default: measured.")] = None,
+    step_ms: Annotated[float | None, typer.Option(min=0.0, help="A draft step takes; default: measured.")] = None,
     lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture, too: a PNG file.")] = None,
 ) -> None:
-    """Compare fan-out policies at equal budgets on the same rounds: the share of outcomes prepared for."""
-    from ssd_ray.bench.policies import Rehearsal, compare_policies
+    """Compare fan-outs, samplers and backups in virtual time: what each is worth on any hardware."""
+    from ssd_ray.bench.plot import check_plotting
+    from ssd_ray.bench.plot import plot as draw
+    from ssd_ray.bench.policies import compare_policies
+    from ssd_ray.bench.rehearsal import measure
     from ssd_ray.models.loader import load_runner, load_tokenizer
     from ssd_ray.speculation.draft import SCRATCH
 
+    if plot is not None:
+        check_plotting()
     chosen = held_out_prompts(load_tokenizer(target), count=prompts, tokens=prompt_tokens)
-    runners = [
-        load_runner(path, role=role, rows=1, scratch=SCRATCH)  # type: ignore[arg-type]
-        for path, role in ((target, "target"), (draft, "draft"))
-    ]
-    figures = {}
-    for value in temperature or [0.0, 0.7, 1.0]:
-        rehearsal = Rehearsal(*runners, steps=steps, text_lookup=lookup)
-        for seed, prompt in enumerate(chosen):
-            params = SamplingParams(temperature=value, max_tokens=max_tokens, seed=seed, ignore_eos=True)
-            rehearsal.run(prompt, params)
-        figures[value] = compare_policies(rehearsal.recorder.records, BUDGETS)
-    Console().print(_policy_table(figures, len(chosen)))
-    print(json.dumps({"bench": "policies", "machine": machine(), "budgets": BUDGETS, "hit_rates": figures}))
+    pair = (
+        load_runner(target, role="target", rows=1, scratch=SCRATCH),
+        load_runner(draft, role="draft", rows=1, scratch=SCRATCH),
+    )
+    temperatures = temperature or [0.0, 0.7, 1.0]
+    figures = []
+    with Console(stderr=True).status("measuring forwards") as status, on_cores(target_cores()):
+        hardware = measure(*pair, chosen[0], max_tokens=max_tokens)
+        given = {"verify_ms": verify_ms, "step_ms": step_ms}
+        hardware = replace(hardware, **{name: value for name, value in given.items() if value is not None})
+        variants = compare_policies(*pair, hardware, chosen, temperatures, max_tokens=max_tokens, text_lookup=lookup)
+        for figure in variants:
+            figures.append(figure)
+            status.update(f"temperature {figure.temperature:g}, {figure.study}: {figure.name}, {figure.budget}")
+    title = (
+        f"{prompts} held-out prompts; a verification {hardware.verify_ms:.1f} ms, a draft step {hardware.step_ms:.1f}"
+    )
+    for study in ("fan-out", "sampler", "backup"):
+        _console().print(_study_table([figure for figure in figures if figure.study == study], title))
+    if plot is not None:
+        draw(figures, plot, title)
+    results = [figure.as_dict() for figure in figures]
+    print(json.dumps({"bench": "policies", "machine": machine(), "hardware": asdict(hardware), "results": results}))
 
 
 @app.command()
@@ -124,7 +143,7 @@ def shapes(
     for size in sizes:
         more = times[sizes[-1]] / times[size] - 1.0
         table.add_row(str(size), f"{times[size]:.2f}", f"{more:+.0%}", "yes" if equal[size] else "no")
-    Console().print(table)
+    _console().print(table)
     print(json.dumps({"bench": "shapes", "machine": machine(), "ms": times, "same_bits": equal}))
 
 
@@ -146,15 +165,32 @@ def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> T
     return table
 
 
-def _policy_table(figures: dict[float, dict[str, list[float]]], prompts: int) -> Table:
-    table = Table(title=f"outcomes among the first B guesses, {prompts} held-out prompts", box=SIMPLE)
-    table.add_column("policy")
-    for value in figures:
-        for budget in BUDGETS:
-            table.add_column(f"T={value:g}\nB={budget}", justify="right")
-    for name in next(iter(figures.values())):
-        table.add_row(name, *(f"{rate:.3f}" for rates in figures.values() for rate in rates[name]))
+def _study_table(figures: Sequence[Figure], title: str) -> Table:
+    """A row for each variant and budget, three columns for each temperature."""
+    table = Table(title=f"{figures[0].study}: {title}", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("")
+    table.add_column("outcomes", justify="right")
+    temperatures = sorted({figure.temperature for figure in figures})
+    for value in temperatures:
+        for column in ("hits", "tokens/round", "tokens/s"):
+            table.add_column(f"T = {value:g}\n{column}", justify="right")
+    for name, budget in dict.fromkeys((figure.name, figure.budget) for figure in figures):
+        cells = []
+        for value in temperatures:
+            found = [each for each in figures if (each.name, each.budget, each.temperature) == (name, budget, value)]
+            cells += (
+                [f"{found[0].hit_rate:.3f}", f"{found[0].tokens_per_round:.2f}", f"{found[0].tokens_per_s:.1f}"]
+                if found
+                else [""] * 3
+            )
+        table.add_row(name, str(budget), *cells)
     return table
+
+
+def _console() -> Console:
+    """The terminal; into a file or a pipe tables go unbroken."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _round(result: Result) -> list[str]:

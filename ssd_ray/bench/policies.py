@@ -1,120 +1,126 @@
-"""Fan-out policies on the same rounds: how many outcomes each would have prepared for at equal budgets.
+"""The effect of each policy: fan-out at equal budgets, samplers, and what is done on a miss.
 
-Target and draft run in one process, in turn, with as many draft steps a verification as asked for, so that nothing
-depends on the machine. What the draft knew of each round is written down, and every policy is then led through the
-same rounds, learning as it goes: the differences are the policies' alone.
+Every variant decodes the same prompts in virtual time (:mod:`~ssd_ray.bench.rehearsal`), with forwards that take what
+they take on this machine, or what one says. So differences are the policies' and not the machine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from torch import Tensor
-
-from ssd_ray.actors.drafting import Draft
-from ssd_ray.actors.verifying import DRIVER, Target
-from ssd_ray.config import SamplingParams
+from ssd_ray.bench.rehearsal import Play, Rehearsal
+from ssd_ray.bench.simulate import Hardware
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.saguaro.fanout import POLICIES, Auto, FanOutPolicy, Situation
-from ssd_ray.transport.channel import Channel
-from ssd_ray.transport.memory import MemoryHub, MemorySpoke
-from ssd_ray.wire import Output, RequestStats, decode
+from ssd_ray.saguaro.fanout import POLICIES
+from ssd_ray.sampling.rejection import Proposing
+from ssd_ray.stats import Stats, add
+from ssd_ray.wire import RequestStats
 
-_SESSION = 1
+BUDGETS = (8, 16, 32)
+FACTORS = (1.0, 0.7, 0.5, 0.3, 0.0)
+LAW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A round as its draft saw it, and how it ended."""
+class Variant:
+    """One way to decode, as a row of a study's table."""
 
-    situation: Situation
-    accepted: int
-    rank: int | None
-
-
-class Recorder(Auto):
-    """A policy that writes down what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[Record] = []
-
-    def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
-        super().observe(situation, accepted, rank)
-        self.records.append(Record(situation, accepted, rank))
+    study: str
+    name: str
+    budget: int
+    play: Play
 
 
-class Meanwhile(ModelRunner):
-    """A target's runner that lets the draft work while it verifies."""
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a variant came to.
 
-    def __init__(self, runner: ModelRunner, work: Callable[[], None]) -> None:
-        self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
-        self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
-        self._runner, self._work = runner, work
-
-    def extent(self, needed: int) -> int:
-        return self._runner.extent(needed)
-
-    def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        return self._runner.extend(rows, tokens, positions, slots, visible)
-
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        self._work()
-        return self._runner.append(rows, tokens, starts)
-
-    def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        self._runner.prefill(row, tokens, start)
-
-    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
-        self._runner.move(row, source, destination)
-
-
-class Rehearsal:
-    """A target and a draft in one process, in turn.
-
-    Args:
-        target, draft: their models.
-        steps: draft steps during a verification.
-        text_lookup: see :class:`~ssd_ray.config.EngineConfig`.
+    Attributes:
+        study, name, budget, temperature: of what.
+        hit_rate, tokens_per_round, duty_cycle: see :class:`~ssd_ray.stats.Stats`.
+        tokens_per_s: in virtual time, prefill apart.
     """
 
-    def __init__(self, target: ModelRunner, draft: ModelRunner, *, steps: int = 6, text_lookup: bool = True) -> None:
-        self.recorder = Recorder()
-        hub = MemoryHub()
-        self._driver: Channel = MemorySpoke(hub.address, DRIVER)
-        channel = MemorySpoke(hub.address, "draft")
-        self._draft = Draft(draft, channel, _SESSION, lambda: self.recorder, text_lookup=text_lookup)
-        self._steps = steps
-        self._target = Target(Meanwhile(target, self._work), hub, _SESSION, backup="none")
-        self._number = 0
-        self._draft.turn(0.0)
+    study: str
+    name: str
+    budget: int
+    temperature: float
+    hit_rate: float
+    tokens_per_round: float
+    duty_cycle: float
+    tokens_per_s: float
 
-    def run(self, prompt: Sequence[int], params: SamplingParams) -> RequestStats:
-        """Decode one prompt; its figures."""
-        self._number += 1
-        self._target.submit(self._number, prompt, params)
-        while True:
-            self._target.turn(0.0)
-            while (received := self._driver.receive()) is not None:
-                output = decode(_SESSION, received[1])
-                if isinstance(output, Output) and output.stats is not None:
-                    return output.stats
-
-    def _work(self) -> None:
-        for _ in range(self._steps):
-            self._draft.turn(0.0)
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for JSON."""
+        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
-def replay(policy: FanOutPolicy, records: Sequence[Record], budgets: Sequence[int]) -> list[float]:
-    """Lead a policy through the rounds; the share of outcomes that it would have prepared for under each budget."""
-    places = []
-    for record in records:
-        places.append(policy.place(record.situation, record.accepted, record.rank))
-        policy.observe(record.situation, record.accepted, record.rank)
-    return [sum(place is not None and place < budget for place in places) / len(places) for budget in budgets]
+def variants(*, text_lookup: bool) -> list[Variant]:
+    """All that is compared. The budgets of fan-out policies and samplers are strict."""
+    found = [
+        Variant("fan-out", name, budget, Play(policy=policy, budget=budget, strict=True))
+        for name, policy in POLICIES.items()
+        for budget in BUDGETS
+    ]
+    found.append(Variant("sampler", "coupled", 16, Play(strict=True)))
+    for c in FACTORS:
+        found.append(Variant("sampler", f"C = {c:g}", 16, Play(strict=True, proposing=Proposing(c, LAW_TOKENS))))
+    found += [
+        Variant("backup", "none", 16, Play(target={"backup": "none"})),
+        Variant("backup", f"draft, all {MAX_LOOKAHEAD}", 16, Play(target={"backup": "draft", "exact_lookahead": True})),
+        Variant("backup", "draft", 16, Play(target={"backup": "draft"})),
+        Variant("backup", "ngram", 16, Play(target={"backup": "ngram"})),
+        Variant("backup", "auto", 16, Play(target={"backup": "auto"})),
+    ]
+    return [replace(variant, play=replace(variant.play, text_lookup=text_lookup)) for variant in found]
 
 
-def compare_policies(records: Sequence[Record], budgets: Sequence[int]) -> dict[str, list[float]]:
-    """Hit rates of all policies on the same rounds, by name, one for each budget."""
-    return {name: replay(policy(), records, budgets) for name, policy in POLICIES.items()}
+def perform(
+    target: ModelRunner,
+    drafts: Sequence[ModelRunner],
+    hardware: Hardware,
+    play: Play,
+    prompts: Sequence[Sequence[int]],
+    params: Callable[[int], SamplingParams],
+) -> Stats:
+    """Decode prompts one after the other; ``params(i)`` are those of prompt i. Their figures together."""
+    rehearsal = Rehearsal(target, drafts, hardware, play)
+    total = RequestStats()
+    for number, prompt in enumerate(prompts):
+        total = add(total, rehearsal.run(prompt, params(number))[1])
+    return Stats(sums=total)
+
+
+def compare_policies(
+    target: ModelRunner,
+    draft: ModelRunner,
+    hardware: Hardware,
+    prompts: Sequence[Sequence[int]],
+    temperatures: Sequence[float],
+    *,
+    max_tokens: int,
+    text_lookup: bool = True,
+) -> Iterator[Figure]:
+    """The figures of every variant at every temperature, as they come. Greedy decoding has one sampler."""
+    for temperature in temperatures:
+
+        def params(seed: int, temperature: float = temperature) -> SamplingParams:
+            return SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, ignore_eos=True)
+
+        for variant in variants(text_lookup=text_lookup):
+            if temperature == 0.0 and variant.play.proposing is not None:
+                continue
+            stats = perform(target, [draft], hardware, variant.play, prompts, params)
+            yield Figure(
+                variant.study,
+                variant.name,
+                variant.budget,
+                temperature,
+                stats.hit_rate,
+                stats.tokens_per_round,
+                stats.duty_cycle,
+                stats.tokens_per_s,
+            )

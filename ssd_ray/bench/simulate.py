@@ -19,15 +19,21 @@ class Hardware:
 
     Attributes:
         verify_ms: a verification forward of all rows.
-        step_ms: one draft step.
+        step_ms: a draft step that runs one token.
         host_ms: a round's other work on the target, rows together.
         message_ms: an outcome's way to the draft and a token's way back.
+        token_ms: what every further token of a draft step adds.
     """
 
     verify_ms: float
     step_ms: float
     host_ms: float = 0.0
     message_ms: float = 0.0
+    token_ms: float = 0.0
+
+    def step(self, tokens: int) -> float:
+        """Milliseconds of a draft step that runs so many tokens."""
+        return self.step_ms + (tokens - 1) * self.token_ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,11 +61,21 @@ class TableModel(ModelRunner):
     def perturbed(self, agreement: float, seed: int = 1) -> Self:
         """A fresh model of the same size that has this one's logits in a fraction of contexts, other ones elsewhere."""
         random = np.random.default_rng(seed)
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
         contexts = len(self._table)
         agrees = torch.from_numpy(random.random((contexts, 1)) < agreement)
-        other._table = torch.where(agrees, self._table, self._table[random.permutation(contexts)])
+        return self._with_table(torch.where(agrees, self._table, self._table[random.permutation(contexts)]))
+
+    def blurred(self, noise: float, seed: int = 1) -> Self:
+        """A fresh model of the same size with this one's logits and normal noise of this standard deviation: as in real
+        pairs, a wrong guess is a near miss."""
+        normal = np.random.default_rng(seed).standard_normal(self._table.shape).astype(np.float32)
+        return self._with_table(self._table + noise * torch.from_numpy(normal))
+
+    def _with_table(self, table: Tensor) -> Self:
+        """A fresh model of the same size."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._table = table
         for name in ("_positions", "_first", "_second"):
             setattr(other, name, np.zeros_like(getattr(self, name)))
         return other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 
 from ssd_ray.bench.cli import app
 from ssd_ray.bench.methods import Result, Run
+from ssd_ray.bench.plot import check_plotting
 from ssd_ray.bench.prompts import held_out_prompts, held_out_texts
+from ssd_ray.errors import ConfigError
 from ssd_ray.models.loader import load_tokenizer
 from ssd_ray.saguaro.fanout import POLICIES
 from tests.support.tiny import tiny_pair
@@ -33,13 +36,24 @@ def test_ratios_are_taken_prompt_by_prompt() -> None:
 
 def test_policies(tmp_path: Path) -> None:
     target, draft = tiny_pair(tmp_path, vocab=4096, context=128)
-    arguments = ["policies", "--target", str(target), "--draft", str(draft), "--prompts", "2"]
-    arguments += ["--prompt-tokens", "16", "--max-tokens", "24", "--temperature", "1"]
+    picture = tmp_path / "policies.png"
+    arguments = ["policies", "--target", str(target), "--draft", str(draft), "--prompts", "1", "--plot", str(picture)]
+    arguments += ["--prompt-tokens", "16", "--max-tokens", "8", "--temperature", "0", "--temperature", "1"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    figures = json.loads(result.stdout.splitlines()[-1])
-    assert set(figures["hit_rates"]["1.0"]) == set(POLICIES)
-    for rates in figures["hit_rates"]["1.0"].values():
-        assert rates == sorted(rates)
+    figures = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert {each["name"] for each in figures if each["study"] == "fan-out"} == set(POLICIES)
+    assert {each["budget"] for each in figures if each["study"] == "fan-out"} == {8, 16, 32}
+    samplers = [each for each in figures if each["study"] == "sampler"]
+    assert [each["name"] for each in samplers if each["temperature"] == 0.0] == ["coupled"]
+    assert len(samplers) == 1 + 6
+    assert all(each["tokens_per_s"] > 0 and 0 <= each["hit_rate"] <= 1 for each in figures)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"plot.*ssd-ray\[bench\]"):
+        check_plotting()
 
 
 @pytest.mark.ray

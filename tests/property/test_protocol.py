@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.table import TableModel
+from ssd_ray.speculation.draft import SCRATCH
 from tests.support.pump import Pump, Text, table_pair
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -127,12 +127,8 @@ def test_a_draft_that_joins_late_brings_hits() -> None:
 
 
 def blurred_pump(drafts: int) -> Pump:
-    """Drafts whose logits are the target's and some noise: as in real pairs, a wrong guess is a near miss."""
-    target, models = table_pair(1.0, drafts, vocab_size=64)
-    noise = torch.randn(models[0]._table.shape, generator=torch.Generator().manual_seed(1))
-    for model in models:
-        model._table = model._table + noise
-    return Pump(target, models, width=3)
+    target = TableModel(scratch=SCRATCH, vocab_size=64)
+    return Pump(target, [target.blurred(1.0) for _ in range(drafts)], width=3)
 
 
 def test_two_drafts_cover_more_outcomes_than_one() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.verifying import DRIVER, Target
-from ssd_ray.bench.policies import Meanwhile
+from ssd_ray.bench.rehearsal import Hooked
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.table import TableModel
@@ -107,7 +107,7 @@ class Pump:
         **options: object,
     ) -> None:
         address = MemoryAddress()
-        target = Meanwhile(target, self._run_drafts)
+        target = Hooked(target, on_append=self._run_drafts)
         hub = LossyHub(address, random.Random(seed), trouble, self._run_drafts)
         self.driver = MemorySpoke(address, DRIVER)
         if proposing is not None:

@@ -1,0 +1,78 @@
+"""What `ssd-ray bench policies` found, as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssd_ray.bench.policies import Figure
+from ssd_ray.errors import ConfigError
+
+_STYLES = {
+    "uniform": ("o", "tab:gray"),
+    "geometric": ("s", "tab:brown"),
+    "histogram": ("^", "tab:orange"),
+    "confidence": ("D", "tab:blue"),
+    "auto": ("x", "tab:green"),
+}
+"""Marker and colour of each fan-out policy; on paper without colour the marker tells."""
+
+
+def check_plotting() -> None:
+    """See that pictures can be drawn, before anything is measured.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        expected = "left out, or matplotlib installed: pip install 'ssd-ray[bench]'"
+        raise ConfigError("plot", expected, "a picture") from None
+
+
+def plot(figures: Sequence[Figure], path: Path, title: str) -> None:
+    """Draw a picture of the studies: a row for each, a column for each temperature; PNG by the name's ending."""
+    from matplotlib.figure import Figure as Sheet
+
+    temperatures = sorted({figure.temperature for figure in figures})
+    sheet = Sheet(figsize=(1.5 + 4.0 * len(temperatures), 11.0), layout="constrained")
+    grid = sheet.subplots(3, len(temperatures), squeeze=False, sharey="row")
+    for column, temperature in enumerate(temperatures):
+        here = [figure for figure in figures if figure.temperature == temperature]
+        _fan_out(grid[0][column], [figure for figure in here if figure.study == "fan-out"])
+        _bars(grid[1][column], [figure for figure in here if figure.study == "sampler"], "tab:blue")
+        _bars(grid[2][column], [figure for figure in here if figure.study == "backup"], "tab:green")
+        grid[0][column].set_title(f"temperature {temperature:g}", fontweight="bold")
+    grid[0][0].legend()
+    grid[0][0].set_ylabel("which outcomes to prepare for\nshare of rounds that were prepared for")
+    grid[1][0].set_ylabel("how to sample, 16 outcomes a round\ntokens/s (on the bars: rounds prepared for)")
+    grid[2][0].set_ylabel("what to do when not prepared\ntokens/s (on the bars: tokens a round)")
+    sheet.suptitle(title)
+    sheet.savefig(path, dpi=120)
+
+
+def _fan_out(axes: Any, figures: Sequence[Figure]) -> None:
+    """Lines of hit rate over budget."""
+    for name, (marker, colour) in _STYLES.items():
+        line = sorted((figure.budget, figure.hit_rate) for figure in figures if figure.name == name)
+        axes.plot(*zip(*line, strict=True), marker=marker, color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    budgets = sorted({figure.budget for figure in figures})
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.set_xlabel("outcomes that may be prepared for in a round")
+    axes.grid(alpha=0.3)
+
+
+def _bars(axes: Any, figures: Sequence[Figure], colour: str) -> None:
+    """A bar of tokens/s for each variant, the fastest one in full colour."""
+    best = max(figures, key=lambda figure: figure.tokens_per_s)
+    shades = [1.0 if figure is best else 0.45 for figure in figures]
+    names = [figure.name.replace(", ", ",\n") for figure in figures]
+    bars = axes.bar(names, [figure.tokens_per_s for figure in figures], color=[(colour, shade) for shade in shades])
+    sampler = figures[0].study == "sampler"
+    labels = [f"{figure.hit_rate:.0%}" if sampler else f"{figure.tokens_per_round:.2f}" for figure in figures]
+    axes.bar_label(bars, labels)
+    axes.set_xlim(-0.6, max(len(figures), 3) - 0.4)
+    axes.tick_params(axis="x", labelsize="small")
