@@ -195,6 +195,10 @@ def _print_figures(stats: Stats, seconds: float) -> None:
         ("hit rate", f"{stats.hit_rate:.1%}"),
         ("misses", misses),
         ("duty cycle", f"{stats.duty_cycle:.1%} of the time inside verification"),
+        (
+            "trees",
+            f"{stats.tree_use:.1%} of the drafted tokens used, {stats.draft_waste:.1%} of the draft steps wasted",
+        ),
     ):
         table.add_row(name, value)
     _stderr().print(table, style="dim")

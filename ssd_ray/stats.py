@@ -25,6 +25,9 @@ def _add(a: Any, b: Any) -> Any:
     return a + b
 
 
+_RATIOS = ("tokens_per_round", "hit_rate", "duty_cycle", "partial_rate", "tree_use", "draft_waste")
+
+
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
@@ -99,9 +102,24 @@ class Stats:
         """Tokens per second of the rounds, prefill apart."""
         return 1e3 * _ratio(self.tokens, self.verify_ms + self.wait_ms + self.host_ms)
 
+    @property
+    def partial_rate(self) -> float:
+        """Share of rounds that began with a speculation, but a shorter one than could be of use."""
+        return _ratio(self.sums.partial, self.sums.rounds)
+
+    @property
+    def tree_use(self) -> float:
+        """Share of the tokens drafts sent that were verified, or guessed right."""
+        return _ratio(self.sums.tree_used, self.sums.tree_tokens)
+
+    @property
+    def draft_waste(self) -> float:
+        """Share of the drafts' step time that went into steps of which nothing was used."""
+        return _ratio(self.sums.draft_ms - self.sums.draft_used_ms, self.sums.draft_ms)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""
-        ratios = {name: getattr(self, name) for name in ("tokens_per_round", "hit_rate", "duty_cycle")}
+        ratios = {name: getattr(self, name) for name in _RATIOS}
         counts = {"misses": self.misses, "backups": self.backups}
         return msgspec.structs.asdict(self.sums) | counts | ratios
 

@@ -179,6 +179,10 @@ class RequestStats(Struct, frozen=True, array_like=True):
         prefill_ms: milliseconds of prefill.
         waits: rounds that waited for a draft.
         backups: misses by what was done about them.
+        partial: rounds that began with a speculation shorter than could be of use.
+        tree_tokens: tokens that drafts sent; ``tree_used`` of them were verified, or guessed right.
+        draft_ms: milliseconds of the draft steps that made them, over all drafts; ``draft_used_ms`` those of steps of
+            which at least one token was used.
     """
 
     rounds: int = 0
@@ -194,6 +198,11 @@ class RequestStats(Struct, frozen=True, array_like=True):
     prefill_ms: float = 0.0
     waits: int = 0
     backups: Backups = Backups()
+    partial: int = 0
+    tree_tokens: int = 0
+    tree_used: int = 0
+    draft_ms: float = 0.0
+    draft_used_ms: float = 0.0
 
 
 class Output(Message, frozen=True, tag="output"):

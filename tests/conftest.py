@@ -4,6 +4,10 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # machines are noisy, and tests do not measure
+settings.load_profile("patient")
 
 # Before anything imports torch, transformers or ray: they read these once.
 os.environ.update(

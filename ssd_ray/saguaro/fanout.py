@@ -53,11 +53,13 @@ class Situation:
             says how sure the draft was of it. Empty where the draft has not run that token yet.
         after_hit: whether the round began with a prepared speculation.
         sources: of the token that the draft would draft at each depth; empty: the model.
+        budget: guesses that there usually is time for, over all drafts.
     """
 
     gaps: list[Sequence[float]]
     after_hit: bool = True
     sources: list[Source] = field(default_factory=list)
+    budget: int = 16
 
     @property
     def n(self) -> int:
@@ -241,11 +243,11 @@ class Confidence(FanOutPolicy):
 
 
 class Auto(FanOutPolicy):
-    """Whichever of confidence and histogram would have had more hits lately under the budget; all learn from all."""
+    """Whichever of confidence and histogram would have had more hits lately under the rounds' budgets; all learn from
+    all."""
 
-    def __init__(self, budget: int = 16) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._budget = budget
         self._policies: list[FanOutPolicy] = [Confidence(), Histogram()]
         self._hits = [0.8, 0.75]  # the prior breaks the tie
 
@@ -270,7 +272,7 @@ class Auto(FanOutPolicy):
     def observe(self, situation: Situation, accepted: int, rank: int | None) -> None:
         for index, policy in enumerate(self._policies):
             place = policy.place(situation, accepted, rank)
-            hit = place is not None and place < self._budget
+            hit = place is not None and place < situation.budget
             self._hits[index] += (1.0 - _SLOW_DECAY) * (hit - self._hits[index])
             policy.observe(situation, accepted, rank)
 

@@ -16,15 +16,32 @@ MAX_NODES = 4096
 """Nodes that one sequence may hold; more are dropped."""
 
 
-class CachedNode(Node):
-    """A node, the (draft, id) pairs under which drafts know it, and in rejection mode what it was drawn from."""
+class DraftStep:
+    """A draft's step as the target sees it: how long it took, and whether anything of it was of use.
 
-    __slots__ = ("known_as", "law")
+    Attributes:
+        ms: milliseconds, as the draft reports them with its next one: off by one step.
+        used: some token that it made was verified or guessed right.
+    """
+
+    __slots__ = ("ms", "used")
+
+    def __init__(self, ms: float) -> None:
+        self.ms = ms
+        self.used = False
+
+
+class CachedNode(Node):
+    """A node, the (draft, id) pairs under which drafts know it, in rejection mode what it was drawn from, and the step
+    that made it, until it is used."""
+
+    __slots__ = ("known_as", "law", "step")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
         self.known_as: list[tuple[str, int]] = []
         self.law: Law | None = None
+        self.step: DraftStep | None = None
 
 
 class SampledNode(CachedNode):
@@ -85,6 +102,13 @@ class SpeculationCache:
         self.tree.trunk = [self.tree.root, *self.tree.root.chain(limit)]
         return self.tree.speculation
 
+    def use(self) -> list[DraftStep]:
+        """Of the trunk's tokens that drafts made and that were not used before, the steps; each token counts once."""
+        steps = [node.step for node in self.tree.trunk if node.step is not None]
+        for node in self.tree.trunk:
+            node.step = None
+        return steps
+
     def plant(self, tokens: Sequence[int]) -> None:
         """Speculate these tokens next, which no draft has made: there is nothing below the bonus token yet."""
         node = self.tree.root
@@ -129,6 +153,7 @@ class SpeculationCache:
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
         laws = unpack_laws(message.sampled, message.law_tokens, message.law_weights)
+        step = DraftStep(message.step_ms)
         used = 0
         for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
             node = self._place(draft, message.round, parent, token, laws.get(offset))
@@ -137,6 +162,7 @@ class SpeculationCache:
                 name = (draft, message.first + offset)
                 if name not in self._nodes and len(self._nodes) < MAX_NODES:
                     self._nodes[name] = node
+                    node.step = node.step if node.known_as else step
                     node.known_as.append(name)
         return used
 

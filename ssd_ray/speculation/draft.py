@@ -158,8 +158,8 @@ class DraftSession:
         lookahead: tokens that a speculation has at most.
         branching: open guesses. Without it only the chain after the bonus token is drafted, as plain speculative
             decoding does.
-        budget: guesses of a round for which there is usually time, over all drafts.
-        strict: open no more than these.
+        budget: guesses of a round, over all drafts.
+        strict: open no more than these; else the budget becomes what there usually is time for.
         text_lookup: heed what followed the same tokens earlier in the text.
     """
 
@@ -178,7 +178,7 @@ class DraftSession:
         self._policy = policy
         self._lookahead = lookahead
         self._branching = branching
-        self._budget = budget
+        self._budget = float(budget)
         self._strict = strict
         self._text_lookup = text_lookup
         self._next_id = 0
@@ -206,6 +206,11 @@ class DraftSession:
     def position(self) -> int:
         """Position of the bonus token."""
         return len(self.tokens) - 1
+
+    @property
+    def budget(self) -> int:
+        """Guesses of a round, over all drafts."""
+        return max(1, round(self._budget))
 
     @property
     def nodes(self) -> int:
@@ -300,7 +305,7 @@ class DraftSession:
         """Guesses that are planned for the position after each item, should it be in the trunk of a round."""
         if not self._planned:
             depths = Situation([()] * (self._lookahead + 1))
-            self._planned = shape(self._policy.depths(depths), self._policy.exponent, self._budget)
+            self._planned = shape(self._policy.depths(depths), self._policy.exponent, self.budget)
         return [self._planned[min(_trunk_depth(item), self._lookahead)] for item in items]
 
     # What the text says
@@ -348,7 +353,7 @@ class DraftSession:
         """Take what is being verified and this draft's share of the guesses, and order the work anew."""
         self._tree.follow(message.speculation)
         self._share, self._shares = message.share, message.shares
-        self._opened, self._allowed = 0, len(range(self._share, self._budget, self._shares)) if self._strict else -1
+        self._opened, self._allowed = 0, len(range(self._share, self.budget, self._shares)) if self._strict else -1
         self._frontier: list[tuple[float, int, Candidate]] = []
         self._planned = ()
         self._guesses: dict[int, list[int]] = {}  # by depth of the trunk
@@ -357,7 +362,7 @@ class DraftSession:
             node.id = -1
         self._unpushed.clear()
         self._situation = Situation(
-            [()] * len(self._tree.trunk), self._after_hit, [Source.MODEL] * len(self._tree.trunk)
+            [()] * len(self._tree.trunk), self._after_hit, [Source.MODEL] * len(self._tree.trunk), self.budget
         )
         self._set_paths()
         self._open_guesses()
@@ -526,6 +531,8 @@ class DraftSession:
         return Moves(source, range(start, start + len(source)))
 
     def _learn(self, outcome: Outcome) -> None:
+        if not self._strict and self._opened:
+            self._budget += 0.1 * (self._opened * self._shares - self._budget)
         guesses = self._guesses.get(outcome.accepted)
         if guesses is not None:
             rank = guesses.index(outcome.bonus_token) if outcome.bonus_token in guesses else None

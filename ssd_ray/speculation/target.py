@@ -9,7 +9,7 @@ be added at any time.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
@@ -38,6 +38,15 @@ class Tally:
     prefill_ms: float = 0.0
     waits: int = 0
     backups: dict[BackupKind, int] = field(default_factory=dict)
+    partial: int = 0
+    tree_tokens: int = 0
+    tree_used: int = 0
+    draft_ms: float = 0.0
+    draft_used_ms: float = 0.0
+
+
+_SUMMED = [each.name for each in fields(Tally) if each.type in ("int", "float")]
+"""Figures that go out as they are."""
 
 
 class TargetSession:
@@ -102,9 +111,18 @@ class TargetSession:
 
     def begin(self, lookahead: int) -> list[int]:
         """Fix the speculation of the round that starts now: what has arrived, at most ``lookahead`` tokens."""
-        speculation = self.cache.speculate(self.most(lookahead))
+        most = self.most(lookahead)
+        speculation = self.cache.speculate(most)
         self.tally.speculated[len(speculation)] += 1
+        self.tally.partial += 0 < len(speculation) < most
+        self._count_used()
         return speculation
+
+    def _count_used(self) -> None:
+        for step in self.cache.use():
+            self.tally.tree_used += 1
+            self.tally.draft_used_ms += 0.0 if step.used else step.ms
+            step.used = True
 
     @property
     def inputs(self) -> list[int]:
@@ -118,6 +136,8 @@ class TargetSession:
 
     def add(self, draft: str, message: Nodes) -> int:
         """Take nodes of a draft; returns how many are of use."""
+        self.tally.tree_tokens += len(message.tokens)
+        self.tally.draft_ms += message.step_ms
         return self.cache.add(draft, message)
 
     def commit(self, outcome: Outcome) -> list[int]:
@@ -163,20 +183,15 @@ class TargetSession:
     def stats(self) -> RequestStats:
         """The figures so far."""
         tally = self.tally
+        sums = {name: getattr(tally, name) for name in _SUMMED}
         return RequestStats(
-            rounds=tally.rounds,
             tokens=len(self.tokens) - self._prompt_tokens,
             prompt_tokens=self._prompt_tokens,
-            hits=tally.hits,
             misses=Misses(**tally.misses),
             accepted=tuple(tally.accepted),
             speculated=tuple(tally.speculated),
-            verify_ms=tally.verify_ms,
-            wait_ms=tally.wait_ms,
-            host_ms=tally.host_ms,
-            prefill_ms=tally.prefill_ms,
-            waits=tally.waits,
             backups=Backups(**tally.backups),
+            **sums,
         )
 
     def _until_end(self, tokens: Sequence[int]) -> list[int]:

@@ -59,7 +59,7 @@ def filtered(logits, params, margin=0.0):
     return torch.from_numpy(expected)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(logit_rows, all_params, st.sampled_from([1, 2, 3, 256]))
 def test_a_row_is_filtered_as_the_reference_does(row, params, head):
     assume(max(row) > -np.inf)
@@ -157,7 +157,6 @@ def test_noise_is_added_last():
     assert scores(logits.expand(2, 3), SamplingParams(), noise).tolist() == [[3.0, 11.0, 100.0]] * 2
 
 
-@settings(deadline=None)
 @given(st.lists(all_params | st.just(GREEDY), min_size=1, max_size=6), st.booleans())
 def test_rows_do_not_depend_on_their_batch(params, noisy):
     generator = torch.Generator().manual_seed(len(params))

@@ -41,7 +41,7 @@ def writes(draw: st.DrawFn) -> tuple[list[int], list[list[int]], int, int]:
 moves = st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=6, unique=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     steps=st.lists(
         st.one_of(writes(), st.tuples(st.integers(0, ROWS - 1), moves, moves)),

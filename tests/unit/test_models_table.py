@@ -17,7 +17,7 @@ def probabilities(logits: torch.Tensor) -> np.ndarray:
     return logits.double().softmax(-1).numpy()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=texts, order=st.sampled_from([None, 1, 2, 3]))
 def test_logits_are_those_of_the_distribution(tokens: list[int], order: int | None) -> None:
     model = TableModel(8, order=order, max_length=32, scratch=4)
@@ -30,7 +30,7 @@ def test_logits_are_those_of_the_distribution(tokens: list[int], order: int | No
 
 
 # Derandomised here and below: two contexts may pick the same row of the table by chance.
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(tokens=texts, at=st.integers(0, 29), other=st.integers(0, 7))
 def test_every_token_and_the_order_count(tokens: list[int], at: int, other: int) -> None:
     model = TableModel(8, contexts=1 << 14)
@@ -41,7 +41,7 @@ def test_every_token_and_the_order_count(tokens: list[int], at: int, other: int)
     assert np.array_equal(model.distribution(tokens), model.distribution(tokens[::-1])) == (tokens == tokens[::-1])
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(before=texts, others=texts, last=st.tuples(*[st.integers(0, 7)] * 2), then=st.tuples(*[st.integers(0, 7)] * 2))
 def test_order_two_forgets_all_but_two_tokens(
     before: list[int], others: list[int], last: tuple[int, int], then: tuple[int, int]

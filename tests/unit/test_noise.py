@@ -137,7 +137,7 @@ def test_rows_of_a_long_text_are_all_different():
     assert len(torch.unique(firsts, dim=0)) == 100_000
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20), st.integers(1, 70), st.integers(1, 70))
 def test_an_entry_depends_on_its_own_key_alone(pairs, narrow, wide):
     seeds, positions = torch.tensor(pairs, dtype=torch.int64).unbind(-1)
@@ -177,7 +177,7 @@ def test_the_largest_noise_survives_a_trip_through_other_dtypes():
     assert np.float32(largest.item()) == largest.numpy()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, LARGEST),
     st.sampled_from([0, 5, 2**40, LARGEST - 200]),

@@ -124,10 +124,11 @@ def test_confidence_tells_sources_apart() -> None:
 
 def test_auto_follows_the_one_with_more_hits() -> None:
     """A lead that says nothing: only the histogram knows at which depth rounds end."""
-    policy = Auto(budget=1)
+    policy = Auto()
     assert isinstance(policy.best, Confidence)
     for accepted in itertools.islice(itertools.cycle([3, 3, 3, 0, 3, 3, 1]), 900):
         situation = sure(4, gap=1.0)
+        situation.budget = 1
         policy.observe(situation, accepted, 0)
     assert isinstance(policy.best, Histogram)
 

@@ -172,6 +172,23 @@ class TestTargetSession:
         assert session.commit(Decision(2, 9)) == [4, 5, 9]
         assert (session.position, session.round, session.generated) == (5, 1, [4, 5, 9])
 
+    def test_what_came_of_the_drafts_work_is_counted(self) -> None:
+        session = target()
+        steps = [((-1, 4), (-1, 20)), ((0, 5),), ((1, 21),)]  # the chain 4 5 and guesses 20 and 21
+        first = 0
+        for ms, nodes in enumerate(steps, 1):
+            message = push(0, first, *nodes)
+            session.add("a", Nodes(1, 0, first, message.parents, message.tokens, step_ms=float(ms)))
+            first += len(nodes)
+        session.begin(7)
+        stats = session.stats()
+        assert (stats.tree_tokens, stats.tree_used, stats.partial) == (4, 2, 1)
+        assert (stats.draft_ms, stats.draft_used_ms) == (6.0, 3.0)
+        session.commit(Decision(0, 20))  # the other token of the first step, which has been counted
+        assert session.begin(7) == [21]
+        stats = session.stats()
+        assert (stats.tree_used, stats.partial, stats.draft_used_ms) == (4, 2, 6.0)
+
     def test_it_never_yields_more_than_asked_for(self) -> None:
         session = target(max_tokens=2)
         session.add("a", push(0, 0, (-1, 4), (0, 5), (1, 6)))

@@ -58,7 +58,15 @@ def test_ratios():
     assert stats.accepted == (1, 3)
 
 
-@pytest.mark.parametrize("name", ["hit_rate", "duty_cycle", "tokens_per_round"])
+def test_what_came_of_the_trees():
+    sums = RequestStats(rounds=4, partial=1, tree_tokens=20, tree_used=5, draft_ms=40.0, draft_used_ms=30.0)
+    stats = Stats(sums=sums)
+    assert (stats.partial_rate, stats.tree_use, stats.draft_waste) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    "name", ["hit_rate", "duty_cycle", "tokens_per_round", "tokens_per_s", "partial_rate", "tree_use", "draft_waste"]
+)
 def test_a_ratio_over_nothing_is_zero(name):
     assert getattr(EngineStats(), name) == 0.0
 
