@@ -124,6 +124,33 @@ def policies(
 
 
 @app.command()
+def forecast(
+    verify_ms: Annotated[float, typer.Option(min=0.001, help="A verification of the whole batch takes.")],
+    step_ms: Annotated[float, typer.Option(min=0.001, help="A draft step takes.")],
+    acceptance: Annotated[float, typer.Option(min=0.0, max=1.0, help="How often a drafted token is accepted.")],
+    hit_rate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Outcomes that one draft prepares for.")] = 0.85,
+    exponent: Annotated[float, typer.Option(min=0.0, help="r: n drafts miss n^-r times as often.")] = 0.7,
+    host_ms: Annotated[float, typer.Option(min=0.0, help="A round's other work.")] = 0.6,
+    message_ms: Annotated[float, typer.Option(min=0.0, help="To the draft and back.")] = 0.3,
+) -> None:
+    """Predict tokens/s of ar, sd and ssd on other hardware, with many drafts, and for batches, by simulation."""
+    from ssd_ray.bench.simulate import Hardware, geometric_pair
+    from ssd_ray.bench.simulate import forecast as predict
+
+    hardware = Hardware(verify_ms, step_ms, host_ms, message_ms)
+    figures = predict(hardware, geometric_pair(acceptance, hit_rate), exponent)
+    table = Table(title="tokens/s of all rows together (share of the time verifying)", box=SIMPLE)
+    table.add_column("rows in a batch", justify="right")
+    for method in next(iter(figures.values())):
+        table.add_column(method, justify="right")
+    for rows, methods in figures.items():
+        table.add_row(str(rows), *(f"{each.tokens_per_s:.0f} ({each.duty_cycle:.2f})" for each in methods.values()))
+    _console().print(table)
+    results = {rows: {name: asdict(each) for name, each in methods.items()} for rows, methods in figures.items()}
+    print(json.dumps({"bench": "forecast", "hardware": asdict(hardware), "results": results}))
+
+
+@app.command()
 def shapes(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     dtype: Annotated[str, typer.Option()] = "auto",

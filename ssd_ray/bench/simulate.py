@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from ssd_ray.config import MAX_LOOKAHEAD
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -41,8 +43,8 @@ class Pair:
     """How well a draft guesses a target.
 
     Attributes:
-        after_hit, after_miss: weights of "exactly k accepted" for k = 0..K, in rounds that verify a prepared
-            speculation, and in those that verify what was drafted after a miss.
+        after_hit: weights of "exactly k accepted" for k = 0..K, in rounds that verify a prepared speculation.
+        after_miss: the same in rounds that verify what was drafted after a miss; shorter, if one waits for less.
         hit_rate: probability that an outcome was prepared for.
     """
 
@@ -101,7 +103,7 @@ def ssd(
         rows: sequences of the batch.
         lock_step: one row's miss makes all rows wait, as in the paper; else a row that missed goes on alone, without a
             speculation, and the others do not notice.
-        waits: a lone row that missed waits for K draft steps.
+        waits: a lone row that missed waits for the draft steps that its speculation takes.
         rounds: to simulate.
         seed: of the random numbers.
     """
@@ -110,7 +112,7 @@ def ssd(
     hits = [True] * rows
     tokens, time = 0.0, 0.0
     tree_ms = (pair.lookahead + 1) * hardware.step_ms + hardware.message_ms
-    backup_ms = pair.lookahead * hardware.step_ms + hardware.message_ms
+    backup_ms = (len(pair.after_miss) - 1) * hardware.step_ms + hardware.message_ms
     drafted = waits and (rows == 1 or lock_step)
     for _ in range(rounds):
         verified = hardware.verify_ms + hardware.host_ms
@@ -119,7 +121,7 @@ def ssd(
         for row, hit in enumerate(hits):
             tokens += 1.0
             if hit or drafted:
-                tokens += dice.choices(range(pair.lookahead + 1), cum_weights=cumulative[hit])[0]
+                tokens += dice.choices(range(len(cumulative[hit])), cum_weights=cumulative[hit])[0]
             hits[row] = dice.random() < pair.hit_rate
     return Forecast(1e3 * tokens / time, tokens / rounds / rows, rounds * hardware.verify_ms / time)
 
@@ -128,6 +130,36 @@ def several_drafts(pair: Pair, drafts: int, exponent: float) -> Pair:
     """The pair with that many drafts: together they guess ``drafts`` times as many outcomes, and the chance of a miss
     falls as the power law F^-r does."""
     return replace(pair, hit_rate=1.0 - (1.0 - pair.hit_rate) * drafts**-exponent)
+
+
+def forecast(hardware: Hardware, pair: Pair, exponent: float) -> dict[int, dict[str, Forecast]]:
+    """What to expect, by rows of a batch and by method: "ar", "sd", and "ssd" with one draft and with several."""
+    return {
+        rows: {"ar": ar(hardware, rows), "sd": sd(hardware, pair, rows)}
+        | {
+            "ssd" if drafts == 1 else f"ssd, {drafts} drafts": ssd(
+                hardware, several_drafts(pair, drafts, exponent), rows, rounds=4000
+            )
+            for drafts in (1, 2, 4)
+        }
+        for rows in (1, 4, 16)
+    }
+
+
+def geometric_pair(acceptance: float, hit_rate: float, lookahead: int = MAX_LOOKAHEAD, wait: int | None = None) -> Pair:
+    """A pair that accepts every token with the same probability.
+
+    Args:
+        acceptance: that probability.
+        hit_rate: probability that an outcome was prepared for.
+        lookahead: tokens in one speculation.
+        wait: tokens that are drafted after a miss; None: ``lookahead``.
+    """
+
+    def weights(most: int) -> list[float]:
+        return [*(acceptance**k * (1.0 - acceptance) for k in range(most)), acceptance**most]
+
+    return Pair(weights(lookahead), weights(lookahead if wait is None else wait), hit_rate)
 
 
 def _mean(weights: Sequence[float]) -> float:

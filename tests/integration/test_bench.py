@@ -50,6 +50,16 @@ def test_policies(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_forecast() -> None:
+    arguments = ["forecast", "--verify-ms", "18", "--step-ms", "1.9", "--acceptance", "0.7"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert list(figures) == ["1", "4", "16"]
+    for methods in figures.values():
+        speeds = [methods[name]["tokens_per_s"] for name in ("ar", "sd", "ssd", "ssd, 4 drafts")]
+        assert speeds == sorted(speeds)
+
+
 def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"plot.*ssd-ray\[bench\]"):

@@ -114,13 +114,13 @@ class Pump:
             options["sampler"] = "rejection"
         self._proposing = proposing
         self.target = Target(target, hub, SESSION, **options)  # type: ignore[arg-type]
-        self._address, self._width, self._draft_turns = address, width, draft_turns
+        self.address, self._width, self._draft_turns = address, width, draft_turns
         self.drafts = [self._draft(f"draft-{number}", model) for number, model in enumerate(drafts)]
         self.texts: dict[int, Text] = {}
 
     def _draft(self, name: str, model: ModelRunner) -> Draft:
         return Draft(
-            model, MemorySpoke(self._address, name), SESSION, Histogram, width=self._width, proposing=self._proposing
+            model, MemorySpoke(self.address, name), SESSION, Histogram, width=self._width, proposing=self._proposing
         )
 
     def join(self, name: str, model: ModelRunner) -> Draft:

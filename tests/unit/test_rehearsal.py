@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from ssd_ray.actors.process import lookahead
 from ssd_ray.bench.rehearsal import Play, Rehearsal
 from ssd_ray.bench.simulate import Hardware
-from ssd_ray.config import SamplingParams
+from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
-from ssd_ray.stats import Stats
+from ssd_ray.stats import Stats, add
+from ssd_ray.wire import RequestStats
 
 PROMPT = [1, 2, 3, 4, 5]
 HARDWARE = Hardware(verify_ms=20.0, step_ms=2.0, host_ms=1.0, message_ms=0.5, token_ms=0.1)
@@ -67,3 +69,22 @@ def test_several_drafts_prepare_for_more() -> None:
     slow = Hardware(verify_ms=20.0, step_ms=4.0, message_ms=0.5)
     play = Play(budget=3, text_lookup=False)
     assert run(play, slow, drafts=3)[1].hit_rate > run(play, slow, drafts=1)[1].hit_rate
+
+
+@pytest.mark.parametrize(("verify_ms", "blur"), [(6.0, 1.0), (60.0, 0.4)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_auto_lookahead_is_within_five_percent_of_the_best(temperature: float, verify_ms: float, blur: float) -> None:
+    """A lookahead left open is the longest: the drafts' order of work decides how deep branches get."""
+    hardware = Hardware(verify_ms=verify_ms, step_ms=2.0, host_ms=0.5, message_ms=0.3, token_ms=0.05)
+
+    def speed(longest: int) -> float:
+        play = Play(text_lookup=False, target={"lookahead": longest, "backup": "draft"})
+        rehearsal = Rehearsal(TARGET, [TARGET.blurred(blur)], hardware, play)
+        total = RequestStats()
+        for seed in range(2):
+            params = SamplingParams(temperature=temperature, max_tokens=150, seed=seed)
+            total = add(total, rehearsal.run([*PROMPT, seed], params)[1])
+        return Stats(sums=total).tokens_per_s
+
+    auto = speed(lookahead(EngineConfig()))
+    assert auto > 0.95 * max(speed(fixed) for fixed in range(1, MAX_LOOKAHEAD))
