@@ -134,11 +134,11 @@ def forecast(
     message_ms: Annotated[float, typer.Option(min=0.0, help="To the draft and back.")] = 0.3,
 ) -> None:
     """Predict tokens/s of ar, sd and ssd on other hardware, with many drafts, and for batches, by simulation."""
-    from ssd_ray.bench.simulate import Hardware, geometric_pair
+    from ssd_ray.bench.simulate import Hardware
     from ssd_ray.bench.simulate import forecast as predict
 
     hardware = Hardware(verify_ms, step_ms, host_ms, message_ms)
-    figures = predict(hardware, geometric_pair(acceptance, hit_rate), exponent)
+    figures = predict(hardware, acceptance, hit_rate, exponent)
     table = Table(title="tokens/s of all rows together (share of the time verifying)", box=SIMPLE)
     table.add_column("rows in a batch", justify="right")
     for method in next(iter(figures.values())):

@@ -91,6 +91,7 @@ def ssd(
     pair: Pair,
     rows: int = 1,
     *,
+    whole_trees: bool = False,
     lock_step: bool = False,
     waits: bool = True,
     rounds: int = 20_000,
@@ -101,6 +102,8 @@ def ssd(
     Args:
         hardware, pair: as measured.
         rows: sequences of the batch.
+        whole_trees: a round lasts until all branches have K tokens, as in the paper; else branches are taken as long as
+            they have come.
         lock_step: one row's miss makes all rows wait, as in the paper; else a row that missed goes on alone, without a
             speculation, and the others do not notice.
         waits: a lone row that missed waits for the draft steps that its speculation takes.
@@ -111,17 +114,22 @@ def ssd(
     cumulative = {hit: list(accumulate(weights)) for hit, weights in ((True, pair.after_hit), (False, pair.after_miss))}
     hits = [True] * rows
     tokens, time = 0.0, 0.0
+    verified = hardware.verify_ms + hardware.host_ms
     tree_ms = (pair.lookahead + 1) * hardware.step_ms + hardware.message_ms
+    # The first step runs the trunk, after the second a branch has its first token.
+    drawn = max(0, int((verified - hardware.message_ms) / hardware.step_ms) - 1)
+    longest = pair.lookahead if whole_trees else drawn
+    round_ms = max(verified, tree_ms) if whole_trees else verified
     backup_ms = (len(pair.after_miss) - 1) * hardware.step_ms + hardware.message_ms
     drafted = waits and (rows == 1 or lock_step)
     for _ in range(rounds):
-        verified = hardware.verify_ms + hardware.host_ms
         missed = not all(hits)
-        time += max(verified, tree_ms) + (backup_ms if missed and drafted else 0.0)
+        time += round_ms + (backup_ms if missed and drafted else 0.0)
         for row, hit in enumerate(hits):
             tokens += 1.0
             if hit or drafted:
-                tokens += dice.choices(range(len(cumulative[hit])), cum_weights=cumulative[hit])[0]
+                accepted = dice.choices(range(len(cumulative[hit])), cum_weights=cumulative[hit])[0]
+                tokens += min(accepted, longest) if hit else accepted
             hits[row] = dice.random() < pair.hit_rate
     return Forecast(1e3 * tokens / time, tokens / rounds / rows, rounds * hardware.verify_ms / time)
 
@@ -132,16 +140,24 @@ def several_drafts(pair: Pair, drafts: int, exponent: float) -> Pair:
     return replace(pair, hit_rate=1.0 - (1.0 - pair.hit_rate) * drafts**-exponent)
 
 
-def forecast(hardware: Hardware, pair: Pair, exponent: float) -> dict[int, dict[str, Forecast]]:
-    """What to expect, by rows of a batch and by method: "ar", "sd", and "ssd" with one draft and with several."""
+def forecast(hardware: Hardware, acceptance: float, hit_rate: float, exponent: float) -> dict[int, dict[str, Forecast]]:
+    """What to expect, by rows of a batch and by method: "ar", "sd", and "ssd" with one draft and with several.
+
+    Plain speculation drafts the best number of tokens, and speculative speculation waits for the best number of them
+    after a miss, as the planner has it. A step of a draft is taken to serve all rows.
+    """
+
+    def best_ssd(rows: int, drafts: int) -> Forecast:
+        waits = range(MAX_LOOKAHEAD + 1) if rows == 1 else [0]
+        pairs = [several_drafts(geometric_pair(acceptance, hit_rate, wait=wait), drafts, exponent) for wait in waits]
+        return max((ssd(hardware, pair, rows, rounds=4000) for pair in pairs), key=_speed)
+
     return {
-        rows: {"ar": ar(hardware, rows), "sd": sd(hardware, pair, rows)}
-        | {
-            "ssd" if drafts == 1 else f"ssd, {drafts} drafts": ssd(
-                hardware, several_drafts(pair, drafts, exponent), rows, rounds=4000
-            )
-            for drafts in (1, 2, 4)
+        rows: {
+            "ar": ar(hardware, rows),
+            "sd": max((sd(hardware, geometric_pair(acceptance, 0.0, k), rows) for k in _LOOKAHEADS), key=_speed),
         }
+        | {"ssd" if drafts == 1 else f"ssd, {drafts} drafts": best_ssd(rows, drafts) for drafts in (1, 2, 4)}
         for rows in (1, 4, 16)
     }
 
@@ -160,6 +176,13 @@ def geometric_pair(acceptance: float, hit_rate: float, lookahead: int = MAX_LOOK
         return [*(acceptance**k * (1.0 - acceptance) for k in range(most)), acceptance**most]
 
     return Pair(weights(lookahead), weights(lookahead if wait is None else wait), hit_rate)
+
+
+_LOOKAHEADS = range(1, MAX_LOOKAHEAD + 1)
+
+
+def _speed(forecast: Forecast) -> float:
+    return forecast.tokens_per_s
 
 
 def _mean(weights: Sequence[float]) -> float:

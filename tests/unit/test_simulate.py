@@ -18,7 +18,7 @@ H100 = Hardware(verify_ms=17.8, step_ms=1.9, host_ms=3.3, message_ms=0.3)
 
 @pytest.mark.parametrize(
     ("forecast", "published"),
-    [(ar(replace(H100, host_ms=0.5)), 54.7), (sd(H100, LLAMA), 161.8), (ssd(H100, LLAMA), 255.8)],
+    [(ar(replace(H100, host_ms=0.5)), 54.7), (sd(H100, LLAMA), 161.8), (ssd(H100, LLAMA, whole_trees=True), 255.8)],
     ids=["ar", "sd", "ssd"],
 )
 def test_the_published_speeds_are_within_ten_percent(forecast, published):
@@ -26,7 +26,7 @@ def test_the_published_speeds_are_within_ten_percent(forecast, published):
 
 
 def test_the_published_duty_cycle():
-    assert ssd(H100, LLAMA).duty_cycle == pytest.approx(0.79, abs=0.03)
+    assert ssd(H100, LLAMA, whole_trees=True).duty_cycle == pytest.approx(0.79, abs=0.03)
 
 
 @pytest.mark.parametrize("hit_rate", [0.0, 0.5, 0.9, 1.0])
@@ -40,8 +40,13 @@ def test_one_row_follows_the_closed_form(hit_rate):
 
 
 def test_a_slow_draft_sets_the_pace():
-    slow = ssd(Hardware(verify_ms=10.0, step_ms=10.0), Pair([0, 0, 1], [0, 0, 1], 1.0))
+    slow = ssd(Hardware(verify_ms=10.0, step_ms=10.0), Pair([0, 0, 1], [0, 0, 1], 1.0), whole_trees=True)
     assert slow.tokens_per_s == pytest.approx(1e3 * 3 / 30.0)
+
+
+def test_a_slow_draft_makes_short_branches_and_no_delay():
+    hardware = Hardware(verify_ms=10.0, step_ms=3.0)
+    assert ssd(hardware, Pair([0, 0, 0, 1], [0, 0, 0, 1], 1.0)).tokens_per_s == pytest.approx(1e3 * 3 / 10.0)
 
 
 def test_lock_step_loses_with_the_batch_and_independent_rows_do_not():
