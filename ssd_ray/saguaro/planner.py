@@ -22,16 +22,21 @@ class Plan:
     """What to do, and why.
 
     Attributes:
+        lookahead: tokens of a speculation at most.
         wait: tokens to wait for when nothing was prepared; 0 goes on at once.
+        steps: draft steps that there is time for while the target verifies; what they make is the budget.
         why: the estimates behind it, in words.
     """
 
+    lookahead: int
     wait: int
+    steps: int = 0
     why: str = "nothing is measured yet"
 
     def __str__(self) -> str:
         what = f"wait for {self.wait} tokens" if self.wait else "go on at once"
-        return f"on a miss {what}: {self.why}"
+        planned = f"speculate up to {self.lookahead} tokens, draft {self.steps} steps a round"
+        return f"{planned}, on a miss {what}: {self.why}"
 
 
 class Planner:
@@ -43,7 +48,7 @@ class Planner:
     """
 
     def __init__(self, pace: Pace, lookahead: int) -> None:
-        self.plan = Plan(lookahead)
+        self.plan = Plan(lookahead, lookahead)
         self._pace = pace
         self._most = lookahead
         self._in_favour = 0
@@ -68,7 +73,8 @@ class Planner:
             f"verification {pace.verify_ms:.1f} ms, draft step {pace.step_ms:.1f} ms, "
             f"waiting costs {pace.delay_ms:.1f} ms more, first token accepted {pace.acceptance[0]:.0%}"
         )
-        return Plan(pace.best_length(0, self._most), why)
+        steps = round(pace.verify_ms / pace.step_ms)
+        return Plan(self._most, pace.best_length(0, self._most), steps, why)
 
     def _rate(self, plan: Plan) -> float:
         """Tokens per millisecond of a round after a miss; after a hit all plans are the same."""
