@@ -137,7 +137,7 @@ class EngineConfig:
     fan_out: FanOut = "auto"
     backup: Backup = "auto"
     sampler: Sampler = "coupled"
-    saguaro_c: float = 0.5
+    saguaro_c: float = 0.7
     law_tokens: int = 64
     text_lookup: bool = True
     transport: Transport = "auto"
