@@ -70,6 +70,7 @@ class Row:
     wanted: int = 0  # tokens to wait for
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     looked_up: bool = False  # the next speculation was found in the text
+    whole: bool = False  # the next speculation was as long as can be when it was looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,7 @@ class Target:
     def _commit(self, row: Row, decision: Decision, verify_ms: float) -> None:
         session = row.session
         n = len(session.cache.speculation)
-        self._pace.saw_verification(verify_ms, n, decision.accepted, looked_up=row.looked_up)
+        self._pace.saw_verification(verify_ms, n, decision.accepted, looked_up=row.looked_up, whole=row.whole)
         row.accepted = decision.accepted
         row.added = session.commit(decision)
         self._look_for_stop(row, row.added)
@@ -248,7 +249,9 @@ class Target:
         if session.finish_reason is None:
             hit = session.look_up(self._drafts)
             self._look_up_text(row)
-            row.announced = session.cache.speculate(session.most(self._lookahead))
+            most = session.most(self._lookahead)
+            row.announced = session.cache.speculate(most)
+            row.whole = len(row.announced) == most and not row.looked_up
             row.wanted = len(row.announced) if row.looked_up else self._wanted(session)
             if not hit:
                 session.back_up("ngram" if row.looked_up else "draft" if row.wanted else "none")

@@ -63,7 +63,9 @@ class Pace:
     Attributes:
         verify_ms, step_ms: milliseconds of a verification and of a draft step.
         delay_ms: milliseconds of a message's way and of the draft's reaction.
-        acceptance: probability that the i-th token of a speculation is accepted when it is reached.
+        acceptance: probability that the i-th token of a speculation is accepted when it is reached. Speculations that
+            were whole when they were looked up do not count: nobody asks whether to wait for more of them, and they
+            are accepted more often than others.
         lookup_acceptance: the same of tokens that were found in the text.
         arrival: probability that a wait is not in vain. It recovers slowly, so that a draft that has got better is
             found out.
@@ -80,15 +82,19 @@ class Pace:
         default_factory=lambda: {looked_up: [0] * MAX_LOOKAHEAD for looked_up in (False, True)}
     )
 
-    def saw_verification(self, milliseconds: float, n: int, accepted: int, *, looked_up: bool = False) -> None:
-        """Learn from a round that verified n tokens, drafted or found in the text."""
+    def saw_verification(
+        self, milliseconds: float, n: int, accepted: int, *, looked_up: bool = False, whole: bool = False
+    ) -> None:
+        """Learn from a round that verified n tokens, drafted or found in the text, and ``whole`` from the start."""
         self.verify_ms = _blend(self.verify_ms, milliseconds)
+        self.arrival += 0.002 * (1.0 - self.arrival)
+        if whole:
+            return
         acceptance = self.lookup_acceptance if looked_up else self.acceptance
         seen = self._seen[looked_up]
         for depth in range(min(accepted + 1, n)):
             seen[depth] += 1
             acceptance[depth] += max(0.02, 1.0 / (5 + seen[depth])) * ((depth < accepted) - acceptance[depth])
-        self.arrival += 0.002 * (1.0 - self.arrival)
 
     def saw_step(self, milliseconds: float) -> None:
         """Learn from a draft's report of its step time."""

@@ -214,3 +214,12 @@ def test_a_slow_draft_is_not_waited_for_and_a_fast_one_is() -> None:
         pace.saw_step(1.0)
     assert pace.best_length(0, 7) >= 3
     assert pace.patience_ms(3) < 20.0
+
+
+def test_what_was_whole_from_the_start_says_nothing_about_waiting() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.saw_verification(20.0, 7, 7, whole=True)
+        pace.saw_verification(20.0, 2, 1)
+    assert pace.acceptance[1] < 0.1
+    assert pace.acceptance[2:] == Pace().acceptance[2:]
