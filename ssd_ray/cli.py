@@ -197,7 +197,7 @@ def _print_figures(stats: Stats, seconds: float) -> None:
         ("duty cycle", f"{stats.duty_cycle:.1%} of the time inside verification"),
         (
             "trees",
-            f"{stats.tree_use:.1%} of the drafted tokens used, {stats.draft_waste:.1%} of the draft steps wasted",
+            f"{stats.tree_use:.1%} of their tokens used, {stats.draft_waste:.1%} of the steps in vain",
         ),
     ):
         table.add_row(name, value)
