@@ -82,8 +82,8 @@ def policies(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 192,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 96,
     temperature: Annotated[list[float] | None, typer.Option(help="Repeat for several; default: 0, 0.7, 1.")] = None,
-    verify_ms: Annotated[float | None, typer.Option(min=0.0, help="A verification takes; default: measured.")] = None,
-    step_ms: Annotated[float | None, typer.Option(min=0.0, help="A draft step takes; default: measured.")] = None,
+    verify_ms: Annotated[float | None, typer.Option(min=0.001, help="A verification takes; default: measured.")] = None,
+    step_ms: Annotated[float | None, typer.Option(min=0.001, help="A draft step takes; default: measured.")] = None,
     lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture, too: a PNG file.")] = None,
 ) -> None:
@@ -96,7 +96,7 @@ def policies(
     from ssd_ray.speculation.draft import SCRATCH
 
     if plot is not None:
-        check_plotting()
+        check_plotting(plot)
     chosen = held_out_prompts(load_tokenizer(target), count=prompts, tokens=prompt_tokens)
     pair = (
         load_runner(target, role="target", rows=1, scratch=SCRATCH),

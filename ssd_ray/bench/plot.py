@@ -19,17 +19,19 @@ _STYLES = {
 """Marker and colour of each fan-out policy; on paper without colour the marker tells."""
 
 
-def check_plotting() -> None:
-    """See that pictures can be drawn, before anything is measured.
+def check_plotting(path: Path) -> None:
+    """See that a picture can be drawn there, before anything is measured.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ConfigError: matplotlib is missing, or the folder is.
     """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError("plot", "a file in a folder that exists", str(path))
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         expected = "left out, or matplotlib installed: pip install 'ssd-ray[bench]'"
-        raise ConfigError("plot", expected, "a picture") from None
+        raise ConfigError("plot", expected, str(path)) from None
 
 
 def plot(figures: Sequence[Figure], path: Path, title: str) -> None:

@@ -23,7 +23,7 @@ from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.process import BUDGET
 from ssd_ray.actors.verifying import DRIVER, Target
 from ssd_ray.bench.simulate import Hardware
-from ssd_ray.config import SamplingParams
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.fanout import POLICIES, FanOutPolicy
 from ssd_ray.sampling.rejection import Proposing
@@ -251,7 +251,7 @@ class Rehearsal:
             options["sampler"] = "rejection"
         runner = Hooked(target, on_append=self._verify)
         self.target = Target(runner, self.stage, SESSION, clock=self.stage.clock, **options)
-        self._lookahead = options.get("lookahead")
+        self._lookahead: int = options.get("lookahead", MAX_LOOKAHEAD)
         for number, draft in enumerate(drafts[: None if ssd else 1]):
             self.join(f"draft-{number}", draft, play)
         self._number = 0
@@ -263,20 +263,19 @@ class Rehearsal:
         def step(tokens: int) -> None:
             part.now += 1e-3 * self.hardware.step(tokens)
 
-        more = {} if self._lookahead is None else {"lookahead": self._lookahead}
         part.player = Draft(
             Hooked(runner, on_extend=step),
             part,
             SESSION,
             play.policy,
             width=min(BUDGET, play.budget),
+            lookahead=self._lookahead,
             branching=play.method == "ssd",
             proposing=play.proposing,
             budget=play.budget,
             strict=play.strict,
             text_lookup=play.text_lookup,
             clock=part.clock,
-            **more,
         )
         part.player.turn(0.0)  # it says hello
 

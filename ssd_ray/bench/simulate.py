@@ -93,7 +93,6 @@ def ssd(
     *,
     whole_trees: bool = False,
     lock_step: bool = False,
-    waits: bool = True,
     rounds: int = 20_000,
     seed: int = 0,
 ) -> Forecast:
@@ -105,8 +104,7 @@ def ssd(
         whole_trees: a round lasts until all branches have K tokens, as in the paper; else branches are taken as long as
             they have come.
         lock_step: one row's miss makes all rows wait, as in the paper; else a row that missed goes on alone, without a
-            speculation, and the others do not notice.
-        waits: a lone row that missed waits for the draft steps that its speculation takes.
+            speculation, and the others do not notice. A lone row waits for what ``pair.after_miss`` has.
         rounds: to simulate.
         seed: of the random numbers.
     """
@@ -121,7 +119,7 @@ def ssd(
     longest = pair.lookahead if whole_trees else drawn
     round_ms = max(verified, tree_ms) if whole_trees else verified
     backup_ms = (len(pair.after_miss) - 1) * hardware.step_ms + hardware.message_ms
-    drafted = waits and (rows == 1 or lock_step)
+    drafted = len(pair.after_miss) > 1 and (rows == 1 or lock_step)
     for _ in range(rounds):
         missed = not all(hits)
         time += round_ms + (backup_ms if missed and drafted else 0.0)

@@ -59,23 +59,22 @@ class Planner:
         pace = self._pace
         if not pace.verify_ms or not pace.step_ms:
             return None
-        better = self._best()
-        gain = self._rate(better) / self._rate(self.plan)
+        better = pace.best_length(0, self._most)
+        gain = self._rate(better) / self._rate(self.plan.wait)
         self._in_favour = self._in_favour + 1 if gain > CLEARLY else 0
         if self._measured and self._in_favour < PATIENCE:
             return None
-        self.plan, self._measured, self._in_favour = better, True, 0
-        return better
+        self.plan, self._measured, self._in_favour = self._plan(better), True, 0
+        return self.plan
 
-    def _best(self) -> Plan:
+    def _plan(self, wait: int) -> Plan:
         pace = self._pace
         why = (
             f"verification {pace.verify_ms:.1f} ms, draft step {pace.step_ms:.1f} ms, "
             f"waiting costs {pace.delay_ms:.1f} ms more, first token accepted {pace.acceptance[0]:.0%}"
         )
-        steps = round(pace.verify_ms / pace.step_ms)
-        return Plan(self._most, pace.best_length(0, self._most), steps, why)
+        return Plan(self._most, wait, round(pace.verify_ms / pace.step_ms), why)
 
-    def _rate(self, plan: Plan) -> float:
+    def _rate(self, wait: int) -> float:
         """Tokens per millisecond of a round after a miss; after a hit all plans are the same."""
-        return self._pace.costs.rate(plan.wait, plan.wait, self._pace.acceptance)
+        return self._pace.costs.rate(wait, wait, self._pace.acceptance)

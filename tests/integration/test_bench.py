@@ -63,7 +63,13 @@ def test_forecast() -> None:
 def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"plot.*ssd-ray\[bench\]"):
-        check_plotting()
+        check_plotting(tmp_path / "picture.png")
+
+
+def test_a_picture_needs_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing" / "picture.png"):
+        with pytest.raises(ConfigError, match=r"plot.*a folder that exists"):
+            check_plotting(path)
 
 
 @pytest.mark.ray
