@@ -220,7 +220,7 @@ class Draft:
             tokens, values = _best(scores(logits, sequence.params, noise))
             return [Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True)]
         logits = scores(logits, sequence.params)
-        drawn = self._proposing.draw(logits.softmax(-1), sequence.fan_out(items), noise)
+        drawn = self._proposing.draw(logits.softmax(-1), sequence.fan_out(items), sequence.c, noise)
         return [Ranking(*row) for row in zip(*_best(logits), *drawn, strict=True)]
 
     def _forward(self, row: int, items: Sequence[Item]) -> Tensor:

@@ -51,7 +51,7 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
         width=min(BUDGET, budget),
         lookahead=lookahead(config),
         branching=branching,
-        proposing=Proposing(config.saguaro_c, config.law_tokens) if config.sampler == "rejection" else None,
+        proposing=Proposing(config.law_tokens) if config.sampler == "rejection" else None,
         budget=budget,
         strict=config.budget != "auto",
         text_lookup=config.text_lookup,

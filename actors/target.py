@@ -40,6 +40,7 @@ class TargetActor:
             lookahead=lookahead(config) if config.method != "ar" else 0,
             exact_lookahead=inline and config.lookahead != "auto",
             sampler=config.sampler,
+            saguaro_c=config.saguaro_c,
             backup=backup(config),
             patient=inline,
             end_tokens=model_info(config.target).eos_token_ids,

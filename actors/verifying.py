@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +19,10 @@ from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner
+from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import Verifier, verifier
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import TargetSession
@@ -92,6 +94,7 @@ class Target:
         lookahead: tokens in one speculation at most.
         exact_lookahead: with ``patient``, wait for ``lookahead`` tokens rather than for the best number of them.
         sampler: how speculations are verified.
+        saguaro_c: in rejection mode, Saguaro's C, or "auto".
         backup: what a row does on a miss.
         patient: wait for drafts however long they take: the draft is in this process and never late.
         end_tokens: tokens that end a text.
@@ -109,6 +112,7 @@ class Target:
         lookahead: int = MAX_LOOKAHEAD,
         exact_lookahead: bool = False,
         sampler: Sampler = "coupled",
+        saguaro_c: float | Literal["auto"] = "auto",
         backup: Backup = "draft",
         patient: bool = False,
         end_tokens: Collection[int] = (),
@@ -136,7 +140,7 @@ class Target:
         self._done = RequestStats()
         self._requests = 0
         self._pace = Pace()
-        self._planner = Planner(self._pace, lookahead)
+        self._planner = Planner(self._pace, lookahead, saguaro_c if sampler == "rejection" else None)
         self.malformed = 0
 
     # Called from any thread
@@ -235,10 +239,16 @@ class Target:
             )
         return decisions
 
+    def _study(self, p: torch.Tensor, proposal: Proposal) -> None:
+        """Learn what other C's would have done at a position."""
+        if self._planner.factors is not None and proposal.plain is not None:
+            self._planner.factors.saw_position(weigh(p, proposal, FACTORS))
+
     def _commit(self, row: Row, decision: Decision, verify_ms: float) -> None:
         session = row.session
         n = len(session.cache.speculation)
         self._pace.saw_verification(verify_ms, n, decision.accepted, looked_up=row.looked_up, whole=row.whole)
+        self._pace.saw_outcomes(session.cache.outcomes)
         row.accepted = decision.accepted
         row.added = session.commit(decision)
         self._look_for_stop(row, row.added)
@@ -248,6 +258,8 @@ class Target:
         session = row.session
         if session.finish_reason is None:
             hit = session.look_up(self._drafts)
+            if self._planner.factors is not None and row.accepted == self._lookahead:
+                self._planner.factors.saw_whole(hit)
             self._look_up_text(row)
             most = session.most(self._lookahead)
             row.announced = session.cache.speculate(most)
@@ -265,6 +277,7 @@ class Target:
                     row.announced,
                     session.hit,
                     row.wanted,
+                    self._planner.c or 0.0,
                     share,
                     len(self._drafts),
                 )
@@ -369,7 +382,8 @@ class Target:
             sampled=self._sampler == "rejection" and not params.greedy,
         )
         number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
-        verify = verifier(self._sampler, params, self._runner.vocab_size)
+        study = self._study if self._planner.factors is not None else None
+        verify = verifier(self._sampler, params, self._runner.vocab_size, study)
         text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
         row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
         for draft in self._drafts:
@@ -442,7 +456,16 @@ class Target:
         speculation = session.cache.speculation
         self._send(
             draft,
-            Open(session.sequence, session.round, session.tokens, speculation, session.params, share, shares),
+            Open(
+                session.sequence,
+                session.round,
+                session.tokens,
+                speculation,
+                session.params,
+                self._planner.c or 0.0,
+                share,
+                shares,
+            ),
         )
 
     def _send(self, draft: str, message: Message) -> None:

@@ -114,8 +114,8 @@ class EngineConfig:
         sampler: "coupled": target and draft share the noise, so one seed is one text. "rejection": drafts sample from a
             law of their own and tokens are accepted by the ratio of probabilities; the text then has the target's law
             but depends on what was drafted.
-        saguaro_c: with "rejection", the factor in [0, 1] by which drafts lower the mass of the tokens that will be
-            guessed: fewer acceptances, more hits. 1 is plain sampling.
+        saguaro_c: with "rejection", the factor from 0 to 1 by which drafts lower the mass of the tokens that will be
+            guessed: fewer acceptances, more hits. 1 is plain sampling, "auto" the best by what was measured.
         law_tokens: with "rejection", a draft's law is cut to its so many likeliest tokens; 0 keeps the vocabulary.
         text_lookup: heed what followed the same tokens earlier in the text: in the drafts' rankings, and as a backup.
         transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
@@ -137,7 +137,7 @@ class EngineConfig:
     fan_out: FanOut = "auto"
     backup: Backup = "auto"
     sampler: Sampler = "coupled"
-    saguaro_c: float = 0.7
+    saguaro_c: float | Literal["auto"] = "auto"
     law_tokens: int = 64
     text_lookup: bool = True
     transport: Transport = "auto"
@@ -162,7 +162,7 @@ class EngineConfig:
             _integer("budget", self.budget, 1, 4096)
         c = self.saguaro_c
         number = isinstance(c, int | float) and not isinstance(c, bool) and 0.0 <= c <= 1.0
-        _require(number, "saguaro_c", "a number from 0 to 1", c)
+        _require(c == "auto" or number, "saguaro_c", "a number from 0 to 1, or 'auto'", c)
         _integer("law_tokens", self.law_tokens, 0, 2**31 - 1)
         _integer("inline_max_bytes", self.inline_max_bytes, 1 << 10, 1 << 24)
         _integer("max_num_seqs", self.max_num_seqs, 1, 4096)

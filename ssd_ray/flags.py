@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import Field, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -71,8 +72,11 @@ def _metavar(hint: Any) -> str:
     return "<" + "|".join(word for group in words for word in group) + ">"
 
 
-def _number_or_word(text: str | int) -> str | int:
-    return int(text) if str(text).lstrip("-").isdigit() else text
+def _number_or_word(text: str | float) -> str | float:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _explanations(config: type) -> dict[str, str]:

@@ -27,6 +27,7 @@ Name = Annotated[str, Meta(max_length=64)]
 Tokens = Annotated[list[Token], Meta(max_length=1 << 22)]
 Speculation = Annotated[list[Token], Meta(max_length=64)]
 Parent = Annotated[int, Meta(ge=-65, le=2**53)]
+Factor = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -49,7 +50,8 @@ class Nodes(Message, frozen=True, tag="nodes"):
     of an earlier node, or ``-1 - depth`` for a guess that follows the trunk token at that depth of round ``round``.
 
     In rejection mode node ``sampled[j]`` of the message was drawn from law j: part j of as many equal parts of
-    ``law_tokens`` (int32; empty if the laws are over the whole vocabulary, in order) and ``law_weights`` (float32).
+    ``law_tokens`` (int32; empty if the laws are over the whole vocabulary, in order) and ``law_weights`` (float32),
+    whose mass on the likeliest ``law_guesses[j] + 1`` was lowered by the factor ``law_factors[j]``.
     """
 
     sequence: Count
@@ -61,6 +63,8 @@ class Nodes(Message, frozen=True, tag="nodes"):
     sampled: Annotated[list[Count], Meta(max_length=4096)] = []
     law_tokens: memoryview = memoryview(b"")
     law_weights: memoryview = memoryview(b"")
+    law_guesses: Annotated[list[Count], Meta(max_length=4096)] = []
+    law_factors: Annotated[list[Factor], Meta(max_length=4096)] = []
 
 
 class Lost(Message, frozen=True, tag="lost"):
@@ -79,13 +83,17 @@ class Goodbye(Message, frozen=True, tag="goodbye"):
 
 
 class Open(Message, frozen=True, tag="open"):
-    """A sequence as it stands: all committed tokens, the bonus token of ``round`` last, and what is being verified."""
+    """A sequence as it stands: all committed tokens, the bonus token of ``round`` last, and what is being verified.
+
+    ``c`` is the Saguaro's C to draw with from now on, in rejection mode.
+    """
 
     sequence: Count
     round: Count
     tokens: Tokens
     speculation: Speculation
     params: SamplingParams
+    c: Factor = 1.0
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
 
@@ -96,7 +104,7 @@ class Outcome(Message, frozen=True, tag="outcome"):
     ``accepted`` speculated tokens and then ``bonus_token`` were committed; ``position`` is that of the bonus token.
     ``speculation`` is what the verification of ``round + 1`` runs over, unless the target waits for more: until there
     are ``wanted`` tokens. ``hit`` says whether a speculation was prepared.
-    Guesses are dealt: this draft takes share ``share`` of ``shares``.
+    Guesses are dealt: this draft takes share ``share`` of ``shares``. ``c`` as in :class:`Open`.
     """
 
     sequence: Count
@@ -107,6 +115,7 @@ class Outcome(Message, frozen=True, tag="outcome"):
     speculation: Speculation
     hit: bool
     wanted: Count = 0
+    c: Factor = 1.0
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
 

@@ -14,13 +14,13 @@ from ssd_ray.bench.rehearsal import Play, Rehearsal
 from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.contract import ModelRunner
+from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.fanout import POLICIES
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.stats import Stats, add
 from ssd_ray.wire import RequestStats
 
 BUDGETS = (8, 16, 32)
-FACTORS = (1.0, 0.7, 0.5, 0.3, 0.0)
 LAW_TOKENS = 64
 
 
@@ -66,8 +66,9 @@ def variants(*, text_lookup: bool) -> list[Variant]:
         for budget in BUDGETS
     ]
     found.append(Variant("sampler", "coupled", 16, Play(strict=True)))
-    for c in FACTORS:
-        found.append(Variant("sampler", f"C = {c:g}", 16, Play(strict=True, proposing=Proposing(c, LAW_TOKENS))))
+    for c in (*FACTORS, "auto"):
+        play = Play(strict=True, proposing=Proposing(LAW_TOKENS), target={"saguaro_c": c})
+        found.append(Variant("sampler", f"C = {c}", 16, play))
     found += [
         Variant("backup", "none", 16, Play(target={"backup": "none"})),
         Variant("backup", f"draft, all {MAX_LOOKAHEAD}", 16, Play(target={"backup": "draft", "exact_lookahead": True})),

@@ -69,12 +69,14 @@ class Pace:
         lookup_acceptance: the same of tokens that were found in the text.
         arrival: probability that a wait is not in vain. It recovers slowly, so that a draft that has got better is
             found out.
+        outcomes: outcomes that a round is prepared for.
     """
 
     verify_ms: float = 0.0
     step_ms: float = 0.0
     delay_ms: float = 0.5
     arrival: float = 1.0
+    outcomes: float = 0.0
     acceptance: list[float] = field(default_factory=lambda: [0.6] * MAX_LOOKAHEAD)
     lookup_acceptance: list[float] = field(default_factory=lambda: [0.3] * MAX_LOOKAHEAD)
 
@@ -100,6 +102,10 @@ class Pace:
         """Learn from a draft's report of its step time."""
         if milliseconds > 0.0:
             self.step_ms = _blend(self.step_ms, milliseconds)
+
+    def saw_outcomes(self, prepared: int) -> None:
+        """Learn from how many outcomes a round was prepared for."""
+        self.outcomes = _blend(self.outcomes, float(prepared))
 
     def saw_wait(self, milliseconds: float, steps: int, *, came: bool) -> None:
         """Learn from a wait for ``steps`` draft steps, and from whether they came."""

@@ -42,25 +42,29 @@ class Proposal:
 
     Attributes:
         tokens: token ids with mass, int64 [M], all different.
-        probabilities: their probabilities, float32 [M], positive, summing to 1.
+        probabilities: their probabilities q', float32 [M], not negative, summing to 1.
+        plain: q, float32 [M], before Saguaro's C; None if that is not known.
+        guesses: F of :func:`saguaro`.
     """
 
     tokens: Tensor
     probabilities: Tensor
+    plain: Tensor | None = None
+    guesses: int = 0
 
 
-def saguaro(probabilities: Tensor, guesses: Sequence[int], c: float) -> Tensor:
+def saguaro(probabilities: Tensor, guesses: Sequence[int], c: float | Tensor) -> Tensor:
     """Lower the mass of the tokens that will be guessed: q' ~ c q on the top F + 1 tokens of q, q elsewhere.
 
     Args:
         probabilities: q, float32 [R, V], not changed.
         guesses: F of each row. The drafted token is not guessed, hence F + 1.
-        c: in [0, 1]; 1 changes nothing.
+        c: in [0, 1], or float32 [R, 1], one for each row; 1 changes nothing.
 
     Returns:
         q', float32 [R, V], normalised. A row whose whole mass would go keeps it.
     """
-    if c == 1.0:
+    if isinstance(c, float) and c == 1.0:
         return probabilities
     count = min(max(guesses, default=0) + 1, probabilities.shape[-1])
     top = probabilities.topk(count).indices  # [R, F + 1]
@@ -104,29 +108,31 @@ class Proposing:
     """How a draft draws its tokens.
 
     Attributes:
-        c: Saguaro's C, see :func:`saguaro`.
         most: tokens that a law is cut to; 0 keeps all.
     """
 
-    c: float = 1.0
     most: int = 0
 
-    def draw(self, probabilities: Tensor, guesses: Sequence[int], noise: Tensor) -> tuple[list[int], list[Law]]:
+    def draw(
+        self, probabilities: Tensor, guesses: Sequence[int], c: float, noise: Tensor
+    ) -> tuple[list[int], list[Law]]:
         """Draw one token of each row.
 
         Args:
             probabilities: the draft's own law q, float32 [R, V].
             guesses: F of each row, see :func:`saguaro`.
+            c: Saguaro's C.
             noise: float32 [R, V].
 
         Returns:
             The tokens, and what each was drawn from.
         """
-        tokens, weights = truncate(saguaro(probabilities, guesses, self.c), self.most)
-        drawn: list[int] = draw(tokens, weights, noise).tolist()
+        tokens, weights = truncate(probabilities, self.most)
+        drawn: list[int] = draw(tokens, saguaro(weights, guesses, c), noise).tolist()
         whole = tokens.shape[-1] == probabilities.shape[-1]
         named = tokens.to(torch.int32).numpy()[:, : 0 if whole else None]
-        return drawn, list(zip(named, weights.numpy(), strict=True))
+        parts = zip(named, weights.numpy(), guesses, strict=True)
+        return drawn, [Law(ids, chances, guessed, c) for ids, chances, guessed in parts]
 
 
 def verify_by_rejection(
@@ -177,10 +183,36 @@ def proposal_of(law: Law | None, vocab_size: int) -> Proposal | None:
     """What came with a token as a proposal; None if there is nothing, or no law."""
     if law is None:
         return None
-    tokens, weights = law
-    ids = torch.from_numpy(tokens.astype(np.int64)) if len(tokens) else torch.arange(len(weights))
-    proposal = Proposal(ids, torch.from_numpy(weights.copy()))
-    return proposal if sound(proposal, vocab_size) else None
+    ids = torch.from_numpy(law.tokens.astype(np.int64)) if len(law.tokens) else torch.arange(len(law.weights))
+    plain = torch.from_numpy(law.weights.copy())
+    if not sound(Proposal(ids, plain), vocab_size):
+        return None
+    return Proposal(ids, saguaro(plain[None], [law.guesses], law.c)[0], plain, law.guesses)
+
+
+def weigh(p: Tensor, proposal: Proposal, factors: Sequence[float]) -> list[tuple[float, float]]:
+    """What each C would have done at a position, in expectation.
+
+    Args:
+        p: the target's law, float32 [V].
+        proposal: what was drawn there, its ``plain`` law included.
+        factors: values of C.
+
+    Returns:
+        For each the probability of acceptance, sum of min(p, q'), and the one that the bonus token is among the guesses
+        if it comes to a rejection.
+    """
+    if proposal.plain is None:
+        raise ValueError("the proposal's plain law is not known")
+    count = len(factors)
+    laws = saguaro(proposal.plain.expand(count, -1), [proposal.guesses] * count, torch.tensor(factors)[:, None])
+    at = p[proposal.tokens]
+    accepted = torch.minimum(laws, at).sum(-1)
+    # The drafted token is among these F + 1, and has no residual when it is rejected.
+    guessed = proposal.plain.topk(min(proposal.guesses + 1, len(at))).indices
+    residual = (at[guessed] - laws[:, guessed]).clamp_(min=0.0).sum(-1)
+    hits = residual / (1.0 - accepted).clamp_(min=1e-6)
+    return list(zip(accepted.tolist(), hits.clamp_(max=1.0).tolist(), strict=True))
 
 
 def _residual(p: Tensor, token: int, proposal: Proposal | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,11 +46,16 @@ class CoupledVerifier(Verifier):
         return verify(speculation, scores(logits, self._params, noise).argmax(-1).tolist())
 
 
+Study = Callable[[Tensor, Proposal], None]
+"""Told the target's law, float32 [V], and the proposal of a position that was verified."""
+
+
 class RejectionVerifier(Verifier):
     """Proposals are accepted by the ratio of the target's probability and the draft's."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, vocab_size: int, study: Study | None = None) -> None:
         self._params = params
+        self._study = study
         self._noise = NoiseRows(stream_seed(params.seed, "bonus"), vocab_size)
         self._draft_noise = NoiseRows(stream_seed(params.seed, "draft"), vocab_size)
         self._coins = NoiseRows(stream_seed(params.seed, "accept"), 1)
@@ -60,6 +65,9 @@ class RejectionVerifier(Verifier):
     ) -> Outcome:
         positions = _after(position, len(logits))
         probabilities = scores(logits, self._params).softmax(-1)
+        if self._study is not None and proposals and proposals[0] is not None:
+            # Always the first position: where a round ends depends on what was drawn.
+            self._study(probabilities[0], proposals[0])
         coins = torch.exp(-torch.exp(-self._coins.rows(positions)[:, 0]))  # Gumbel noise back to uniform
         return verify_by_rejection(
             speculation,
@@ -71,10 +79,11 @@ class RejectionVerifier(Verifier):
         )
 
 
-def verifier(sampler: Sampler, params: SamplingParams, vocab_size: int) -> Verifier:
+def verifier(sampler: Sampler, params: SamplingParams, vocab_size: int, study: Study | None = None) -> Verifier:
     """The verifier of a sequence. At temperature 0 both samplers are the same: the argmax."""
-    kind = CoupledVerifier if params.greedy or sampler == "coupled" else RejectionVerifier
-    return kind(params, vocab_size)
+    if params.greedy or sampler == "coupled":
+        return CoupledVerifier(params, vocab_size)
+    return RejectionVerifier(params, vocab_size, study)
 
 
 def _after(position: int, count: int) -> range:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ssd_ray.sampling.laws import Law, unpack_laws
+from ssd_ray.sampling.laws import Law, Packed, unpack_laws
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Nodes
 
@@ -125,6 +125,11 @@ class SpeculationCache:
         drafted = depth + 1 < len(self.tree.trunk) and self.tree.trunk[depth + 1].token in stem.children
         return len(stem.children) - drafted
 
+    @property
+    def outcomes(self) -> int:
+        """How many outcomes of the running round are prepared for."""
+        return sum(self.guesses(depth) for depth in range(len(self.tree.trunk)))
+
     def advance(self, accepted: int, bonus_token: int) -> bool:
         """Take the outcome of the round; returns whether the bonus token had been guessed."""
         self.prepared = self.guesses(accepted)
@@ -152,7 +157,7 @@ class SpeculationCache:
         if message.round > self.round or len(message.parents) != len(message.tokens):
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
-        laws = unpack_laws(message.sampled, message.law_tokens, message.law_weights)
+        laws = unpack_laws(packed_laws(message))
         step = DraftStep(message.step_ms)
         used = 0
         for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
@@ -197,3 +202,8 @@ class SpeculationCache:
             return None
         self.guessed = True
         return self.tree.root
+
+
+def packed_laws(message: Nodes) -> Packed:
+    """The laws of a message."""
+    return message.sampled, message.law_tokens, message.law_weights, message.law_guesses, message.law_factors

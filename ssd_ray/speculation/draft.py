@@ -152,6 +152,9 @@ class Candidate:
 class DraftSession:
     """One sequence on one draft.
 
+    Attributes:
+        c: Saguaro's C that the target plans with.
+
     Args:
         opened: the sequence as the target told it.
         policy: which outcomes to prepare for; it learns from the outcomes.
@@ -195,6 +198,7 @@ class DraftSession:
         self.params: SamplingParams = opened.params
         self.tokens = list(opened.tokens)
         self.round = opened.round
+        self.c = opened.c
         self._wanted = 0
         self._after_hit = True
         self._base = window_base(self.position)
@@ -245,6 +249,7 @@ class DraftSession:
         self._tree.advance(outcome.accepted, outcome.bonus_token)
         self.round += 1
         moves = self._move_kv(committed, start)
+        self.c = outcome.c
         self._wanted = outcome.wanted
         self._after_hit = outcome.hit
         self._follow(outcome)
@@ -487,17 +492,14 @@ class DraftSession:
         if not self._unpushed:
             return None
         nodes, self._unpushed = self._unpushed, []
-        sampled, tokens, weights = pack_laws([node.law for node, _ in nodes])
         return Nodes(
-            sequence=self.sequence,
-            round=self.round,
-            first=nodes[0][0].id,
-            parents=[parent for _, parent in nodes],
-            tokens=[node.token for node, _ in nodes],
-            step_ms=step_ms,
-            sampled=sampled,
-            law_tokens=tokens,
-            law_weights=weights,
+            self.sequence,
+            self.round,
+            nodes[0][0].id,
+            [parent for _, parent in nodes],
+            [node.token for node, _ in nodes],
+            step_ms,
+            *pack_laws([node.law for node, _ in nodes]),
         )
 
     # The KV

@@ -58,9 +58,9 @@ def test_the_law_is_the_targets(temperature: float) -> None:
     assert p_value(temperature=temperature) > 0.001
 
 
-@pytest.mark.parametrize(("c", "most"), [(1.0, 0), (0.5, 4)])
-def test_the_law_is_the_targets_in_rejection_mode(c: float, most: int) -> None:
-    assert p_value(temperature=1.0, requests=12, proposing=Proposing(c, most)) > 0.001
+@pytest.mark.parametrize(("c", "most"), [(1.0, 0), (0.5, 4), ("auto", 4)])
+def test_the_law_is_the_targets_in_rejection_mode(c: float | str, most: int) -> None:
+    assert p_value(temperature=1.0, requests=12, proposing=Proposing(most), saguaro_c=c) > 0.001
 
 
 @pytest.mark.slow
@@ -68,11 +68,11 @@ def test_the_law_is_the_targets_in_rejection_mode(c: float, most: int) -> None:
 @pytest.mark.parametrize("c", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("most", [0, 64, 4])
 def test_the_law_is_the_targets_in_rejection_mode_at_length(temperature: float, c: float, most: int) -> None:
-    assert p_value(temperature=temperature, proposing=Proposing(c, most)) > 0.001
+    assert p_value(temperature=temperature, proposing=Proposing(most), saguaro_c=c) > 0.001
 
 
 def test_troubled_messages_do_not_change_the_law() -> None:
-    assert p_value(temperature=1.0, requests=12, proposing=Proposing(0.7, 4), trouble=0.2) > 0.001
+    assert p_value(temperature=1.0, requests=12, proposing=Proposing(4), saguaro_c=0.7, trouble=0.2) > 0.001
 
 
 def test_drafts_that_know_the_coin_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

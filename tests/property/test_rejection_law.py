@@ -15,12 +15,14 @@ from ssd_ray.sampling import rejection
 from ssd_ray.sampling.noise import gumbel
 from ssd_ray.sampling.rejection import (
     Proposal,
-    draw,
+    Proposing,
+    proposal_of,
     saguaro,
     sound,
     stream_seed,
     truncate,
     verify_by_rejection,
+    weigh,
 )
 from ssd_ray.sampling.verify import Outcome
 
@@ -77,9 +79,8 @@ def sampled(c: float = 1.0, most: int = 0, guesses: int = 2) -> Propose:
     """Drawn from the draft's law, changed by C and cut to its top M."""
 
     def propose(law: torch.Tensor, noise: torch.Tensor) -> tuple[int, Proposal | None]:
-        tokens, weights = truncate(saguaro(law[None], [guesses], c), most)
-        token = int(draw(tokens, weights, noise[None]))
-        return token, Proposal(tokens[0], weights[0])
+        (token,), (drawn_from,) = Proposing(most).draw(law[None], [guesses], c, noise[None])
+        return token, proposal_of(drawn_from, VOCABULARY)
 
     return propose
 
@@ -169,3 +170,19 @@ def test_truncation_keeps_the_largest(values: list[float], most: int) -> None:
 )
 def test_what_is_no_law_is_not_sound(proposal: Proposal) -> None:
     assert not sound(proposal, VOCABULARY)
+
+
+@given(probabilities, probabilities, st.integers(0, 12), st.sampled_from([0, 3]))
+def test_what_another_c_would_have_done(ps: list[float], qs: list[float], guesses: int, most: int) -> None:
+    """Against the definition, law by law."""
+    size = min(len(ps), len(qs))
+    p, q = (torch.tensor(values[:size], dtype=torch.float32) + 0.01 for values in (ps, qs))
+    p, q = p / p.sum(), q / q.sum()
+    tokens, weights = truncate(q[None], most)
+    proposal = Proposal(tokens[0], weights[0], weights[0], guesses)
+    for c, (accepted, hits) in zip((1.0, 0.5, 0.0), weigh(p, proposal, (1.0, 0.5, 0.0)), strict=True):
+        law = torch.zeros(size).scatter(0, tokens[0], saguaro(weights, [guesses], c)[0])
+        assert accepted == pytest.approx(float(torch.minimum(p, law).sum()), abs=1e-5)
+        residual = (p - law).clamp(min=0.0)
+        guessed = tokens[0][weights[0].topk(min(guesses + 1, len(tokens[0]))).indices]
+        assert hits * (1.0 - accepted) == pytest.approx(float(residual[guessed].sum()), abs=1e-5)

@@ -8,6 +8,7 @@ import pytest
 
 from ssd_ray.bench.simulate import Hardware, geometric_pair, ssd
 from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.planner import PATIENCE, Plan, Planner
 
 
@@ -89,3 +90,45 @@ def test_the_planned_wait_is_the_best_in_simulation(verify: float, step: float, 
         return ssd(hardware, pair, rounds=20_000).tokens_per_s
 
     assert speed(planner.plan.wait) > 0.97 * max(speed(wait) for wait in range(8))
+
+
+def drawn(accepting: float, dearness: float, dice: random.Random, noise: float = 0.0) -> list[tuple[float, float]]:
+    """What each C would do at a position: hits grow as C falls, acceptance is lost at this rate. Some positions are
+    hard for all of them, and a little of the noise is each one's own."""
+    common = dice.uniform(-noise, noise)
+    accepted = [accepting - dearness * (1.0 - c) + common + 0.2 * dice.uniform(-noise, noise) for c in FACTORS]
+    return [(min(max(each, 0.0), 1.0), 0.3 + 0.6 * (1.0 - c)) for each, c in zip(accepted, FACTORS, strict=True)]
+
+
+def factor(planner: Planner, pace: Pace, dearness: float, noise: float, count: int = 600) -> list[float]:
+    """The Cs of the plans that were made in so many rounds, each with one position looked at."""
+    dice, factors = random.Random(0), []
+    for _ in range(count):
+        assert planner.factors is not None
+        planner.factors.saw_position(drawn(0.7, dearness, dice, noise))
+        before = planner.c
+        rounds(pace, planner, 1, verify=15, step=4, accept=0.7, noise=0.1, dice=dice)
+        factors += [planner.c] if planner.c != before else []
+    return factors
+
+
+def test_c_follows_what_acceptance_costs() -> None:
+    pace = Pace()
+    planner = Planner(pace, 7, "auto")
+    assert factor(planner, pace, dearness=0.0, noise=0.1)[-1] == 0.0
+    assert 1 <= len(factor(planner, pace, dearness=0.65, noise=0.1)) <= 4
+    assert planner.c == 1.0
+    assert "draw with C = 1" in str(planner.update() or planner.plan)
+
+
+def test_noise_does_not_make_c_oscillate() -> None:
+    pace = Pace()
+    planner = Planner(pace, 7, "auto")
+    factor(planner, pace, dearness=0.2, noise=0.3, count=200)
+    assert len(factor(planner, pace, dearness=0.2, noise=0.3, count=3000)) <= 4
+
+
+def test_a_given_c_stays_and_coupled_mode_has_none() -> None:
+    assert Planner(Pace(), 7, 0.4).c == 0.4
+    assert Planner(Pace(), 7).c is None
+    assert "C =" not in str(Planner(Pace(), 7).plan)

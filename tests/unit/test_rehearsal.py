@@ -56,7 +56,7 @@ def test_the_text_is_that_of_plain_decoding() -> None:
 
 
 def test_it_repeats_to_the_last_bit() -> None:
-    assert run(Play(proposing=Proposing(0.5)))[1] == run(Play(proposing=Proposing(0.5)))[1]
+    assert run(Play(proposing=Proposing()))[1] == run(Play(proposing=Proposing()))[1]
 
 
 def test_drafts_work_beside_the_target() -> None:

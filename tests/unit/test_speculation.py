@@ -111,6 +111,8 @@ def laws(*weights: list[float], tokens: list[list[int]] | None = None) -> dict[s
         "sampled": list(range(len(weights))),
         "law_weights": memoryview(np.array(weights, np.float32).tobytes()),
         "law_tokens": memoryview(np.array(tokens or [], np.int32).tobytes()),
+        "law_guesses": [0] * len(weights),
+        "law_factors": [1.0] * len(weights),
     }
 
 

@@ -15,6 +15,7 @@ from ssd_ray.errors import ProtocolError
 
 NUMBER = st.integers(0, 2**53)
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=20)
+FACTORS = st.floats(0, 1)
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.floats(0, 100),
@@ -27,10 +28,8 @@ MESSAGES = st.one_of(
     st.builds(wire.Nodes, NUMBER, NUMBER, NUMBER, st.lists(st.integers(-65, 2**53)), TOKENS, st.floats(0, 1e6)),
     st.builds(wire.Lost, NUMBER),
     st.builds(wire.Goodbye, st.text(max_size=64)),
-    st.builds(wire.Open, NUMBER, NUMBER, TOKENS, TOKENS, PARAMS, NUMBER, st.integers(1, 4096)),
-    st.builds(
-        wire.Outcome, NUMBER, NUMBER, NUMBER, NUMBER, st.integers(0, 9), TOKENS, st.booleans(), NUMBER, st.just(2)
-    ),
+    st.builds(wire.Open, NUMBER, NUMBER, TOKENS, TOKENS, PARAMS, FACTORS, NUMBER, st.integers(1, 4096)),
+    st.builds(wire.Outcome, NUMBER, NUMBER, NUMBER, NUMBER, st.integers(0, 9), TOKENS, st.booleans(), NUMBER, FACTORS),
     st.builds(wire.Begin, NUMBER, NUMBER, TOKENS),
     st.builds(wire.Close, NUMBER),
     st.builds(wire.Output, NUMBER, TOKENS, st.none() | st.text(max_size=64), st.none() | st.just(wire.RequestStats())),
