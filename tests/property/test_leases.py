@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ssd_ray.models.pages import Lease, PagePool
+from ssd_ray.models.leases import Lease, PagePool
 
 SLOTS, PAGES = 2, 8
 TOKENS = st.lists(st.integers(0, 1), max_size=11)
@@ -69,6 +69,17 @@ class Leases(RuleBasedStateMachine):
 
 Leases.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestLeases = Leases.TestCase
+
+
+def test_pages_follow_one_another_where_they_can() -> None:
+    """What is read as one piece need not be gathered."""
+    pool = PagePool(range(32), SLOTS)
+    leases = [pool.lease() for _ in range(4)]
+    for slots in range(1, 4 * SLOTS):
+        for lease in leases:
+            assert lease.grow(slots)
+    for lease in leases:
+        assert lease.pages == list(range(lease.pages[0], lease.pages[0] + 4))
 
 
 def test_the_longest_unused_goes_first() -> None:

@@ -39,7 +39,7 @@ class PagePool:
     def __init__(self, pages: Sequence[int], slots: int) -> None:
         self.slots = slots
         self.size = len(pages)
-        self._free = list(reversed(pages))
+        self._free = set(pages)
         self._root = CachedPage(-1, None, ())
         self._idle: dict[CachedPage, None] = {}  # nobody's, the longest unused first
         self._leases: set[Lease] = set()
@@ -74,20 +74,36 @@ class PagePool:
             node = child
         return found
 
-    def _take(self, count: int) -> list[int] | None:
-        """Take pages out of the pool, or none if they are not so many."""
+    def _take(self, count: int, after: int) -> list[int] | None:
+        """Take pages out of the pool, those that follow ``after`` if they are free; None if they are not so many."""
         if count > self.available:
             return None
         while len(self._free) < count:
             # A leaf: whoever holds a page holds those before it, and lets go of the deepest first.
             self._evict(next(iter(self._idle)))
-        return [self._free.pop() for _ in range(count)]
+        taken: list[int] = []
+        for _ in range(count):
+            number = after + 1 if after + 1 in self._free else self._begin_run(count - len(taken))
+            self._free.remove(number)
+            taken.append(number)
+            after = number
+        return taken
+
+    def _begin_run(self, count: int) -> int:
+        """A free page from which a sequence can go on: the middle of the longest run of free pages, so that whoever
+        comes before can go on, too; its beginning if ``count`` pages need that."""
+        longest, size, start = -1, 0, -1
+        for number in sorted(self._free):
+            start = number if number - 1 not in self._free else start
+            if number - start + 1 > size:
+                longest, size = start, number - start + 1
+        return longest + min(size // 2, max(0, size - count))
 
     def _evict(self, page: CachedPage) -> None:
         del self._idle[page]
         if page.parent is not None:
             del page.parent.children[page.key]
-        self._free.append(page.number)
+        self._free.add(page.number)
 
     def validate(self) -> None:
         """Check all invariants.
@@ -149,7 +165,7 @@ class Lease:
         """Have room for so many slots; False, and nothing has changed, if there are no pages for it."""
         missing = self._pool.pages_for(slots) - len(self.pages)
         if missing > 0:
-            taken = self._pool._take(missing)
+            taken = self._pool._take(missing, self.pages[-1] if self.pages else -2)
             if taken is None:
                 return False
             self.pages += taken
@@ -174,7 +190,7 @@ class Lease:
         """Give all pages back, those of these tokens to the cache. The lease ends."""
         self.publish(tokens)
         pool = self._pool
-        pool._free += self.own
+        pool._free.update(self.own)
         for page in reversed(self.cached):  # the deepest are evicted first
             page.users -= 1
             if not page.users:
