@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 
+from ssd_ray.actors.batch import Batch, Request, Row
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
@@ -23,7 +23,7 @@ from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner
 from ssd_ray.sampling.rejection import Proposal, weigh
-from ssd_ray.sampling.verifier import Verifier, verifier
+from ssd_ray.sampling.verifier import verifier
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.stats import EngineStats, add
@@ -57,33 +57,6 @@ DRIVER = "driver"
 """The driver's name on the channel."""
 
 
-@dataclass(slots=True)
-class Row:
-    """One running request: its session, its KV row, its verifier, and who has been told what."""
-
-    session: TargetSession
-    number: int
-    verifier: Verifier
-    text: Detokenizer | None
-    unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
-    accepted: int = 0  # tokens of the last speculation
-    added: list[int] = field(default_factory=list)  # tokens of the last round
-    announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
-    wanted: int = 0  # tokens to wait for
-    ngrams: NgramIndex = field(default_factory=NgramIndex)
-    looked_up: bool = False  # the next speculation was found in the text
-    whole: bool = False  # the next speculation was as long as can be when it was looked up
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request as it waits for its turn."""
-
-    number: int
-    tokens: Sequence[int]
-    params: SamplingParams
-
-
 class Target:
     """A target without its process: everything but where it runs.
 
@@ -100,6 +73,10 @@ class Target:
         end_tokens: tokens that end a text.
         tokenizer: needed for stop strings alone.
         concurrency: requests that run at the same time.
+        interleaved: rows take turns in two groups, so that drafts work for one while the other is verified; else all
+            rows are verified together.
+        prefill_chunk: tokens of prompts that are prefilled between two rounds.
+        prefix_cache: keep the KV of what has ended for prompts that begin alike.
         clock: seconds; another one lets time be simulated.
     """
 
@@ -118,6 +95,9 @@ class Target:
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
         concurrency: int = 1,
+        interleaved: bool = False,
+        prefill_chunk: int = 256,
+        prefix_cache: bool = True,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._clock = clock
@@ -131,10 +111,12 @@ class Target:
         self._patient = patient
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
-        self._concurrency = min(concurrency, runner.rows)
+        self._interleaved = interleaved and not patient
+        self._prefill_chunk = prefill_chunk
+        self._looks_up = backup in ("ngram", "auto")
+        self._batch = Batch(runner, concurrency, SHAPE, caching=prefix_cache)
+        self._rounds = 0
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
-        self._waiting: deque[Request] = deque()
-        self._rows: list[Row] = []
         self._drafts: list[str] = []
         self._outbox: deque[Output] = deque()
         self._done = RequestStats()
@@ -164,7 +146,7 @@ class Target:
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
         total = self._done
-        for row in list(self._rows):
+        for row in [*self._batch.rows, *self._batch.waiting]:
             total = add(total, row.session.stats())
         plan = str(self._planner.plan)
         return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts), plan=plan)
@@ -172,20 +154,45 @@ class Target:
     # The loop
 
     def turn(self, idle_seconds: float = IDLE_SECONDS) -> bool:
-        """Run one round of what is there; without requests wait for a message. Returns whether a round ran."""
+        """Run one round of what is there; without requests wait for a message. Returns whether there was work."""
         self._take_commands()
         self._receive(0.0)
         self._flush()
-        self._admit()
-        if not self._rows:
+        for row in self._batch.admit():
+            for draft in self._drafts:
+                self._open(draft, row)
+        if not self._batch.rows:
             self._receive(idle_seconds)
             return False
-        self._round()
+        self._prefill()
+        self._round(self._batch.pick(self._groups, self._rounds))
         return True
 
-    def _round(self) -> None:
+    @property
+    def _groups(self) -> int:
+        """Into how many groups the rows are divided that take turns."""
+        return 2 if self._interleaved and sum(row.ready for row in self._batch.rows) > 1 else 1
+
+    def _prefill(self) -> None:
         start = self._clock()
-        rows = self._rows
+        row = self._batch.prefill(self._prefill_chunk)
+        if row is not None:
+            row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
+
+    def _round(self, rows: Sequence[Row]) -> None:
+        for row in self._batch.make_room(rows):
+            self._tell(Close(row.session.sequence))
+        rows = [row for row in rows if row.lease is not None]
+        if rows:
+            self._rounds += 1
+            self._run_round(rows)
+
+    def _run_round(self, rows: Sequence[Row]) -> None:
+        start = self._clock()
+        if self._groups > 1:
+            for row in rows:
+                self._back_up(row)
+        wait_ms = self._wait(rows)
         for row in rows:
             self._begin(row)
         verify_start = self._clock()
@@ -194,23 +201,18 @@ class Target:
         for row, decision in zip(rows, self._decide(rows, logits), strict=True):
             self._commit(row, decision, verify_ms)
         self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
-        for row in rows:
-            self._announce(row)
-        wait_ms = self._wait([row for row in rows if row.session.finish_reason is None])
+        self._announce(rows)
         host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
         for row in rows:
-            tally = row.session.tally
-            tally.verify_ms += verify_ms / len(rows)
-            tally.wait_ms += wait_ms / len(rows)
-            tally.host_ms += host_ms / len(rows)
-            tally.waits += wait_ms > 0.0
-        self._rows = [row for row in rows if not self._ended(row)]
+            row.session.tally.spent(verify_ms / len(rows), wait_ms / len(rows), host_ms / len(rows))
+            if row.session.finish_reason is not None:
+                self._end(row)
         if (plan := self._planner.update()) is not None:
             logger.info("plan: %s", plan)
 
     def _begin(self, row: Row) -> None:
-        speculation = row.session.begin(self._lookahead)
         session = row.session
+        speculation = session.begin(self._lookahead)
         if speculation != row.announced:
             for share, draft in enumerate(self._drafts):
                 self._send(draft, Begin(session.sequence, session.round, speculation, share, len(self._drafts)))
@@ -220,7 +222,7 @@ class Target:
 
     @torch.inference_mode()
     def _verify(self, rows: Sequence[Row]) -> torch.Tensor:
-        """One forward over all rows; logits, float32 [rows, SHAPE, V]."""
+        """One forward over the rows; logits, float32 [rows, SHAPE, V]."""
         tokens = torch.zeros(len(rows), SHAPE, dtype=torch.int64)
         for index, row in enumerate(rows):
             inputs = row.session.inputs
@@ -251,52 +253,10 @@ class Target:
         self._pace.saw_outcomes(session.cache.outcomes)
         row.accepted = decision.accepted
         row.added = session.commit(decision)
+        row.filled = session.position
+        if self._looks_up:
+            row.ngrams.extend(row.added)
         self._look_for_stop(row, row.added)
-
-    def _announce(self, row: Row) -> None:
-        """Tell the drafts the outcome and what is verified next, and the driver the new tokens."""
-        session = row.session
-        if session.finish_reason is None:
-            hit = session.look_up(self._drafts)
-            if self._planner.factors is not None and row.accepted == self._lookahead:
-                self._planner.factors.saw_whole(hit)
-            self._look_up_text(row)
-            most = session.most(self._lookahead)
-            row.announced = session.cache.speculate(most)
-            row.whole = len(row.announced) == most and not row.looked_up
-            row.wanted = len(row.announced) if row.looked_up else self._wanted(session)
-            if not hit:
-                session.back_up("ngram" if row.looked_up else "draft" if row.wanted else "none")
-            for share, draft in enumerate(self._drafts):
-                message = Outcome(
-                    session.sequence,
-                    session.round - 1,
-                    session.position,
-                    row.accepted,
-                    session.tokens[-1],
-                    row.announced,
-                    session.hit,
-                    row.wanted,
-                    self._planner.c or 0.0,
-                    share,
-                    len(self._drafts),
-                )
-                if draft not in row.unaware:
-                    self._send(draft, message)
-        self._emit(Output(session.sequence, row.added))
-
-    def _look_up_text(self, row: Row) -> None:
-        """On a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
-        session, row.looked_up = row.session, False
-        if self._backup not in ("ngram", "auto"):
-            return
-        row.ngrams.extend(row.added)
-        most = session.most(self._lookahead)
-        proposal = [] if session.hit else row.ngrams.propose(most)
-        waits = self._worth_waiting(session)
-        if proposal and (self._backup == "ngram" or self._pace.prefers_lookup(len(proposal), most, waits=waits)):
-            session.cache.plant(proposal)
-            row.looked_up = True
 
     def _look_for_stop(self, row: Row, added: list[int]) -> None:
         """End the request behind the token that completes a stop string."""
@@ -308,37 +268,89 @@ class Target:
             del added[len(added) - surplus :]
             row.session.finish("stop", row.text.count)
 
-    def _wanted(self, session: TargetSession) -> int:
-        """How many tokens the next speculation should have: more than there are only if waiting pays."""
+    def _announce(self, rows: Sequence[Row]) -> None:
+        """Tell the drafts the outcomes and what is verified next, and the driver the new tokens."""
+        going = [row for row in rows if row.session.finish_reason is None]
+        for row in going:
+            self._look_up(row)
+        if self._groups > 1:  # there is the time of a verification until their turn: for a whole chain, if need be
+            for row in going:
+                row.wanted = row.session.most(self._lookahead) if self._worth_waiting(row.session) else 0
+        else:
+            for row in going:
+                self._back_up(row)
+            self._plan_wait(going)
+        for row in going:
+            self._tell_outcome(row)
+        for row in rows:
+            self._emit(Output(row.session.sequence, row.added))
+
+    def _look_up(self, row: Row) -> None:
+        """Find what is prepared for the outcome."""
+        session = row.session
+        hit = session.look_up(self._drafts)
+        if self._planner.factors is not None and row.accepted == self._lookahead:
+            self._planner.factors.saw_whole(hit)
         most = session.most(self._lookahead)
-        available = session.cache.available(most)
-        if not self._worth_waiting(session):
-            return available
-        if self._exact_lookahead:
-            return most
-        wanted = self._pace.best_length(available, most) if available else min(most, self._planner.plan.wait)
-        return max(wanted, min(1, most)) if self._patient else wanted  # what is never tried is never known
+        row.looked_up, row.backed_up = False, hit
+        row.whole = session.cache.available(most) == most
+
+    def _back_up(self, row: Row) -> None:
+        """After a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
+        session = row.session
+        if row.backed_up:
+            return
+        row.backed_up = True
+        most = session.most(self._lookahead)
+        available, waits = session.cache.available(most), self._worth_waiting(session)
+        proposal = row.ngrams.propose(most) if self._looks_up and not available else []
+        if proposal and (self._backup == "ngram" or self._pace.prefers_lookup(len(proposal), most, waits=waits)):
+            session.cache.plant(proposal)
+            row.looked_up = True
+        session.back_up("ngram" if row.looked_up else "draft" if available or waits else "none")
+
+    def _plan_wait(self, rows: Sequence[Row]) -> None:
+        """Set how many tokens each row is to have: more than there are only if that pays for the rows together."""
+        lengths = [self._lengths(row) for row in rows]
+        steps = self._steps(lengths)
+        for row, (available, most) in zip(rows, lengths, strict=True):
+            row.wanted = min(available + steps, most)
+
+    def _lengths(self, row: Row) -> tuple[int, int]:
+        """How many tokens a row has, and how many it could have."""
+        most = row.session.most(self._lookahead)
+        available = row.session.cache.available(most)
+        return available, most if self._worth_waiting(row.session) and not row.looked_up else available
+
+    def _steps(self, lengths: Sequence[tuple[int, int]]) -> int:
+        """Draft steps to wait for."""
+        missing = max((most - available for available, most in lengths), default=0)
+        if self._exact_lookahead or not missing:
+            return missing
+        alone = lengths == [(0, missing)]
+        steps = min(missing, self._planner.plan.wait) if alone else self._pace.best_steps(lengths)
+        empty = self._patient and not all(available for available, most in lengths if most)
+        return max(steps, 1 if empty else 0)  # what is never tried is never known
 
     def _wait(self, rows: Sequence[Row]) -> float:
-        """Wait for drafts where a longer speculation is worth it; returns milliseconds."""
+        """Wait for drafts where longer speculations are worth it; returns milliseconds."""
+        self._plan_wait(rows)
         start = self._clock()
-        waited = False
-        for row in rows:
-            waited |= self._wait_for(row, start)
-        return 1e3 * (self._clock() - start) if waited else 0.0
-
-    def _wait_for(self, row: Row, start: float) -> bool:
-        cache, wanted = row.session.cache, row.wanted
-        steps = wanted - cache.available(wanted)
+        steps = max(self._missing(row) for row in rows)
         if steps <= 0:
-            return False
+            return 0.0
         deadline = start + (3600.0 if self._patient else 1e-3 * self._pace.patience_ms(steps))
-        while cache.available(wanted) < wanted and (left := deadline - self._clock()) > 0:
+        while (short := any(self._missing(row) > 0 for row in rows)) and (left := deadline - self._clock()) > 0:
             if not self._receive(left) and self._patient:
                 break
-        came = cache.available(wanted) >= wanted
-        self._pace.saw_wait(1e3 * (self._clock() - start), steps, came=came)
-        return True
+        waited_ms = 1e3 * (self._clock() - start)
+        self._pace.saw_wait(waited_ms, steps, came=not short)
+        return waited_ms
+
+    @staticmethod
+    def _missing(row: Row) -> int:
+        """Tokens that the row is to have and has not."""
+        return row.wanted - row.session.cache.available(row.wanted)
 
     def _worth_waiting(self, session: TargetSession) -> bool:
         """Whether some draft is at work on this sequence: it has said something about the round before this one."""
@@ -351,26 +363,19 @@ class Target:
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, Request):
-                self._waiting.append(command)
+                self._batch.add(self._row(command))
             elif isinstance(command, int):
                 self._cancel(command)
             else:
                 self._remove_draft(command)
 
     def _cancel(self, number: int) -> None:
-        for row in self._rows:
+        for row in [*self._batch.rows, *self._batch.waiting]:
             if row.session.sequence == number:
                 row.session.finish("cancelled")
-        self._rows = [row for row in self._rows if not self._ended(row)]
-        for request in [request for request in self._waiting if request.number == number]:
-            self._waiting.remove(request)
-            self._emit(Output(number, [], "cancelled", RequestStats(prompt_tokens=len(request.tokens))))
+                self._end(row)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._rows) < self._concurrency:
-            self._start(self._waiting.popleft())
-
-    def _start(self, request: Request) -> None:
+    def _row(self, request: Request) -> Row:
         tokens, params = [int(token) for token in request.tokens], request.params
         session = TargetSession(
             request.number,
@@ -381,30 +386,21 @@ class Target:
             vocab_size=self._runner.vocab_size,
             sampled=self._sampler == "rejection" and not params.greedy,
         )
-        number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
         study = self._study if self._planner.factors is not None else None
         verify = verifier(self._sampler, params, self._runner.vocab_size, study)
         text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
-        row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
-        for draft in self._drafts:
-            self._open(draft, row)
-        start = self._clock()
-        self._runner.prefill(number, tokens[:-1])
-        session.tally.prefill_ms = 1e3 * (self._clock() - start)
-        self._rows.append(row)
+        return Row(session, verify, text, NgramIndex(tokens if self._looks_up else ()))
 
-    def _ended(self, row: Row) -> bool:
+    def _end(self, row: Row) -> None:
         """Say goodbye to a row that has a finish reason."""
         session = row.session
-        if session.finish_reason is None:
-            return False
-        for draft in self._drafts:
-            self._send(draft, Close(session.sequence))
+        if row.lease is not None:
+            self._tell(Close(session.sequence))
+        self._batch.remove(row)
         stats = session.stats()
         self._done = add(self._done, stats)
         self._requests += 1
         self._emit(Output(session.sequence, [], session.finish_reason, stats))
-        return True
 
     # Messages
 
@@ -426,17 +422,16 @@ class Target:
         match message:
             case Nodes() if peer in self._drafts:
                 self._pace.saw_step(message.step_ms)
-                for row in self._rows:
-                    if row.session.sequence == message.sequence:
-                        row.session.add(peer, message)
+                if (row := self._running(message.sequence)) is not None:
+                    row.session.add(peer, message)
             case Hello() if message.name == peer and peer not in self._drafts:
                 self._drafts.append(peer)
-                for row in self._rows:
+                for row in self._batch.rows:
                     row.unaware.append(peer)
             case Lost() if peer in self._drafts:
-                for row in self._rows:
-                    if row.session.sequence == message.sequence and peer not in row.unaware:
-                        row.unaware.append(peer)
+                row = self._running(message.sequence)
+                if row is not None and peer not in row.unaware:
+                    row.unaware.append(peer)
             case Goodbye():
                 self._remove_draft(peer)
             case _:
@@ -446,9 +441,32 @@ class Target:
         """The guesses are dealt anew with the next outcome."""
         if draft in self._drafts:
             self._drafts.remove(draft)
-            for row in self._rows:
+            for row in self._batch.rows:
                 row.session.cache.forget(draft)
                 row.unaware = [name for name in row.unaware if name != draft]
+
+    def _running(self, sequence: int) -> Row | None:
+        return next((row for row in self._batch.rows if row.session.sequence == sequence), None)
+
+    def _tell_outcome(self, row: Row) -> None:
+        session = row.session
+        row.announced = session.cache.speculate(session.most(self._lookahead))
+        for share, draft in enumerate(self._drafts):
+            message = Outcome(
+                session.sequence,
+                session.round - 1,
+                session.position,
+                row.accepted,
+                session.tokens[-1],
+                row.announced,
+                session.hit,
+                row.wanted,
+                self._planner.c or 0.0,
+                share,
+                len(self._drafts),
+            )
+            if draft not in row.unaware:
+                self._send(draft, message)
 
     def _open(self, draft: str, row: Row) -> None:
         session = row.session
@@ -467,6 +485,11 @@ class Target:
                 shares,
             ),
         )
+
+    def _tell(self, message: Message) -> None:
+        """Say something to all drafts."""
+        for draft in self._drafts:
+            self._send(draft, message)
 
     def _send(self, draft: str, message: Message) -> None:
         self._channel.send(draft, encode(self._session, message))

@@ -192,6 +192,8 @@ class RequestStats(Struct, frozen=True, array_like=True):
         tree_tokens: tokens that drafts sent; ``tree_used`` of them were verified, or guessed right.
         draft_ms: milliseconds of the draft steps that made them, over all drafts; ``draft_used_ms`` those of steps of
             which at least one token was used.
+        cached_tokens: tokens that were not prefilled, because their KV was there from an earlier request.
+        preemptions: times that it had to give its memory back and wait again.
     """
 
     rounds: int = 0
@@ -212,6 +214,8 @@ class RequestStats(Struct, frozen=True, array_like=True):
     tree_used: int = 0
     draft_ms: float = 0.0
     draft_used_ms: float = 0.0
+    cached_tokens: int = 0
+    preemptions: int = 0
 
 
 class Output(Message, frozen=True, tag="output"):

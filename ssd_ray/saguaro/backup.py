@@ -32,14 +32,22 @@ class Costs:
     delay_ms: float
     arrival: float = 1.0
 
-    def rate(self, length: int, steps: int, acceptance: Sequence[float]) -> float:
-        """Tokens per millisecond of a round that verifies ``length`` tokens and waits for ``steps`` draft steps, which
-        make the last of them."""
+    def gain(self, length: int, available: int, acceptance: Sequence[float]) -> float:
+        """Tokens that a row yields which verifies ``length`` tokens, of which ``available`` are there."""
         gain, reach = 1.0, 1.0
         for index, chance in enumerate(acceptance[:length]):
-            reach *= chance * (self.arrival if index == length - steps else 1.0)
+            reach *= chance * (self.arrival if index == available else 1.0)
             gain += reach
-        return gain / (self.verify_ms + steps * self.step_ms + (self.delay_ms if steps else 0.0))
+        return gain
+
+    def round_ms(self, steps: int) -> float:
+        """Milliseconds of a round that waits for so many draft steps."""
+        return self.verify_ms + (steps * self.step_ms + self.delay_ms if steps else 0.0)
+
+    def rate(self, length: int, steps: int, acceptance: Sequence[float]) -> float:
+        """Tokens per millisecond of a round of one row that verifies ``length`` tokens and waits for ``steps`` draft
+        steps, which make the last of them."""
+        return self.gain(length, length - steps, acceptance) / self.round_ms(steps)
 
 
 def best_length(available: int, most: int, acceptance: Sequence[float], costs: Costs) -> int:
@@ -54,6 +62,21 @@ def best_length(available: int, most: int, acceptance: Sequence[float], costs: C
     start = min(available, most)
     # The first of equals: what needs no waiting.
     return max(range(start, most + 1), key=lambda length: costs.rate(length, max(0, length - available), acceptance))
+
+
+def best_steps(lengths: Sequence[tuple[int, int]], acceptance: Sequence[float], costs: Costs) -> int:
+    """How many draft steps rows that are verified together should wait for: what one gains, all wait for.
+
+    Args:
+        lengths: for each row the tokens that are there, and how many can be of use. A step adds one to each row.
+        acceptance, costs: as for :func:`best_length`.
+    """
+
+    def rate(steps: int) -> float:
+        gains = (costs.gain(min(there + steps, most), there, acceptance) for there, most in lengths)
+        return sum(gains) / costs.round_ms(steps)
+
+    return max(range(1 + max(most - there for there, most in lengths)), key=rate)
 
 
 @dataclass(slots=True)
@@ -122,6 +145,12 @@ class Pace:
         if not self.verify_ms or not self.step_ms:
             return most
         return best_length(available, most, self.acceptance, self.costs)
+
+    def best_steps(self, lengths: Sequence[tuple[int, int]]) -> int:
+        """How many draft steps to wait for; while nothing is known yet, as many as possible."""
+        if not self.verify_ms or not self.step_ms:
+            return max(most - available for available, most in lengths)
+        return best_steps(lengths, self.acceptance, self.costs)
 
     def prefers_lookup(self, length: int, most: int, *, waits: bool) -> bool:
         """Whether, with nothing drafted, ``length`` tokens from the text earn more than what a draft could do.

@@ -43,6 +43,15 @@ class Tally:
     tree_used: int = 0
     draft_ms: float = 0.0
     draft_used_ms: float = 0.0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    def spent(self, verify_ms: float, wait_ms: float, host_ms: float) -> None:
+        """Count the time of a round."""
+        self.verify_ms += verify_ms
+        self.wait_ms += wait_ms
+        self.host_ms += host_ms
+        self.waits += wait_ms > 0.0
 
 
 _SUMMED = [each.name for each in fields(Tally) if each.type in ("int", "float")]
@@ -79,8 +88,9 @@ class TargetSession:
         self.finish_reason: FinishReason | None = None
         self.tally = Tally()
         self.hit = False
-        self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=SampledNode if sampled else CachedNode)
         self._vocab_size = vocab_size
+        self._node = SampledNode if sampled else CachedNode
+        self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=self._node)
         self._prompt_tokens = len(self.tokens)
         self._room = min(params.max_tokens, max_length - self._prompt_tokens)
         self._end_tokens = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else end_tokens)
@@ -170,6 +180,12 @@ class TargetSession:
     def back_up(self, kind: BackupKind) -> None:
         """Count what is done about a miss."""
         self.tally.backups[kind] = self.tally.backups.get(kind, 0) + 1
+
+    def restart(self) -> None:
+        """Forget what was drafted, as the sequence leaves its row; it may go on later. What drafts still say about its
+        round comes too late."""
+        self.cache = SpeculationCache(self.tokens[-1], self._vocab_size, self.round + 1, node=self._node)
+        self.tally.preemptions += 1
 
     def finish(self, reason: FinishReason, generated: int | None = None) -> None:
         """End the sequence for a reason from outside: a stop string, a cancellation, an error.

@@ -1,0 +1,175 @@
+"""Which requests run together: rows that come and go at any round, and the KV pages that they stand on.
+
+A request waits until there is a row and room for its prompt, and is prefilled in chunks between the rounds of the
+others. Where memory runs out, the request that came last gives its pages back and waits again, with the tokens that it
+has: the one that came first always goes on, so that all of them end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from ssd_ray.config import SamplingParams
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.leases import Lease, PagePool
+from ssd_ray.saguaro.ngram import NgramIndex
+from ssd_ray.sampling.verifier import Verifier
+from ssd_ray.speculation.target import TargetSession
+from ssd_ray.text import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it waits for its turn."""
+
+    number: int
+    tokens: Sequence[int]
+    params: SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One request: its session, its verifier, where its KV is, and who has been told what."""
+
+    session: TargetSession
+    verifier: Verifier
+    text: Detokenizer | None
+    ngrams: NgramIndex
+    arrival: int = 0
+    number: int = -1  # of the KV row, while it runs
+    lease: Lease | None = None
+    filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
+    last_round: int = -1  # of the batch, in which it was verified
+    unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
+    accepted: int = 0  # tokens of the last speculation
+    added: list[int] = field(default_factory=list)  # tokens of the last round
+    announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
+    wanted: int = 0  # tokens to wait for
+    looked_up: bool = False  # the next speculation was found in the text
+    backed_up: bool = True  # what is done about the last outcome, if it was a miss, is decided
+    whole: bool = False  # the next speculation was as long as can be when it was looked up
+
+    @property
+    def ready(self) -> bool:
+        """Whether its whole prompt has KV, the last token aside, with which the first round begins."""
+        return self.filled >= self.session.position
+
+
+class Batch:
+    """The rows of a target.
+
+    Args:
+        runner: the model; its pages are dealt out here.
+        rows: requests that run at the same time at most.
+        margin: slots beyond the tokens of a sequence that a verification writes to.
+        caching: keep the KV of what has ended for what begins alike.
+    """
+
+    def __init__(self, runner: ModelRunner, rows: int, margin: int, *, caching: bool = True) -> None:
+        self.rows: list[Row] = []
+        self.waiting: deque[Row] = deque()
+        self.pool = PagePool(range(runner.num_pages), runner.page_slots)
+        self.preemptions = 0
+        self._runner = runner
+        self._most = min(rows, runner.rows)
+        self._margin = margin
+        self._caching = caching
+        self._arrivals = count()
+
+    def add(self, row: Row) -> None:
+        """Let a new row wait for its turn."""
+        row.arrival = next(self._arrivals)
+        self.waiting.append(row)
+
+    def admit(self) -> list[Row]:
+        """Let those that wait run, in the order of their arrival, as far as there is room; returns them."""
+        admitted = []
+        while self.waiting and len(self.rows) < self._most and self._place(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+        return admitted
+
+    def _place(self, row: Row) -> bool:
+        """Give a row its KV row and the pages for its tokens, if they are there."""
+        tokens = row.session.tokens
+        lease = self.pool.lease(tokens[:-1] if self._caching else ())
+        if not lease.grow(len(tokens) + self._margin) or self.pool.available < len(self.rows):
+            lease.release()  # those who run may soon need a page each
+            return False
+        row.lease, row.filled = lease, lease.shared * self.pool.slots
+        row.number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
+        self._runner.bind(row.number, 0, lease.pages)
+        row.session.tally.cached_tokens += row.filled
+        self.rows.append(row)
+        return True
+
+    def prefill(self, most: int) -> Row | None:
+        """Write the KV of up to ``most`` tokens of the row that has waited longest for it; returns that row."""
+        row = next((row for row in self.rows if not row.ready), None)
+        if row is None:
+            return None
+        # Chunks end at multiples of their size, wherever they begin.
+        end = min(row.filled + most - row.filled % most, row.session.position)
+        self._runner.prefill(row.number, row.session.tokens[row.filled : end], row.filled)
+        row.filled = end
+        if row.ready:
+            self._publish(row)
+        return row
+
+    def make_room(self, rows: Iterable[Row]) -> list[Row]:
+        """See that each row has pages for its next round, at the cost of those that came last; returns who had to
+        go, rows of these among them."""
+        gone: list[Row] = []
+        for row in sorted(rows, key=_arrival):
+            while row.lease is not None and not self._grow(row, row.lease):
+                gone.append(self._preempt(max(self.rows, key=_arrival)))
+        return gone
+
+    def _grow(self, row: Row, lease: Lease) -> bool:
+        before = len(lease.pages)
+        grown = lease.grow(len(row.session.tokens) + self._margin)
+        if len(lease.pages) > before:
+            self._runner.bind(row.number, before, lease.pages[before:])
+        return grown
+
+    def _preempt(self, row: Row) -> Row:
+        self.remove(row)
+        row.session.restart()
+        place = sum(other.arrival < row.arrival for other in self.waiting)
+        self.waiting.insert(place, row)
+        self.preemptions += 1
+        return row
+
+    def remove(self, row: Row) -> None:
+        """Take a row out, wherever it is; its pages go to the prefix cache."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        if row.lease is not None:
+            self.rows.remove(row)
+            row.lease.release(self._known(row))
+            row.lease, row.filled, row.last_round = None, 0, -1
+
+    def pick(self, groups: int, now: int) -> list[Row]:
+        """The rows of the next round, number ``now``: of those that can decode one part in so many, the ones whose turn
+        was longest ago."""
+        ready = sorted((row for row in self.rows if row.ready), key=lambda row: (row.last_round, row.arrival))
+        picked = ready[: -(-len(ready) // groups)]
+        for row in picked:
+            row.last_round = now
+        return sorted(picked, key=lambda row: row.number)
+
+    def _publish(self, row: Row) -> None:
+        if row.lease is not None and self._caching:
+            row.lease.publish(self._known(row))
+
+    def _known(self, row: Row) -> Sequence[int]:
+        """The tokens of a row whose KV is in place."""
+        if not self._caching:
+            return ()
+        return row.session.tokens[: row.session.position if row.ready else row.filled]
+
+
+def _arrival(row: Row) -> int:
+    return row.arrival
