@@ -19,6 +19,9 @@ class PageTable:
     Args:
         num_pages: pages of the pool; None is enough for all rows, and binds them one after the other.
         device: where addresses are computed.
+
+    Attributes:
+        tensor: int64 [rows, pages of a row].
     """
 
     def __init__(
@@ -28,7 +31,7 @@ class PageTable:
         per_row = slots // page_slots
         self.num_pages = self.spare = rows * per_row if num_pages is None else num_pages
         self._pages = [[self.spare] * per_row for _ in range(rows)]
-        self._tensor = torch.full((rows, per_row), self.spare, dtype=torch.int64, device=device)
+        self.tensor = torch.full((rows, per_row), self.spare, dtype=torch.int64, device=device)
         if num_pages is None:
             for row in range(rows):
                 self.bind(row, 0, range(row * per_row, (row + 1) * per_row))
@@ -41,7 +44,7 @@ class PageTable:
         if not all(UNBOUND <= page < self.num_pages for page in pages):
             raise ValueError(f"pages {list(pages)} of a pool that has {self.num_pages}")
         of_row[first:end] = [self.spare if page == UNBOUND else page for page in pages]
-        self._tensor[row, first:end] = torch.tensor(of_row[first:end], dtype=torch.int64)
+        self.tensor[row, first:end] = torch.tensor(of_row[first:end], dtype=torch.int64)
 
     def of(self, row: int, slots: int) -> list[int]:
         """The pages behind the first slots of a row."""
@@ -54,11 +57,14 @@ class PageTable:
 
     def indices(self, rows: Sequence[int], slots: int) -> Tensor:
         """The pages behind the first slots of rows, int64 [R, P]."""
-        return self._tensor[list(rows), : -(-slots // self.page_slots)]
+        return self.tensor[list(rows), : -(-slots // self.page_slots)]
 
     def addresses(self, rows: Sequence[int], slots: Tensor) -> Tensor:
         """Where slots, int64 [1 or R, T], of rows lie in the pool: int64 [R, T]."""
-        pages = self._tensor[list(rows)].gather(1, (slots // self.page_slots).expand(len(rows), -1))
+        if len(rows) == 1:
+            pages = self.tensor[rows[0]][slots // self.page_slots]
+        else:
+            pages = self.tensor[list(rows)].gather(1, (slots // self.page_slots).expand(len(rows), -1))
         return pages * self.page_slots + slots % self.page_slots
 
     def require_trunk(self, row: int, end: int) -> None:

@@ -63,11 +63,11 @@ class TableModel(ModelRunner):
     def _allocate(self) -> None:
         self._pages = PageTable(self.rows, self.slots, self.page_slots, self._pool, device=self.device)
         self.num_pages = self._pages.num_pages
-        count = (self.num_pages + 1) * self.page_slots
-        self._positions = np.zeros(count, np.int64)
-        self._first = np.zeros(count, np.uint64)
-        self._second = np.zeros(count, np.uint64)
-        self.page_bytes = (self._positions.nbytes + self._first.nbytes + self._second.nbytes) // (self.num_pages + 1)
+        pool = self.num_pages + 1, self.page_slots
+        self._positions = np.zeros(pool, np.int64)
+        self._first = np.zeros(pool, np.uint64)
+        self._second = np.zeros(pool, np.uint64)
+        self.page_bytes = 3 * 8 * self.page_slots
 
     def perturbed(self, agreement: float, seed: int = 1) -> Self:
         """A fresh model of the same size that has this one's logits in a fraction of contexts, other ones elsewhere."""
@@ -111,15 +111,17 @@ class TableModel(ModelRunner):
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         for row, row_slots in zip(rows, slots.tolist(), strict=True):
             self._pages.require(row, row_slots)
-        to = self._pages.addresses(rows, slots).numpy()
         sees = visible.numpy()
-        read = self._pages.addresses(rows, torch.arange(sees.shape[-1])[None]).numpy()  # [R, E]
+        to = self._addresses(np.asarray(rows)[:, None], slots.numpy())
+        read = self._pages.tensor.numpy()[rows, : sees.shape[-1] // self.page_slots]  # [R, P]
         # As in a transformer: all tokens write a layer before any of them reads it.
         self._positions[to] = positions.numpy()
         self._first[to] = own = self._token_hash(tokens.numpy(), positions.numpy())
-        self._second[to] = _mix(own + self._seen(sees, self._first[read]))
-        picked = self._picked(sees, self._positions[read], self._first[read], self._second[read])
-        return self._table[torch.from_numpy(picked)]
+        first = self._first[read].reshape(len(rows), -1)  # [R, E]
+        self._second[to] = _mix(own + self._seen(sees, first))
+        second = self._second[read].reshape(len(rows), -1)
+        placed = self._positions[read].reshape(len(rows), -1)
+        return self._table[torch.from_numpy(self._picked(sees, placed, first, second))]
 
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
         for row, start in zip(rows, starts, strict=True):
@@ -134,10 +136,13 @@ class TableModel(ModelRunner):
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         self._pages.require(row, (*source, *destination))
-        slots = torch.tensor([source, destination], dtype=torch.int64)
-        origin, goal = self._pages.addresses([row, row], slots).numpy()
+        origin, goal = (self._addresses(row, np.array(slots, np.int64)) for slots in (source, destination))
         for kept in (self._positions, self._first, self._second):
             kept[goal] = kept[origin]
+
+    def _addresses(self, rows: int | NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Pages, and slots in them."""
+        return self._pages.tensor.numpy()[rows, slots // self.page_slots], slots % self.page_slots
 
     def _token_hash(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Hashes:
         if self.order is not None:
