@@ -58,14 +58,15 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
     )
 
 
-def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:
-    """Load the target's or the draft's model as the configuration has it."""
+def load_model(config: EngineConfig, role: str, scratch: int, pages: int | None = None) -> HFRunner:
+    """Load the target's or the draft's model as the configuration has it; ``pages`` as for :class:`HFRunner`."""
     return load_runner(
         getattr(config, role),
         role=role,  # type: ignore[arg-type]
         rows=config.max_num_seqs,
         max_length=config.max_model_len,
         scratch=scratch,
+        pages=pages,
         device=config.device,
         dtype=config.dtype,
         compile=config.compile,

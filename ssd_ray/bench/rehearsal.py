@@ -47,10 +47,14 @@ class Hooked(ModelRunner):
     ) -> None:
         self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
         self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
+        self.page_slots, self.num_pages, self.page_bytes = runner.page_slots, runner.num_pages, runner.page_bytes
         self._runner, self._on_append, self._on_extend = runner, on_append, on_extend
 
     def extent(self, needed: int) -> int:
         return self._runner.extent(needed)
+
+    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
+        self._runner.bind(row, first, pages)
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         logits = self._runner.extend(rows, tokens, positions, slots, visible)

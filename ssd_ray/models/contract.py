@@ -4,6 +4,10 @@ A runner holds ``rows`` independent KV rows of ``slots`` slots each. *Slot is no
 any slot of its row, and sees exactly the slots that its mask names. By convention the trunk of a sequence (its
 committed tokens) has slot = position, and tree nodes sit in scratch slots beyond it. Rolling back is writing again from
 an earlier slot: nothing is cleared, since a slot that no mask names is never seen.
+
+Rows are virtual. Their memory is a pool of pages of ``page_slots`` slots, and ``bind`` says which page stands behind
+which part of a row; several rows may share a page that none of them writes. A runner that was made without a number of
+pages has enough for all rows, bound from the start.
 """
 
 from __future__ import annotations
@@ -12,6 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, device, dtype
+
+PAGE_SLOTS = 64
+"""Slots of a page where nothing else is said; what a row reads grows in steps of it."""
+
+UNBOUND = -1
+"""In place of a page: nothing stands behind this part of the row."""
 
 
 class ModelRunner(ABC):
@@ -22,14 +32,37 @@ class ModelRunner(ABC):
     """Positions that the model can take."""
     rows: int
     slots: int
-    """Slots a row has: ``max_length`` and scratch."""
+    """Slots a row has: ``max_length`` and scratch, rounded up to whole pages."""
+    page_slots: int
+    """Slots of a page: slot s of a row lies in its virtual page ``s // page_slots``."""
+    num_pages: int
+    """Pages of the pool, numbered from 0."""
+    page_bytes: int
+    """Bytes that one page takes over all layers."""
     dtype: dtype
     device: device
     """Where logits lie. Tensors that are handed in may lie anywhere."""
 
     @abstractmethod
     def extent(self, needed: int) -> int:
-        """Round a number of slots up to the next read bucket (at most ``slots``)."""
+        """Round a number of slots up to whole pages."""
+
+    @abstractmethod
+    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
+        """Let the row's virtual pages ``first``, ``first + 1``, .. be these pages of the pool from now on.
+
+        Nothing is copied or cleared. Rows may share a page as long as none of them writes to it. Tokens are written to
+        bound pages only; an unbound page may be read where no mask names its slots. A row whose pages follow one
+        another in the pool is read without a copy, another one is gathered.
+
+        Args:
+            row: the row.
+            first: a virtual page.
+            pages: pages of the pool, or :data:`UNBOUND`.
+
+        Raises:
+            ValueError: a virtual page beyond the row's, or a page that the pool does not have.
+        """
 
     @abstractmethod
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
@@ -44,6 +77,9 @@ class ModelRunner(ABC):
 
         Returns:
             Logits, float32 [R, T, V], after each token.
+
+        Raises:
+            ValueError: a token would be written to a page that is not bound.
         """
 
     @abstractmethod
@@ -54,13 +90,21 @@ class ModelRunner(ABC):
         Returns logits, float32 [R, T, V].
 
         Raises:
-            ValueError: a token would lie beyond the row's slots.
+            ValueError: a token would lie beyond the row's slots, or on a page that is not bound.
         """
 
     @abstractmethod
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        """Write the KV of trunk tokens at positions and slots ``start ..``, and of no others; computes no logits."""
+        """Write the KV of trunk tokens at positions and slots ``start ..``, and of no others; computes no logits.
+
+        Raises:
+            ValueError: as :meth:`append`.
+        """
 
     @abstractmethod
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
-        """Copy KV between slots of a row as if all were read before any is written. Positions go with the KV."""
+        """Copy KV between slots of a row as if all were read before any is written. Positions go with the KV.
+
+        Raises:
+            ValueError: a slot lies on a page that is not bound.
+        """

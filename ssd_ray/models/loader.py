@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ssd_ray.errors import ConfigError, ModelError, ResourceError, SsdRayError, VocabularyMismatchError
+from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.support import max_positions, refuse_unsupported
 
@@ -108,6 +109,7 @@ def load_runner(
     rows: int,
     max_length: int | None = None,
     scratch: int,
+    pages: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
@@ -119,7 +121,7 @@ def load_runner(
     Args:
         path: a folder, a hub id, or None for the bundled model of this role. Nothing is fetched for a folder.
         role: names the field in messages.
-        rows, scratch: see :class:`HFRunner`.
+        rows, scratch, pages: see :class:`HFRunner`.
         max_length: positions of a row; None is the model's own limit.
         device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
@@ -138,7 +140,8 @@ def load_runner(
         refuse_unsupported(config, role, length)
         where = _device(device)
         kind = checkpoint_dtype(config) if dtype == "auto" else getattr(torch, dtype)
-        kv_bytes = _kv_bytes(config, kind) * rows * (length + scratch)
+        per_row = -(-(length + scratch) // PAGE_SLOTS)
+        kv_bytes = _kv_bytes(config, kind) * PAGE_SLOTS * (rows * per_row if pages is None else pages)
         weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
         _require_memory(role, weight_bytes, kv_bytes, where)
         return HFRunner(
@@ -146,6 +149,7 @@ def load_runner(
             rows=rows,
             max_length=length,
             scratch=scratch,
+            pages=pages,
             prefill_chunk=prefill_chunk,
             compile=compile,
             vocab_size=vocab_size,

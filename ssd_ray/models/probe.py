@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -50,15 +52,15 @@ def _shape(layer: DynamicLayer) -> LayerShape | None:
 
 
 @torch.inference_mode()
-def check_addressing(model: PreTrainedModel, kv: SlotCache) -> None:
-    """Compare a plain forward over a few tokens with one whose KV lies scattered over row 0, among tokens that nobody
+def check_addressing(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
+    """Compare a plain forward over a few tokens with one whose KV lies scattered over a row, among tokens that nobody
     may see.
 
     Raises:
         UnsupportedModelError: the logits differ: the model takes positions from the cache, or makes its own mask.
     """
     try:
-        got, want = _scattered(model, kv)
+        got, want = _scattered(model, shapes)
     except Exception as error:  # as above
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} does not run over a slot-addressed KV cache: {error}") from error
@@ -70,9 +72,11 @@ def check_addressing(model: PreTrainedModel, kv: SlotCache) -> None:
         )
 
 
-def _scattered(model: PreTrainedModel, kv: SlotCache) -> tuple[Tensor, Tensor]:
+def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[Tensor, Tensor]:
     """Logits [1, NUM_CHECKED, V] over scattered slots, and those of a plain forward."""
     count = NUM_CHECKED
+    kv = SlotCache(shapes, rows=1, slots=64, page_slots=16, dtype=model.dtype, device=model.device)
+    kv.table.bind(0, 0, [2, 0, 3, 1])
     tokens = torch.arange(1, count + 1, device=kv.device)[None]
     positions = torch.arange(count, device=kv.device)[None]
     slots = torch.linspace(kv.slots - 1, 1, count, device=kv.device).long()[None]  # backwards; slot 0 is hidden

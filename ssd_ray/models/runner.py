@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import choose_attention
-from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers
@@ -24,9 +24,9 @@ class HFRunner(ModelRunner):
     Args:
         model: a causal LM on its device, in its dtype. Its attention implementation is set here, and in bfloat16 on a
             CPU its linear layers are packed.
-        rows, max_length, scratch: a row has ``max_length + scratch`` slots.
+        rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages.
+        page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
         prefill_chunk: tokens in one prefill forward at most; shorter rests are padded to a power of two.
-        read_bucket: slots read grow in steps of it.
         compile: compile the decoding forwards with torch.compile, once for each shape.
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
 
@@ -43,7 +43,8 @@ class HFRunner(ModelRunner):
         max_length: int,
         scratch: int,
         prefill_chunk: int = 256,
-        read_bucket: int = 64,
+        page_slots: int = PAGE_SLOTS,
+        pages: int | None = None,
         compile: bool = False,
         vocab_size: int | None = None,
     ) -> None:
@@ -53,13 +54,23 @@ class HFRunner(ModelRunner):
         if packable(model.device, model.dtype) and not compile:
             pack_linears(model)
         self.max_length = max_length
-        self.rows, self.slots = rows, max_length + scratch
+        self.page_slots = page_slots
+        self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
-        self._chunk, self._bucket = prefill_chunk, read_bucket
+        self._chunk = prefill_chunk
         self._body = model.get_decoder()
         shapes = probe_layers(model)
-        self._kv = SlotCache(shapes, rows=rows, slots=self.slots, dtype=self.dtype, device=self.device)
-        check_addressing(model, self._kv)
+        check_addressing(model, shapes)
+        self._kv = SlotCache(
+            shapes,
+            rows=rows,
+            slots=self.slots,
+            page_slots=page_slots,
+            pages=pages,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes
         self._decode = decoding_forward(model, self._kv, compile=compile)
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -68,10 +79,15 @@ class HFRunner(ModelRunner):
         self._strip = self._causal_strip(prefill_chunk)
 
     def extent(self, needed: int) -> int:
-        return min(self.slots, -(-needed // self._bucket) * self._bucket)
+        return -(-needed // self.page_slots) * self.page_slots
+
+    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
+        self._kv.table.bind(row, first, pages)
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+        for row, row_slots in zip(rows, slots.tolist(), strict=True):
+            self._kv.table.require(row, row_slots)
         mask = torch.where(visible.to(self.device), self._seen, self._hidden)[:, None]  # [R, 1, T, E]
         tokens, positions, slots = tokens.to(self.device), positions.to(self.device), slots.to(self.device)
         return self._logits(self._decode(rows, tokens, positions, slots, mask))
@@ -79,22 +95,21 @@ class HFRunner(ModelRunner):
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
         length = tokens.shape[1]
-        last = max(starts) + length
-        if last > self.slots:
-            raise ValueError(f"tokens up to slot {last - 1}, but a row has {self.slots} slots")
-        slots, mask = self._trunk(starts, length, self.extent(last))
+        for row, start in zip(rows, starts, strict=True):
+            self._kv.table.require_trunk(row, start + length)
+        slots, mask = self._trunk(starts, length, self.extent(max(starts) + length))
         return self._logits(self._decode(rows, tokens.to(self.device), self._positions(slots), slots, mask))
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        if start + len(tokens) > self.slots:
-            raise ValueError(f"tokens up to slot {start + len(tokens) - 1}, but a row has {self.slots} slots")
+        self._kv.table.require_trunk(row, start + len(tokens))
         for first in range(0, len(tokens), self._chunk):
             self._prefill_chunk(row, tokens[first : first + self._chunk], start + first)
 
     @torch.inference_mode()
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         if source:
+            self._kv.table.require(row, (*source, *destination))
             self._kv.move(row, source, destination)
 
     def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int) -> None:

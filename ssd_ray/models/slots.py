@@ -3,19 +3,26 @@
 ``update(keys, values, layer)`` is all that a model tells its cache. So before each forward the runner aims the cache:
 at which rows, at which slots to write, how many slots to read. What a layer returns is then
 ``[R, heads, extent, dim]``, however long the sequences are; the mask alone says which slots a token sees.
+
+A pool is [slots, heads, dim] for each layer's K and V: a page is one block, and pages that follow one another are one
+tensor, which is read as it lies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-MAX_VIEWS = 256
-"""Windows whose views a layer keeps."""
+from ssd_ray.models.pages import PageTable
+
+MAX_VIEWS = 1024
+"""Views that a layer keeps."""
+
+KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,70 +33,61 @@ class LayerShape:
     key_dim: int
     value_dim: int
 
-    @property
-    def elements(self) -> int:
-        """Numbers kept for one token."""
-        return self.heads * (self.key_dim + self.value_dim)
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is read of some rows: ``extent`` slots of each."""
+
+    first: int = 0
+    """Where in the pool one row's slots begin, if they follow one another there."""
+    extent: int = 0
+    pages: Tensor | None = None
+    """int64 [R, P]: pages to gather."""
 
 
-class SlotWindow:
-    """Where a forward reads and writes; one object, shared by all layers."""
+@dataclass(slots=True)
+class Window:
+    """Where a forward writes and reads; one object, shared by all layers."""
 
-    def __init__(self) -> None:
-        self.rows: slice | Tensor = slice(0, 0)
-        """A range of rows is read as a view; other rows (int64 [R]) are gathered."""
-        self.extent = 0
-        self.slots: Tensor | None = None
-        """int64 [T]: the slots that every row writes to, or None if rows differ or are gathered."""
-        self.flat: dict[int, Tensor] = {}
-        """By number of heads: int64 [R*heads*T], which of all [rows*heads*slots] vectors are written."""
-        self.num_written = 0
-        """T: leading tokens of the forward that are written; what follows is padding."""
+    written: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
+    """int64 [R, T]: addresses of the leading T tokens of each row; what follows is padding."""
+    extent: int = 0
+    parts: list[Part] = field(default_factory=list)
+    """All rows as one part, or each row as a part of its own."""
+    split: bool = False
 
 
 class SlotLayer(CacheLayerMixin):
-    """K and V of one layer: [rows, heads, slots, dim] each, allocated by :class:`SlotCache`."""
+    """K and V of one layer, [slots of the pool, heads, dim] each, allocated by :class:`SlotCache`."""
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, window: SlotWindow) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, page_slots: int, window: Window) -> None:
         super().__init__()
         self.keys, self.values = keys, values
         self.is_initialized = True
         self._window = window
-        self._heads = keys.shape[1]
-        self._flat_keys, self._flat_values = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
-        self._views: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.paged = keys.view(-1, page_slots, *keys.shape[1:]), values.view(-1, page_slots, *values.shape[1:])
+        self._views: dict[tuple[int, int], KeysValues] = {}
 
-    def look(self, rows: tuple[int, ...], extent: int) -> None:
-        """Take the views of a window; those met before are kept, since making them costs as much as writing."""
-        views = self._views.get((rows, extent))
-        if views is None:
-            span = self._window.rows if isinstance(self._window.rows, slice) else slice(None)
-            keys, values = self.keys[span], self.values[span]
-            views = keys, values, keys[:, :, :extent], values[:, :, :extent]
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysValues:
+        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim]."""
+        for pool, states in ((self.keys, key_states), (self.values, value_states)):
+            write(pool, self._window.written, states)
+        return self._read(self._window.parts[0])
+
+    def _read(self, part: Part) -> KeysValues:
+        if part.pages is not None:
+            keys, values = self.paged
+            return gather(keys, part.pages, part.extent), gather(values, part.pages, part.extent)
+        where = part.first, part.extent
+        if where not in self._views:
+            # Kept, since making them costs as much as writing.
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            self._views[rows, extent] = views
-        self._row_keys, self._row_values, self._read_keys, self._read_values = views
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write [R, heads, T, dim] to the window's slots; return what the window reads, [R, heads, extent, dim]."""
-        window = self._window
-        if key_states.shape[2] != window.num_written:
-            key_states, value_states = key_states[:, :, : window.num_written], value_states[:, :, : window.num_written]
-        if window.slots is not None:
-            self._row_keys.index_copy_(2, window.slots, key_states)
-            self._row_values.index_copy_(2, window.slots, value_states)
-        else:
-            flat = window.flat[self._heads]
-            self._flat_keys.index_copy_(0, flat, key_states.reshape(len(flat), -1))
-            self._flat_values.index_copy_(0, flat, value_states.reshape(len(flat), -1))
-        if isinstance(window.rows, slice):
-            return self._read_keys, self._read_values
-        return self._read_keys.index_select(0, window.rows), self._read_values.index_select(0, window.rows)
+            span = slice(part.first, part.first + part.extent)
+            self._views[where] = as_heads(self.keys[None, span]), as_heads(self.values[None, span])
+        return self._views[where]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: everything was allocated at the start."""
@@ -103,25 +101,57 @@ class SlotLayer(CacheLayerMixin):
         return self._window.extent, 0
 
     def get_max_length(self) -> int:
-        """Slots of a row."""
-        return int(self.keys.shape[2])
+        """Slots of the pool."""
+        return len(self.keys)
+
+
+def write(pool: Tensor, addresses: Tensor, states: Tensor) -> None:
+    """Write states [R, heads, T or more, dim] to addresses, int64 [R, T], of a pool [slots, heads, dim]."""
+    rows, tokens = addresses.shape
+    states = states[:, :, :tokens].transpose(1, 2)
+    states = states[0] if rows == 1 else states.reshape(rows * tokens, *pool.shape[1:])
+    pool.index_copy_(0, addresses.reshape(-1), states)
+
+
+def gather(paged: Tensor, pages: Tensor, extent: int) -> Tensor:
+    """Pages, int64 [R, P], of a pool [pages, page_slots, heads, dim], as [R, heads, extent, dim]."""
+    read = paged.index_select(0, pages.reshape(-1)).view(len(pages), -1, *paged.shape[2:])
+    return as_heads(read[:, :extent])
+
+
+def as_heads(slots: Tensor) -> Tensor:
+    """[R, slots, heads, dim] as a model wants it, [R, heads, slots, dim]."""
+    return slots.transpose(1, 2)
 
 
 class SlotCache(Cache):
-    """KV of ``rows`` rows of ``slots`` slots for every layer, allocated once and zeroed.
+    """KV of ``rows`` rows of ``slots`` slots for every layer, in a pool of pages that is allocated once and zeroed.
 
     Zeroed since a masked slot still enters the softmax with weight 0, and 0 times an uninitialised NaN is NaN.
+
+    Args:
+        shapes: what each layer keeps.
+        slots: a whole number of pages.
+        pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], *, rows: int, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Sequence[LayerShape],
+        *,
+        rows: int,
+        slots: int,
+        page_slots: int,
+        pages: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.rows, self.slots, self.device = rows, slots, device
-        self._window = SlotWindow()
-        self._aimed: tuple[tuple[int, ...], int] = ((), 0)
-        self._heads = sorted({shape.heads for shape in shapes})
-        # Tensors of equal shape share one bank [n, rows, heads, slots, dim], so that a move is one gather and one
-        # scatter for all layers of nearly every model.
+        self.table = PageTable(rows, slots, page_slots, pages, device=device)
+        self.slots, self.device = slots, device
+        self._window = Window()
+        size = (self.table.num_pages + 1) * page_slots
+        # Tensors of equal shape share one bank [n, slots, heads, dim], so that a move is one gather and one scatter
+        # for all layers of nearly every model.
         members: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for layer, shape in enumerate(shapes):
             members.setdefault((shape.heads, shape.key_dim), []).append((layer, 0))
@@ -129,10 +159,11 @@ class SlotCache(Cache):
         self.banks: list[Tensor] = []
         tensors: dict[tuple[int, int], Tensor] = {}
         for (heads, dim), owners in members.items():
-            bank = torch.zeros(len(owners), rows, heads, slots, dim, dtype=dtype, device=device)
+            bank = torch.zeros(len(owners), size, heads, dim, dtype=dtype, device=device)
             self.banks.append(bank)
             tensors.update(zip(owners, bank, strict=True))
-        layers = [SlotLayer(tensors[i, 0], tensors[i, 1], self._window) for i in range(len(shapes))]
+        self.page_bytes = sum(bank.nbytes for bank in self.banks) * page_slots // size
+        layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self._window) for i in range(len(shapes))]
         super().__init__(layers=layers)
 
     def aim(self, rows: Sequence[int], slots: Tensor, extent: int) -> None:
@@ -145,35 +176,27 @@ class SlotCache(Cache):
             extent: slots to read, from slot 0.
         """
         window = self._window
-        wanted = (tuple(rows), extent)
-        if wanted != self._aimed:
-            self._aimed = wanted
-            window.rows, window.extent = self._span(rows), extent
-            for layer in self.layers:
-                layer.look(*wanted)
-        window.num_written = slots.shape[1]
-        window.slots = slots[0] if len(slots) == 1 and isinstance(window.rows, slice) else None
-        if window.slots is None:
-            window.flat = self._flat(rows, slots)
+        window.written, window.extent = self.table.addresses(rows, slots), extent
+        window.parts = [self._part(rows, extent)]
+
+    def _part(self, rows: Sequence[int], extent: int) -> Part:
+        first = self.table.run(rows[0], extent) if len(rows) == 1 else None
+        if first is not None:
+            return Part(first, extent)
+        return Part(extent=extent, pages=self.table.indices(rows, extent))
+
+    def pools(self, first: int, extent: int) -> list[KeysValues]:
+        """A part of every layer's pool, [extent, heads, dim]."""
+        span = slice(first, first + extent)
+        return [(layer.keys[span], layer.values[span]) for layer in self.layers]
+
+    def paged_pools(self) -> list[KeysValues]:
+        """Every layer's pool, [pages, page_slots, heads, dim]."""
+        return [layer.paged for layer in self.layers]
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of slots to other slots of the same row, all read before any is written."""
-        sources = torch.tensor(source, dtype=torch.int64, device=self.device)
-        destinations = torch.tensor(destination, dtype=torch.int64, device=self.device)
+        slots = torch.tensor([source, destination], dtype=torch.int64, device=self.device)
+        origin, goal = self.table.addresses([row, row], slots)
         for bank in self.banks:
-            of_row = bank[:, row]  # [n, heads, slots, dim]
-            of_row.index_copy_(2, destinations, of_row.index_select(2, sources))
-
-    def _span(self, rows: Sequence[int]) -> slice | Tensor:
-        first, count = rows[0], len(rows)
-        if list(rows) == list(range(first, first + count)):
-            return slice(first, first + count)
-        return torch.tensor(list(rows), dtype=torch.int64, device=self.device)
-
-    def _flat(self, rows: Sequence[int], slots: Tensor) -> dict[int, Tensor]:
-        first = torch.tensor(list(rows), dtype=torch.int64, device=self.device)[:, None, None]  # [R, 1, 1]
-        flat = {}
-        for heads in self._heads:
-            head = torch.arange(heads, device=self.device)[:, None]  # [heads, 1]
-            flat[heads] = ((first * heads + head) * self.slots + slots[:, None]).reshape(-1)  # [R, heads, T]
-        return flat
+            bank.index_copy_(1, goal, bank.index_select(1, origin))

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.pages import PageTable
 
 Hashes = NDArray[np.uint64]
-
-READ_BUCKET = 16
 
 
 class TableModel(ModelRunner):
@@ -32,7 +31,8 @@ class TableModel(ModelRunner):
         order: the distribution depends on the last ``order`` tokens alone (the visible ones of highest position,
             whatever the position is); None: on all tokens, their positions and order.
         seed: names the table and the hash. Models with equal seeds and contexts see the world alike.
-        rows, max_length, scratch: a row has ``max_length + scratch`` slots.
+        rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages.
+        page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
         sharpness: standard deviation of the logits; 0 is the uniform distribution.
     """
 
@@ -46,17 +46,28 @@ class TableModel(ModelRunner):
         rows: int = 1,
         max_length: int = 256,
         scratch: int = 128,
+        page_slots: int = 16,
+        pages: int | None = None,
         sharpness: float = 2.0,
     ) -> None:
         self.vocab_size, self.max_length = vocab_size, max_length
-        self.rows, self.slots = rows, max_length + scratch
+        self.rows, self.slots = rows, -(-(max_length + scratch) // page_slots) * page_slots
+        self.page_slots = page_slots
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.order, self._salt = order, np.uint64(seed)
         normal = np.random.default_rng(seed).standard_normal((contexts, vocab_size))
         self._table = torch.from_numpy((sharpness * normal).astype(np.float32))  # [contexts, V]
-        self._positions = np.zeros((rows, self.slots), np.int64)
-        self._first = np.zeros((rows, self.slots), np.uint64)
-        self._second = np.zeros((rows, self.slots), np.uint64)
+        self._pool = pages
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._pages = PageTable(self.rows, self.slots, self.page_slots, self._pool, device=self.device)
+        self.num_pages = self._pages.num_pages
+        pool = self.num_pages + 1, self.page_slots
+        self._positions = np.zeros(pool, np.int64)
+        self._first = np.zeros(pool, np.uint64)
+        self._second = np.zeros(pool, np.uint64)
+        self.page_bytes = 3 * 8 * self.page_slots
 
     def perturbed(self, agreement: float, seed: int = 1) -> Self:
         """A fresh model of the same size that has this one's logits in a fraction of contexts, other ones elsewhere."""
@@ -76,8 +87,7 @@ class TableModel(ModelRunner):
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._table = table
-        for name in ("_positions", "_first", "_second"):
-            setattr(other, name, np.zeros_like(getattr(self, name)))
+        other._allocate()
         return other
 
     def distribution(self, tokens: Sequence[int]) -> NDArray[np.float64]:
@@ -93,24 +103,30 @@ class TableModel(ModelRunner):
         return np.asarray(torch.softmax(logits, -1).numpy())
 
     def extent(self, needed: int) -> int:
-        return min(self.slots, -(-needed // READ_BUCKET) * READ_BUCKET)
+        return -(-needed // self.page_slots) * self.page_slots
+
+    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
+        self._pages.bind(row, first, pages)
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        at = np.asarray(rows)[:, None]
-        to = slots.numpy()
+        for row, row_slots in zip(rows, slots.tolist(), strict=True):
+            self._pages.require(row, row_slots)
         sees = visible.numpy()
-        extent = sees.shape[-1]
+        to = self._addresses(np.asarray(rows)[:, None], slots.numpy())
+        read = self._pages.tensor.numpy()[rows, : sees.shape[-1] // self.page_slots]  # [R, P]
         # As in a transformer: all tokens write a layer before any of them reads it.
-        self._positions[at, to] = positions.numpy()
-        self._first[at, to] = own = self._token_hash(tokens.numpy(), positions.numpy())
-        self._second[at, to] = _mix(own + self._seen(sees, self._first[rows, :extent]))
-        placed, first, second = self._positions[rows, :extent], self._first[rows, :extent], self._second[rows, :extent]
+        self._positions[to] = positions.numpy()
+        self._first[to] = own = self._token_hash(tokens.numpy(), positions.numpy())
+        first = self._first[read].reshape(len(rows), -1)  # [R, E]
+        self._second[to] = _mix(own + self._seen(sees, first))
+        second = self._second[read].reshape(len(rows), -1)
+        placed = self._positions[read].reshape(len(rows), -1)
         return self._table[torch.from_numpy(self._picked(sees, placed, first, second))]
 
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
+        for row, start in zip(rows, starts, strict=True):
+            self._pages.require_trunk(row, start + tokens.shape[1])
         slots = torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
-        if int(slots.max()) >= self.slots:
-            raise ValueError(f"tokens up to slot {int(slots.max())}, but a row has {self.slots} slots")
         visible = torch.arange(self.extent(int(slots.max()) + 1)) <= slots[..., None]
         return self.extend(rows, tokens, slots, slots, visible)
 
@@ -119,8 +135,14 @@ class TableModel(ModelRunner):
             self.append([row], torch.tensor([list(tokens)]), [start])
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
+        self._pages.require(row, (*source, *destination))
+        origin, goal = (self._addresses(row, np.array(slots, np.int64)) for slots in (source, destination))
         for kept in (self._positions, self._first, self._second):
-            kept[row, list(destination)] = kept[row, list(source)]
+            kept[goal] = kept[origin]
+
+    def _addresses(self, rows: int | NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Pages, and slots in them."""
+        return self._pages.tensor.numpy()[rows, slots // self.page_slots], slots % self.page_slots
 
     def _token_hash(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Hashes:
         if self.order is not None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.contract import UNBOUND, ModelRunner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.table import TableModel
 from tests.support.tiny import ARCHITECTURES, tiny_model
@@ -37,8 +37,8 @@ class Subject:
         assert error < TOLERANCE
 
 
-def table_subject(order: int | None = None) -> Subject:
-    runner = TableModel(VOCAB, order=order, rows=ROWS, max_length=LENGTH, scratch=SCRATCH)
+def table_subject(order: int | None = None, **options: int) -> Subject:
+    runner = TableModel(VOCAB, order=order, rows=ROWS, max_length=LENGTH, scratch=SCRATCH, **options)
 
     def reference(tokens: Sequence[int]) -> Tensor:
         return torch.tensor(np.log([runner.distribution(tokens[: end + 1]) for end in range(len(tokens))]))
@@ -49,7 +49,7 @@ def table_subject(order: int | None = None) -> Subject:
 @pytest.fixture(scope="module", params=["table", "table of order 2", *ARCHITECTURES])
 def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     if request.param.startswith("table"):
-        return lambda: table_subject(2 if "2" in request.param else None)
+        return lambda **options: table_subject(2 if "2" in request.param else None, **options)
     model = tiny_model(request.param, vocab=VOCAB, context=LENGTH)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
@@ -272,6 +272,138 @@ def test_slots_beyond_the_row_are_refused(subject: Subject) -> None:
         subject.runner.prefill(0, [1, 2], start=slots - 1)
 
 
+PAGES = 17
+"""Pages of a pool that is smaller than its rows: 3 rows of 12 pages of 16 slots."""
+
+
+def shuffled(make: Callable[..., Subject], seed: int = 0) -> tuple[Subject, list[list[int]]]:
+    """A subject whose rows have 5 pages each, scattered over the pool, and those pages."""
+    subject = make(page_slots=16, pages=PAGES)
+    pages = np.random.default_rng(seed).permutation(PAGES).tolist()
+    of_rows = [pages[5 * row : 5 * row + 5] for row in range(ROWS)]
+    for row, of_row in enumerate(of_rows):
+        subject.runner.bind(row, 0, of_row)
+    return subject, of_rows
+
+
+def test_the_pool_is_described(make: Callable[..., Subject]) -> None:
+    whole, small = make().runner, make(page_slots=16, pages=PAGES).runner
+    assert whole.slots % whole.page_slots == 0
+    assert whole.num_pages == ROWS * whole.slots // whole.page_slots
+    assert (small.page_slots, small.num_pages, small.slots) == (16, PAGES, LENGTH + SCRATCH)
+    assert whole.page_bytes * small.page_slots == small.page_bytes * whole.page_slots > 0
+
+
+def test_pages_may_lie_anywhere(make: Callable[..., Subject]) -> None:
+    subject, _ = shuffled(make)
+    tokens = text(70)
+    subject.runner.prefill(1, tokens[:45])
+    subject.check(subject.runner.append([1], torch.tensor([tokens[45:61]]), [45])[0], tokens[:61], last=16)
+    subject.check(subject.runner.append([1], torch.tensor([tokens[61:]]), [61])[0], tokens, last=9)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [2, 0]])
+def test_scattered_rows_of_different_lengths_in_one_call(make: Callable[..., Subject], rows: list[int]) -> None:
+    subject, _ = shuffled(make)
+    starts = {0: 11, 1: 70, 2: 42}
+    texts = {row: text(start + 6, seed=row) for row, start in starts.items()}
+    for row, tokens in texts.items():
+        subject.runner.prefill(row, tokens[:-6])
+    logits = subject.runner.append(rows, torch.tensor([texts[row][-6:] for row in rows]), [starts[row] for row in rows])
+    for of_row, row in zip(logits, rows, strict=True):
+        subject.check(of_row, texts[row], last=6)
+        subject.check(subject.runner.append([row], torch.tensor([[3]]), [starts[row] + 6])[0], [*texts[row], 3])
+
+
+def test_a_shared_beginning(make: Callable[..., Subject]) -> None:
+    """Two rows read one row's first two pages, and go on differently on pages of their own."""
+    subject, pages = shuffled(make)
+    prefix = text(32)
+    subject.runner.prefill(0, [*prefix, *text(20, seed=1)])
+    rests = {row: text(20, seed=row) for row in range(ROWS)}
+    for row in (1, 2):
+        subject.runner.bind(row, 0, pages[0][:2])
+        subject.runner.prefill(row, rests[row][:9], start=32)
+    rows = [1, 2]
+    logits = subject.runner.append(rows, torch.tensor([rests[row][9:] for row in rows]), [41, 41])
+    for of_row, row in zip(logits, rows, strict=True):
+        subject.check(of_row, prefix + rests[row], last=11)
+    subject.check(subject.runner.append([0], torch.tensor([[5]]), [52])[0], [*prefix, *text(20, seed=1), 5])
+
+
+def test_pages_can_change_their_owner(make: Callable[..., Subject]) -> None:
+    subject, pages = shuffled(make)
+    tokens = text(60)
+    subject.runner.prefill(0, tokens[:50])
+    subject.runner.bind(2, 0, pages[0])
+    subject.runner.bind(0, 0, pages[2])
+    subject.check(subject.runner.append([2], torch.tensor([tokens[50:]]), [50])[0], tokens, last=10)
+    others = text(40, seed=1)
+    subject.runner.prefill(0, others)
+    subject.check(subject.runner.append([0], torch.tensor([[1]]), [40])[0], [*others, 1])
+    subject.check(subject.runner.append([2], torch.tensor([[2]]), [60])[0], [*tokens, 2])
+
+
+def test_a_row_can_be_bound_piece_by_piece(make: Callable[..., Subject]) -> None:
+    """Also where nothing is bound in between, as before a window of scratch slots."""
+    subject = make(page_slots=16, pages=PAGES)
+    trunk, nodes = text(30), text(len(TREE), seed=1)
+    subject.runner.bind(0, 0, [7])
+    subject.runner.bind(0, 1, [3])
+    subject.runner.bind(0, LENGTH // 16, [16, 2, 11, 9])
+    subject.runner.prefill(0, trunk)
+    logits = grow(subject.runner, 0, 30, nodes, TREE, TREE_SLOTS, slice(0, len(TREE)))
+    for node in range(len(TREE)):
+        subject.check(logits[node][None], trunk + path(nodes, TREE, node))
+    winner = [0, 2, 5, 8]
+    subject.runner.bind(0, 2, [5])
+    subject.runner.move(0, [TREE_SLOTS[node] for node in winner], list(range(30, 34)))
+    tokens = trunk + [nodes[node] for node in winner] + text(8, seed=2)
+    subject.check(subject.runner.append([0], torch.tensor([tokens[34:]]), [34])[0], tokens, last=8)
+
+
+def test_trees_of_several_rows_in_one_forward(make: Callable[..., Subject]) -> None:
+    subject, _ = shuffled(make)
+    trunks = {0: text(9), 2: text(50, seed=2)}
+    for row, trunk in trunks.items():
+        subject.runner.prefill(row, trunk)
+    extent = subject.runner.extent(60)
+    visible = torch.zeros(2, 2, extent, dtype=torch.bool)
+    slots = torch.tensor([[14, 12], [59, 55]])
+    for place, trunk in enumerate(trunks.values()):
+        visible[place, :, : len(trunk)] = visible[place, :, slots[place, 0]] = True
+        visible[place, 1, slots[place, 1]] = True
+    positions = torch.tensor([[len(trunk), len(trunk) + 1] for trunk in trunks.values()])
+    logits = subject.runner.extend(list(trunks), torch.tensor([[1, 2], [3, 4]]), positions, slots, visible)
+    subject.check(logits[0], [*trunks[0], 1, 2], last=2)
+    subject.check(logits[1], [*trunks[2], 3, 4], last=2)
+
+
+def test_what_is_not_bound_is_not_written(make: Callable[..., Subject]) -> None:
+    runner = make(page_slots=16, pages=PAGES).runner
+    runner.bind(1, 0, [4, 5, 6])
+    runner.bind(1, 1, [UNBOUND])
+    operations = (
+        lambda: runner.append([1], torch.tensor([[1, 2]]), [15]),
+        lambda: runner.append([1], torch.tensor([[1, 2]]), [33]),
+        lambda: runner.prefill(1, text(17)),
+        lambda: runner.move(1, [3], [16]),
+        lambda: runner.move(1, [16], [3]),
+        lambda: grow(runner, 1, 3, [1], [-1], [20], slice(0, 1)),
+        lambda: runner.append([0], torch.tensor([[1]]), [0]),
+    )
+    for operation in operations:
+        with pytest.raises(ValueError, match="not bound"):
+            operation()
+    runner.append([1], torch.tensor([[1] * 16]), [0])
+
+
+@pytest.mark.parametrize(("first", "pages"), [(0, [PAGES]), (0, [-2]), (12, [0]), (11, [0, 1]), (-1, [0])])
+def test_pages_that_are_not_there_are_refused(make: Callable[..., Subject], first: int, pages: list[int]) -> None:
+    with pytest.raises(ValueError, match="pages"):
+        make(page_slots=16, pages=PAGES).runner.bind(0, first, pages)
+
+
 def test_the_suite_can_fail(subject: Subject) -> None:
     """A hidden token, a wrong position and a stale slot change the logits by far more than the tolerance."""
     tokens = text(12)
@@ -298,7 +430,7 @@ def test_prefill_chunks_do_not_change_the_model(architecture: str) -> None:
     tokens = text(60)
     logits = []
     for chunk in (8, 16, 64):
-        runner = HFRunner(model, rows=1, max_length=LENGTH, scratch=SCRATCH, prefill_chunk=chunk, read_bucket=32)
+        runner = HFRunner(model, rows=1, max_length=LENGTH, scratch=SCRATCH, prefill_chunk=chunk, page_slots=32)
         runner.prefill(0, tokens)
         logits.append(runner.append([0], torch.tensor([[1]]), [60]))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)

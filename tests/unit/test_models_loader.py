@@ -54,7 +54,7 @@ def test_end_tokens_of_the_generation_config_come_first(pair: tuple[str, str]) -
 
 def test_load_runner(pair: tuple[str, str]) -> None:
     runner = load_runner(pair[0], role="target", **SIZE)
-    assert (runner.rows, runner.max_length, runner.slots) == (2, 128, 160)
+    assert (runner.rows, runner.max_length, runner.slots) == (2, 128, 192)  # whole pages
     assert (runner.vocab_size, runner.dtype) == (96, torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(pair[0])
     tokens = torch.arange(10)[None]
@@ -71,8 +71,16 @@ def test_loading_draws_nothing_on_the_terminal(pair: tuple[str, str], capfd: pyt
 
 def test_length_and_dtype_can_be_chosen(pair: tuple[str, str]) -> None:
     runner = load_runner(pair[0], role="target", max_length=50, dtype="bfloat16", **SIZE)
-    assert (runner.max_length, runner.slots, runner.dtype) == (50, 82, torch.bfloat16)
+    assert (runner.max_length, runner.slots, runner.dtype) == (50, 128, torch.bfloat16)
     assert runner.append([0], torch.tensor([[1]]), [0]).dtype == torch.float32
+
+
+def test_the_pool_can_be_smaller_than_its_rows(pair: tuple[str, str]) -> None:
+    runner = load_runner(pair[0], role="target", pages=3, **SIZE)
+    assert (runner.num_pages, runner.page_slots, runner.slots) == (3, 64, 192)
+    assert runner.page_bytes == 64 * model_info(pair[0]).kv_bytes_per_slot
+    runner.bind(1, 0, [2])
+    assert runner.append([1], torch.tensor([[1]]), [0]).shape == (1, 1, 96)
 
 
 def test_the_pair_agrees_often(pair: tuple[str, str]) -> None:
@@ -221,6 +229,7 @@ def test_too_little_memory_is_found_before_anything_is_allocated(
     monkeypatch.setattr(loader, "free_bytes", lambda device: 1 << 20)
     with pytest.raises(ResourceError, match=r"^target: .* GiB of KV .* max_num_seqs or max_model_len"):
         load_runner(pair[0], role="target", rows=100, scratch=32, device="cpu")
+    assert load_runner(pair[0], role="target", rows=100, pages=4, scratch=32, device="cpu").num_pages == 4
 
 
 def test_free_memory_is_measured() -> None:

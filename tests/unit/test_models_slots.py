@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from ssd_ray.models import slots as slots_module
 from ssd_ray.models.slots import LayerShape, SlotCache
 
-ROWS, SLOTS = 4, 12
+ROWS, SLOTS, PAGE = 4, 12, 4
+PAGES = [[5, 9, 0], [1, 2, 3], [11, 4, 10], [6, 7, 8]]
 SHAPES = [LayerShape(2, 4, 4), LayerShape(1, 6, 3), LayerShape(2, 4, 5)]
 
 
 def make() -> SlotCache:
-    return SlotCache(SHAPES, rows=ROWS, slots=SLOTS, dtype=torch.float32, device=torch.device("cpu"))
+    size = {"rows": ROWS, "slots": SLOTS, "page_slots": PAGE, "pages": ROWS * SLOTS // PAGE}
+    cache = SlotCache(SHAPES, **size, dtype=torch.float32, device=torch.device("cpu"))
+    for row, pages in enumerate(PAGES):
+        cache.table.bind(row, 0, pages)
+    return cache
 
 
 def states(layer: int, count: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,35 +73,37 @@ def test_any_sequence_of_writes_and_moves(steps: list[tuple]) -> None:
         for layer in range(len(SHAPES)):
             keys, values = states(layer, len(rows), len(lists[0]) + padding, seed)
             for place, row in enumerate(rows):
-                for token, slot in enumerate(lists[place if len(lists) > 1 else 0]):
-                    naive[layer][0][row, :, slot] = keys[place, :, token]
-                    naive[layer][1][row, :, slot] = values[place, :, token]
+                into = lists[place if len(lists) > 1 else 0]
+                naive[layer][0][row, :, into] = keys[place, :, : len(into)]
+                naive[layer][1][row, :, into] = values[place, :, : len(into)]
             read = cache.update(keys, values, layer)
             for got, whole in zip(read, naive[layer], strict=True):
                 assert torch.equal(got, whole[rows][:, :, :extent])
     for layer, tensors in zip(cache.layers, naive, strict=True):
-        assert torch.equal(layer.keys, tensors[0])
-        assert torch.equal(layer.values, tensors[1])
+        for pool, whole in zip(layer.paged, tensors, strict=True):
+            assert torch.equal(pool[torch.tensor(PAGES)].flatten(1, 2).transpose(1, 2), whole)
+            assert not pool[cache.table.spare].any()
 
 
 def test_layers_of_one_shape_share_a_bank() -> None:
     assert sorted(bank.shape[0] for bank in make().banks) == [1, 1, 1, 3]
-    like = SlotCache([SHAPES[0]] * 5, rows=1, slots=4, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert [tuple(bank.shape) for bank in like.banks] == [(10, 1, 2, 4, 4)]
+    like = SlotCache([SHAPES[0]] * 5, rows=2, slots=8, page_slots=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert [tuple(bank.shape) for bank in like.banks] == [(10, 5 * 4, 2, 4)]
+    assert like.page_bytes == 10 * 4 * 2 * 4 * 2
 
 
-def test_a_range_of_rows_is_read_without_a_copy() -> None:
+def test_pages_that_follow_one_another_are_read_without_a_copy() -> None:
     cache = make()
-    cache.aim([1, 2], torch.tensor([[3]]), 8)
-    keys, values = cache.update(*states(0, 2, 1, 0), 0)
-    assert keys.data_ptr() == cache.layers[0].keys[1].data_ptr()
-    assert values.data_ptr() == cache.layers[0].values[1].data_ptr()
+    cache.aim([1], torch.tensor([[3]]), 12)
+    keys, values = cache.update(*states(0, 1, 1, 0), 0)
+    assert keys.data_ptr() == cache.layers[0].paged[0][1].data_ptr()
+    assert values.data_ptr() == cache.layers[0].paged[1][1].data_ptr()
 
 
 def test_kept_views_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots_module, "MAX_VIEWS", 3)
     cache = make()
-    for extent in (1, 2, 3, 4, 5, 1):
-        cache.aim([0], torch.tensor([[0]]), extent)
+    for extent in (4, 5, 6, 7, 8, 4):
+        cache.aim([1], torch.tensor([[0]]), extent)
         assert cache.update(*states(0, 1, 1, extent), 0)[0].shape[2] == extent
         assert len(cache.layers[0]._views) <= 3
