@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.leases import Lease, PagePool
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
 from ssd_ray.sampling.logits import scores
 from ssd_ray.sampling.noise import NoiseRows
@@ -34,18 +36,31 @@ LOST_ROUNDS = 8
 """Rounds after which a sequence that is unknown is asked for again."""
 
 
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One sequence: its session, its noise, and where its KV is."""
+
+    session: DraftSession
+    noise: NoiseRows
+    row: int
+    lease: Lease
+
+
 class Draft:
     """A draft without its process: everything but where it runs.
 
     Args:
-        runner: the model; each sequence takes one of its rows, further sequences are left alone.
+        runner: the model; each sequence takes one of its rows. Sequences for which there is no row or no memory are
+            left alone.
         channel: to the target.
         session: the engine's number on the wire.
         policy: makes the fan-out policy, which learns from all sequences together.
-        width: branches in one forward.
+        width: tokens of branches in one forward, all sequences together. Each of many sequences gets two.
         lookahead: tokens in one speculation at most.
         branching: False drafts the one chain of plain speculative decoding.
         proposing: how tokens are drawn in rejection mode; None is coupled mode.
+        prefill_chunk: tokens of prompts that are prefilled between two steps.
+        prefix_cache: keep the KV of what has ended for prompts that begin alike.
         budget, strict, text_lookup: see :class:`~ssd_ray.speculation.draft.DraftSession`.
         clock: seconds; another one lets time be simulated.
     """
@@ -64,6 +79,8 @@ class Draft:
         budget: int = 16,
         strict: bool = False,
         text_lookup: bool = True,
+        prefill_chunk: int = 256,
+        prefix_cache: bool = True,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._clock = clock
@@ -76,12 +93,12 @@ class Draft:
         self._width = width if branching else 1
         self._lookahead = lookahead
         self._branching = branching
-        self._sequences: dict[int, DraftSession] = {}
-        self._noise: dict[int, NoiseRows] = {}
-        self._rows: dict[int, int] = {}
+        self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
+        self._pool = PagePool(range(runner.num_pages), runner.page_slots)
+        self._seats: dict[int, Seat] = {}
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
-        self._step_ms = 0.0
+        self._step_ms, self._shared_by = 0.0, 1  # of the last step: how long it took, and how many sequences it served
         self.malformed = 0
 
     @property
@@ -92,13 +109,13 @@ class Draft:
     @property
     def sequences(self) -> dict[int, DraftSession]:
         """The open sequences by number."""
-        return self._sequences
+        return {number: seat.session for number, seat in self._seats.items()}
 
     def turn(self, idle_seconds: float = HELLO_SECONDS) -> bool:
         """Take what has arrived and run one step; without work wait for a message. Returns whether a step ran."""
         self._say_hello()
         self._receive(0.0)
-        if self._step():
+        if self._work():
             return True
         self._receive(min(idle_seconds, max(0.0, self._hello_due - self._clock())))
         return False
@@ -135,8 +152,8 @@ class Draft:
                 self._open(message)
             case Outcome():
                 self._advance(message)
-            case Begin() if message.sequence in self._sequences:
-                self._sequences[message.sequence].begin(message)
+            case Begin() if message.sequence in self._seats:
+                self._seats[message.sequence].session.begin(message)
             case Close():
                 self._close(message.sequence)
             case _:
@@ -144,36 +161,60 @@ class Draft:
 
     def _open(self, message: Open) -> None:
         self._asked.pop(message.sequence, None)
-        known = self._sequences.get(message.sequence)
         if not message.tokens or len(message.tokens) > self._runner.max_length:
             return
-        if known is not None:
-            known.reopen(message)
+        seat = self._seats.get(message.sequence)
+        if seat is not None and self._agrees(seat, message):
+            seat.session.reopen(message)
+            self._make_room(message.sequence, seat)
             return
-        free = set(range(self._runner.rows)) - set(self._rows.values())
-        if free:
-            self._rows[message.sequence] = min(free)
-            seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
-            self._noise[message.sequence] = NoiseRows(seed, self._runner.vocab_size)
-            self._sequences[message.sequence] = DraftSession(
-                message,
-                self._policy,
-                lookahead=self._lookahead,
-                branching=self._branching,
-                budget=self._budget,
-                strict=self._strict,
-                text_lookup=self._text_lookup,
-            )
+        self._close(message.sequence)
+        self._take_seat(message)
+
+    def _agrees(self, seat: Seat, message: Open) -> bool:
+        """Whether what others may read of a sequence's KV is as the message has it."""
+        shared = len(seat.lease.cached) * self._pool.slots
+        return seat.session.tokens[:shared] == list(message.tokens[:shared])
+
+    def _take_seat(self, message: Open) -> None:
+        free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
+        if not free:
+            return
+        lease = self._pool.lease(message.tokens[:-1] if self._prefix_cache else ())
+        session = DraftSession(
+            message,
+            self._policy,
+            filled=lease.shared * self._pool.slots,
+            lookahead=self._lookahead,
+            branching=self._branching,
+            budget=self._budget,
+            strict=self._strict,
+            text_lookup=self._text_lookup,
+        )
+        seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
+        seat = Seat(session, NoiseRows(seed, self._runner.vocab_size), min(free), lease)
+        self._runner.bind(seat.row, 0, lease.pages)
+        self._seats[message.sequence] = seat
+        self._make_room(message.sequence, seat)
+
+    def _make_room(self, number: int, seat: Seat) -> None:
+        """See that a sequence has pages for its window; without them it is left alone."""
+        before = len(seat.lease.pages)
+        if not seat.lease.grow(seat.session.slots):
+            self._close(number)
+        elif len(seat.lease.pages) > before:
+            self._runner.bind(seat.row, before, seat.lease.pages[before:])
 
     def _advance(self, message: Outcome) -> None:
-        sequence = self._sequences.get(message.sequence)
-        if sequence is not None and message.round < sequence.round:
+        seat = self._seats.get(message.sequence)
+        if seat is not None and message.round < seat.session.round:
             return  # said before
-        if sequence is None or not sequence.expects(message):
+        if seat is None or not seat.session.expects(message):
             self._ask(message)
             return
-        moves = sequence.advance(message)
-        self._runner.move(self._rows[message.sequence], moves.source, moves.destination)
+        moves = seat.session.advance(message)
+        self._runner.move(seat.row, moves.source, moves.destination)
+        self._make_room(message.sequence, seat)
 
     def _ask(self, message: Outcome) -> None:
         if message.round >= self._asked.get(message.sequence, -LOST_ROUNDS) + LOST_ROUNDS:
@@ -182,59 +223,79 @@ class Draft:
 
     def _close(self, sequence: int) -> None:
         self._asked.pop(sequence, None)
-        if self._sequences.pop(sequence, None) is not None:
-            del self._rows[sequence], self._noise[sequence]
+        seat = self._seats.pop(sequence, None)
+        if seat is not None:
+            seat.lease.release(seat.session.known if self._prefix_cache else ())
 
     # Work
 
-    def _step(self) -> bool:
-        """Run one step of the first sequence that has work, and put that sequence last."""
-        for number, sequence in list(self._sequences.items()):
-            start = self._clock()
-            row = self._rows[number]
-            prefill = sequence.prefill()
+    def _work(self) -> bool:
+        """Prefill a chunk of a sequence that lacks its past, and run a step of the others."""
+        prefilled = self._prefill()
+        return self._step() or prefilled
+
+    def _prefill(self) -> bool:
+        for seat in self._seats.values():
+            prefill = seat.session.prefill(self._prefill_chunk)
             if prefill is not None:
-                self._runner.prefill(row, prefill.tokens, prefill.start)
-                return True
-            items = sequence.next_step(self._width)
-            if items:
-                self._finish(sequence, items, start)
-                self._sequences[number] = self._sequences.pop(number)
+                self._runner.prefill(seat.row, prefill.tokens, prefill.start)
+                if self._prefix_cache:
+                    seat.lease.publish(seat.session.known)
                 return True
         return False
 
-    def _finish(self, sequence: DraftSession, items: Sequence[Item], start: float) -> None:
-        nodes = sequence.complete(items, self._rankings(sequence, items), step_ms=self._step_ms)
-        if nodes is not None:
-            self._send(nodes)
-        self._step_ms = 1e3 * (self._clock() - start)
+    def _step(self) -> bool:
+        """Run one step: of the sequences that the target waits for, if there are any, else of all."""
+        start = self._clock()
+        seats = [seat for seat in self._seats.values() if seat.session.complete_past]
+        seats = [seat for seat in seats if seat.session.urgent] or seats
+        width = max(1, (max(self._width, 2 * len(seats)) if self._branching else 1) // max(1, len(seats)))
+        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width))]
+        if not work:
+            return False
+        for (seat, items), rankings in zip(work, self._rankings(work), strict=True):
+            nodes = seat.session.complete(items, rankings, step_ms=self._step_ms, sequences=self._shared_by)
+            if nodes is not None:
+                self._send(nodes)
+        self._step_ms, self._shared_by = 1e3 * (self._clock() - start), len(work)
+        return True
 
     @torch.inference_mode()
-    def _rankings(self, sequence: DraftSession, items: Sequence[Item]) -> list[Ranking]:
-        """Run the items in one forward; what the draft says after each."""
-        logits = self._forward(self._rows[sequence.sequence], items)[: len(items)]  # [items, V]
-        noise = None
-        if not sequence.params.greedy:
-            noise = self._noise[sequence.sequence].rows([item.position + 1 for item in items])
+    def _rankings(self, work: Work) -> list[list[Ranking]]:
+        """Run the items of some sequences in one forward; what the draft says after each."""
+        logits = self._forward(work)
+        return [self._rank(seat, items, logits[index, : len(items)]) for index, (seat, items) in enumerate(work)]
+
+    def _rank(self, seat: Seat, items: Sequence[Item], logits: Tensor) -> list[Ranking]:
+        """What the draft says after each item; logits are float32 [items, V]."""
+        params = seat.session.params
+        noise = None if params.greedy else seat.noise.rows([item.position + 1 for item in items])
         if noise is None or self._proposing is None:
-            tokens, values = _best(scores(logits, sequence.params, noise))
+            tokens, values = _best(scores(logits, params, noise))
             return [Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True)]
-        logits = scores(logits, sequence.params)
-        drawn = self._proposing.draw(logits.softmax(-1), sequence.fan_out(items), sequence.c, noise)
+        logits = scores(logits, params)
+        drawn = self._proposing.draw(logits.softmax(-1), seat.session.fan_out(items), seat.session.c, noise)
         return [Ranking(*row) for row in zip(*_best(logits), *drawn, strict=True)]
 
-    def _forward(self, row: int, items: Sequence[Item]) -> Tensor:
-        """Logits, float32 [padded items, V]. Shapes come in few sizes; padding repeats the last item."""
-        padded = [*items, *[items[-1]] * (padded_size(len(items)) - len(items))]
-        extent = self._runner.extent(1 + max(max(item.path, default=item.slot) for item in items))
-        visible = np.arange(extent) < np.array([[item.trunk] for item in padded])  # [padded, extent]
-        indices = [index for index, item in enumerate(padded) for _ in item.path]
-        visible[indices, [slot for item in padded for slot in item.path]] = True
+    def _forward(self, work: Work) -> Tensor:
+        """Logits, float32 [R, padded items, V]. Shapes come in few sizes; padding repeats a row's last item."""
+        count = padded_size(max(len(items) for _, items in work))
+        padded = [[*items, *[items[-1]] * (count - len(items))] for _, items in work]
+        extent = self._runner.extent(1 + max(item.highest for row in padded for item in row))
+        visible = np.arange(extent) < np.array([[[item.trunk] for item in row] for row in padded])  # [R, T, extent]
+        for index, row in enumerate(padded):
+            seeing = [token for token, item in enumerate(row) for _ in item.path]
+            visible[index, seeing, [slot for item in row for slot in item.path]] = True
         # The target's vocabulary may have more padding than the draft's.
-        tokens = torch.tensor([[item.token for item in padded]]).clamp(max=self._runner.vocab_size - 1)
-        positions = torch.tensor([[item.position for item in padded]])
-        slots = torch.tensor([[item.slot for item in padded]])
-        return self._runner.extend([row], tokens, positions, slots, torch.from_numpy(visible)[None])[0]
+        tokens = torch.tensor([[item.token for item in row] for row in padded]).clamp(max=self._runner.vocab_size - 1)
+        positions = torch.tensor([[item.position for item in row] for row in padded])
+        slots = torch.tensor([[item.slot for item in row] for row in padded])
+        rows = [seat.row for seat, _ in work]
+        return self._runner.extend(rows, tokens, positions, slots, torch.from_numpy(visible))
+
+
+Work = Sequence[tuple[Seat, Sequence[Item]]]
+"""Sequences, and what to run of each."""
 
 
 def _best(scores: Tensor) -> tuple[list[list[int]], list[list[float]]]:

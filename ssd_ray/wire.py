@@ -48,6 +48,7 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
     Node i has the id ``first + i``; ids are unique in (draft, sequence) and never used again. ``parents[i]`` is the id
     of an earlier node, or ``-1 - depth`` for a guess that follows the trunk token at that depth of round ``round``.
+    ``step_ms`` is what the draft's last step took, which served so many ``sequences``.
 
     In rejection mode node ``sampled[j]`` of the message was drawn from law j: part j of as many equal parts of
     ``law_tokens`` (int32; empty if the laws are over the whole vocabulary, in order) and ``law_weights`` (float32),
@@ -60,6 +61,7 @@ class Nodes(Message, frozen=True, tag="nodes"):
     parents: Annotated[list[Parent], Meta(max_length=4096)]
     tokens: Annotated[list[Token], Meta(max_length=4096)]
     step_ms: Annotated[float, Meta(ge=0.0)] = 0.0
+    sequences: Annotated[int, Meta(ge=1)] = 1
     sampled: Annotated[list[Count], Meta(max_length=4096)] = []
     law_tokens: memoryview = memoryview(b"")
     law_weights: memoryview = memoryview(b"")

@@ -158,7 +158,7 @@ class SpeculationCache:
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
         laws = unpack_laws(packed_laws(message))
-        step = DraftStep(message.step_ms)
+        step = DraftStep(message.step_ms / message.sequences)
         used = 0
         for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
             node = self._place(draft, message.round, parent, token, laws.get(offset))

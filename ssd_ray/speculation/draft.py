@@ -122,6 +122,11 @@ class Item:
     path: tuple[int, ...]
     node: DraftNode | None
 
+    @property
+    def highest(self) -> int:
+        """The last slot that is seen."""
+        return max(self.path, default=self.slot)
+
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
@@ -158,6 +163,7 @@ class DraftSession:
     Args:
         opened: the sequence as the target told it.
         policy: which outcomes to prepare for; it learns from the outcomes.
+        filled: committed tokens whose KV is in place already.
         lookahead: tokens that a speculation has at most.
         branching: open guesses. Without it only the chain after the bonus token is drafted, as plain speculative
             decoding does.
@@ -171,6 +177,7 @@ class DraftSession:
         opened: Open,
         policy: FanOutPolicy,
         *,
+        filled: int = 0,
         lookahead: int = MAX_LOOKAHEAD,
         branching: bool = True,
         budget: int = 16,
@@ -185,7 +192,7 @@ class DraftSession:
         self._strict = strict
         self._text_lookup = text_lookup
         self._next_id = 0
-        self._filled = 0  # committed tokens whose KV is in place
+        self._filled = filled  # committed tokens whose KV is in place
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
         self._weights: Sequence[float] = ()
@@ -261,12 +268,34 @@ class DraftSession:
             self._wanted = 0
             self._follow(message)
 
-    def prefill(self) -> Prefill | None:
-        """The committed tokens to prefill before the next step, if they are many."""
-        if self.position - self._filled <= CATCH_UP:
+    @property
+    def known(self) -> Sequence[int]:
+        """The committed tokens whose KV is in place."""
+        return self.tokens[: self._filled]
+
+    @property
+    def slots(self) -> int:
+        """Slots that the sequence needs: its window lies behind all others."""
+        return self._base + WINDOW
+
+    @property
+    def complete_past(self) -> bool:
+        """Whether so few committed tokens lack their KV that a step can run them."""
+        return self.position - self._filled <= CATCH_UP
+
+    @property
+    def urgent(self) -> bool:
+        """Whether the target waits for tokens that are still to be made."""
+        missing = len(self._tree.trunk) - 1 < self._wanted
+        return missing and (any(node.slot < 0 for node in self._tree.trunk) or self._chain_end() is not None)
+
+    def prefill(self, most: int) -> Prefill | None:
+        """Up to ``most`` committed tokens to prefill before the next step, if many lack their KV."""
+        if self.complete_past:
             return None
-        start, self._filled = self._filled, self.position
-        return Prefill(start, self.tokens[start : self.position])
+        start = self._filled
+        self._filled = min(self.position, start + most - start % most)  # chunks end at multiples of their size
+        return Prefill(start, self.tokens[start : self._filled])
 
     def next_step(self, width: int) -> list[Item]:
         """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches.
@@ -292,10 +321,11 @@ class DraftSession:
         rankings: Sequence[Ranking],
         *,
         step_ms: float = 0.0,
+        sequences: int = 1,
     ) -> Nodes | None:
         """Take what the model says after each item; returns what to push, if anything.
 
-        ``step_ms`` is what a step of this draft takes, for the target's plans.
+        ``step_ms`` is what a step of this draft takes, and ``sequences`` how many share it.
         """
         for item, ranking in zip(items, rankings, strict=True):
             if item.node is not None:
@@ -304,7 +334,7 @@ class DraftSession:
         for item in items:
             if item.node is not None and item.node.depth > 0:
                 self._extend(item.node)
-        return self._push(step_ms)
+        return self._push(step_ms, sequences)
 
     def fan_out(self, items: Sequence[Item]) -> list[int]:
         """Guesses that are planned for the position after each item, should it be in the trunk of a round."""
@@ -488,7 +518,7 @@ class DraftSession:
             node.id, node.law = -1, law
         return self._make(stem, drafted, parent)
 
-    def _push(self, step_ms: float) -> Nodes | None:
+    def _push(self, step_ms: float, sequences: int) -> Nodes | None:
         if not self._unpushed:
             return None
         nodes, self._unpushed = self._unpushed, []
@@ -499,6 +529,7 @@ class DraftSession:
             [parent for _, parent in nodes],
             [node.token for node, _ in nodes],
             step_ms,
+            sequences,
             *pack_laws([node.law for node, _ in nodes]),
         )
 

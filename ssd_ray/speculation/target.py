@@ -147,7 +147,7 @@ class TargetSession:
     def add(self, draft: str, message: Nodes) -> int:
         """Take nodes of a draft; returns how many are of use."""
         self.tally.tree_tokens += len(message.tokens)
-        self.tally.draft_ms += message.step_ms
+        self.tally.draft_ms += message.step_ms / message.sequences
         return self.cache.add(draft, message)
 
     def commit(self, outcome: Outcome) -> list[int]:

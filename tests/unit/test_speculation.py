@@ -276,10 +276,10 @@ class TestDraftSession:
 
     def test_a_long_prompt_is_prefilled(self) -> None:
         session = DraftSession(opened(list(range(CATCH_UP + 10))), Uniform())
-        prefill = session.prefill()
+        prefill = session.prefill(1000)
         assert prefill is not None
         assert (prefill.start, len(prefill.tokens)) == (0, CATCH_UP + 9)
-        assert session.prefill() is None
+        assert session.prefill(1000) is None
         items, _ = run(session)
         assert [item.position for item in items] == [CATCH_UP + 9]
 
