@@ -94,7 +94,7 @@ class Draft:
         self._lookahead = lookahead
         self._branching = branching
         self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
-        self._pool = PagePool(range(runner.num_pages), runner.page_slots)
+        self.pool = PagePool(range(runner.num_pages), runner.page_slots)
         self._seats: dict[int, Seat] = {}
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
@@ -173,18 +173,18 @@ class Draft:
 
     def _agrees(self, seat: Seat, message: Open) -> bool:
         """Whether what others may read of a sequence's KV is as the message has it."""
-        shared = len(seat.lease.cached) * self._pool.slots
+        shared = len(seat.lease.cached) * self.pool.slots
         return seat.session.tokens[:shared] == list(message.tokens[:shared])
 
     def _take_seat(self, message: Open) -> None:
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
         if not free:
             return
-        lease = self._pool.lease(message.tokens[:-1] if self._prefix_cache else ())
+        lease = self.pool.lease(message.tokens[:-1] if self._prefix_cache else ())
         session = DraftSession(
             message,
             self._policy,
-            filled=lease.shared * self._pool.slots,
+            filled=lease.shared * self.pool.slots,
             lookahead=self._lookahead,
             branching=self._branching,
             budget=self._budget,

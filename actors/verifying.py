@@ -114,7 +114,7 @@ class Target:
         self._interleaved = interleaved and not patient
         self._prefill_chunk = prefill_chunk
         self._looks_up = backup in ("ngram", "auto")
-        self._batch = Batch(runner, concurrency, SHAPE, caching=prefix_cache)
+        self.batch = Batch(runner, concurrency, SHAPE, caching=prefix_cache)
         self._rounds = 0
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
         self._drafts: list[str] = []
@@ -146,7 +146,7 @@ class Target:
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
         total = self._done
-        for row in [*self._batch.rows, *self._batch.waiting]:
+        for row in [*self.batch.rows, *self.batch.waiting]:
             total = add(total, row.session.stats())
         plan = str(self._planner.plan)
         return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts), plan=plan)
@@ -158,29 +158,29 @@ class Target:
         self._take_commands()
         self._receive(0.0)
         self._flush()
-        for row in self._batch.admit():
+        for row in self.batch.admit():
             for draft in self._drafts:
                 self._open(draft, row)
-        if not self._batch.rows:
+        if not self.batch.rows:
             self._receive(idle_seconds)
             return False
         self._prefill()
-        self._round(self._batch.pick(self._groups, self._rounds))
+        self._round(self.batch.pick(self._groups, self._rounds))
         return True
 
     @property
     def _groups(self) -> int:
         """Into how many groups the rows are divided that take turns."""
-        return 2 if self._interleaved and sum(row.ready for row in self._batch.rows) > 1 else 1
+        return 2 if self._interleaved and sum(row.ready for row in self.batch.rows) > 1 else 1
 
     def _prefill(self) -> None:
         start = self._clock()
-        row = self._batch.prefill(self._prefill_chunk)
+        row = self.batch.prefill(self._prefill_chunk)
         if row is not None:
             row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
 
     def _round(self, rows: Sequence[Row]) -> None:
-        for row in self._batch.make_room(rows):
+        for row in self.batch.make_room(rows):
             self._tell(Close(row.session.sequence))
         rows = [row for row in rows if row.lease is not None]
         if rows:
@@ -363,14 +363,14 @@ class Target:
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, Request):
-                self._batch.add(self._row(command))
+                self.batch.add(self._row(command))
             elif isinstance(command, int):
                 self._cancel(command)
             else:
                 self._remove_draft(command)
 
     def _cancel(self, number: int) -> None:
-        for row in [*self._batch.rows, *self._batch.waiting]:
+        for row in [*self.batch.rows, *self.batch.waiting]:
             if row.session.sequence == number:
                 row.session.finish("cancelled")
                 self._end(row)
@@ -396,7 +396,7 @@ class Target:
         session = row.session
         if row.lease is not None:
             self._tell(Close(session.sequence))
-        self._batch.remove(row)
+        self.batch.remove(row)
         stats = session.stats()
         self._done = add(self._done, stats)
         self._requests += 1
@@ -426,7 +426,7 @@ class Target:
                     row.session.add(peer, message)
             case Hello() if message.name == peer and peer not in self._drafts:
                 self._drafts.append(peer)
-                for row in self._batch.rows:
+                for row in self.batch.rows:
                     row.unaware.append(peer)
             case Lost() if peer in self._drafts:
                 row = self._running(message.sequence)
@@ -441,12 +441,12 @@ class Target:
         """The guesses are dealt anew with the next outcome."""
         if draft in self._drafts:
             self._drafts.remove(draft)
-            for row in self._batch.rows:
+            for row in self.batch.rows:
                 row.session.cache.forget(draft)
                 row.unaware = [name for name in row.unaware if name != draft]
 
     def _running(self, sequence: int) -> Row | None:
-        return next((row for row in self._batch.rows if row.session.sequence == sequence), None)
+        return next((row for row in self.batch.rows if row.session.sequence == sequence), None)
 
     def _tell_outcome(self, row: Row) -> None:
         session = row.session

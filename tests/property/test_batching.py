@@ -1,0 +1,169 @@
+"""Many requests at once: whatever arrives, leaves, is cancelled or has to give its memory back, and in whatever
+schedule, every text is the one that the request has alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssd_ray.config import SamplingParams
+from ssd_ray.models.table import TableModel
+from ssd_ray.speculation.draft import SCRATCH
+from tests.support.pump import Pump, Text
+
+MODEL = {"vocab_size": 24, "contexts": 256, "order": 2, "max_length": 192, "sharpness": 3.0}
+PREFIX = [5, 4, 3, 2] * 12
+
+
+def prompt(dice: random.Random) -> list[int]:
+    """Short, long, and with a beginning that others have, too."""
+    own = [dice.randrange(24) for _ in range(dice.choice([1, 3, 20, 70]))]
+    return PREFIX[: dice.choice([0, 16, 48])] + own
+
+
+def request(dice: random.Random) -> tuple[list[int], SamplingParams]:
+    params = SamplingParams(
+        temperature=dice.choice([0.0, 1.0]), max_tokens=dice.randrange(1, 50), seed=dice.randrange(1000)
+    )
+    return prompt(dice), params
+
+
+def pump(rows: int, drafts: int, pages: int | None, draft_pages: int | None = None, **options: object) -> Pump:
+    target = TableModel(rows=rows, scratch=8, pages=pages, **MODEL)  # type: ignore[arg-type]
+    model = TableModel(rows=rows, scratch=SCRATCH, pages=draft_pages, **MODEL)  # type: ignore[arg-type]
+    models = [model.perturbed(0.8, seed) for seed in range(drafts)]
+    return Pump(target, models, concurrency=rows, **options)  # type: ignore[arg-type]
+
+
+ALONE = pump(1, 0, None, lookahead=0)
+
+
+def alone(tokens: list[int], params: SamplingParams) -> list[int]:
+    return ALONE.run(tokens, params).tokens
+
+
+def drain(engine: Pump, numbers: set[int], turns: int = 20_000) -> None:
+    for _ in range(turns):
+        if all(engine.texts.get(number, Text()).finish_reason for number in numbers):
+            return
+        engine.turn()
+        engine.target.batch.pool.validate()
+        for draft in engine.drafts:
+            draft.pool.validate()
+    raise TimeoutError("some request did not end")
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.sampled_from([1, 2, 5]),
+    drafts=st.integers(0, 2),
+    pages=st.sampled_from([13, 20, None]),
+    interleaved=st.booleans(),
+    chunk=st.sampled_from([8, 32, 256]),
+    caching=st.booleans(),
+    trouble=st.sampled_from([0.0, 0.1]),
+)
+def test_every_text_is_the_one_of_the_request_alone(
+    seed: int,
+    rows: int,
+    drafts: int,
+    pages: int | None,
+    interleaved: bool,
+    chunk: int,
+    caching: bool,
+    trouble: float,
+) -> None:
+    dice = random.Random(seed)
+    engine = pump(
+        rows,
+        drafts,
+        pages,
+        dice.choice([24, 40, None]),
+        interleaved=interleaved,
+        prefill_chunk=chunk,
+        prefix_cache=caching,
+        trouble=trouble,
+        seed=seed,
+        draft_turns=lambda: dice.randrange(5),
+    )
+    requests = [request(dice) for _ in range(8)]
+    cancelled = set()
+    for number, (tokens, params) in enumerate(requests):
+        engine.target.submit(number, tokens, params)
+        for _ in range(dice.choice([0, 0, 1, 9])):
+            engine.turn()
+        if dice.random() < 0.2:
+            victim = dice.randrange(number + 1)
+            engine.target.cancel(victim)
+            cancelled.add(victim)
+    drain(engine, set(range(len(requests))))
+    for number, (tokens, params) in enumerate(requests):
+        text, expected = engine.texts[number], alone(tokens, params)
+        if text.finish_reason == "cancelled":
+            assert number in cancelled
+            assert text.tokens == expected[: len(text.tokens)]
+        else:
+            assert text.tokens == expected
+    pool = engine.target.batch.pool
+    assert pool.available == pool.size
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_full_pool_takes_turns_and_all_end(interleaved: bool) -> None:
+    """Twelve pages hold one text of full length, and there are six of them."""
+    engine = pump(6, 1, 13, interleaved=interleaved)
+    params = SamplingParams(temperature=1.0, max_tokens=1000, ignore_eos=True)
+    for number in range(6):
+        engine.target.submit(number, [number, 7], replace(params, seed=number))
+    drain(engine, set(range(6)))
+    assert engine.target.batch.preemptions > 0
+    for number in range(6):
+        text = engine.texts[number]
+        assert text.finish_reason == "length"
+        assert len(text.tokens) == 190
+        assert text.tokens == alone([number, 7], replace(params, seed=number))
+
+
+def test_a_long_prompt_does_not_stall_the_others() -> None:
+    engine = pump(2, 0, None, prefill_chunk=16, lookahead=0)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    engine.target.submit(1, [1], params)
+    engine.turn()
+    engine.target.submit(2, [2] * 120, params)
+    before = len(engine.texts[1].tokens)
+    while 2 not in engine.texts:
+        engine.turn()
+    assert len(engine.texts[1].tokens) - before >= 120 // 16
+
+
+def test_a_chat_that_grows_does_not_prefill_its_past_again() -> None:
+    engine = pump(1, 1, None)
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    tokens = [1, 2, 3] * 10
+    for number in range(3):
+        text = engine.run(tokens, params, number)
+        assert text.stats.cached_tokens == ((len(tokens) - 2) // 16 * 16 if number else 0)
+        tokens = [*tokens, *text.tokens, 9]
+    assert engine.drafts[0].pool.cached(tokens) > 0
+
+
+def test_requests_with_equal_beginnings_share_pages_while_they_run() -> None:
+    engine = pump(4, 1, None)
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    engine.target.submit(0, [*PREFIX, 1], params)
+    for _ in range(2):
+        engine.turn()
+    for number in range(1, 4):
+        engine.target.submit(number, [*PREFIX, number + 1], params)
+    engine.turn()
+    pages = [row.lease.pages[:3] for row in engine.target.batch.rows if row.lease]
+    assert len(pages) == 4
+    assert all(each == pages[0] for each in pages)
+    drain(engine, set(range(4)))
+    for number in range(4):
+        assert engine.texts[number].tokens == alone([*PREFIX, number + 1], params)
