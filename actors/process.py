@@ -55,18 +55,20 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
         budget=budget,
         strict=config.budget != "auto",
         text_lookup=config.text_lookup,
+        prefill_chunk=config.prefill_chunk,
+        prefix_cache=config.prefix_cache,
     )
 
 
-def load_model(config: EngineConfig, role: str, scratch: int, pages: int | None = None) -> HFRunner:
-    """Load the target's or the draft's model as the configuration has it; ``pages`` as for :class:`HFRunner`."""
+def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:
+    """Load the target's or the draft's model as the configuration has it."""
     return load_runner(
         getattr(config, role),
         role=role,  # type: ignore[arg-type]
         rows=config.max_num_seqs,
         max_length=config.max_model_len,
         scratch=scratch,
-        pages=pages,
+        kv_memory=config.kv_memory,
         device=config.device,
         dtype=config.dtype,
         compile=config.compile,

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 
 from ssd_ray.cluster.runtime import is_private
-from ssd_ray.config import EngineConfig
+from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig
 from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError
-from ssd_ray.models.loader import ModelInfo, Role, check_pair, free_bytes, load_tokenizer, model_info
+from ssd_ray.models.contract import PAGE_SLOTS
+from ssd_ray.models.loader import (
+    ModelInfo,
+    Role,
+    check_pair,
+    count_pages,
+    free_bytes,
+    load_tokenizer,
+    model_info,
+)
+from ssd_ray.speculation.draft import SCRATCH
 
 SHARE_OF_MEMORY = 0.95
 """Of the free memory that models may fill; Python and Ray need some beside."""
@@ -92,11 +102,16 @@ def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_len
 def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
     copies = {"target": 1, "draft": config.num_drafts if config.method == "ssd" else 1}
     weights = sum(copies[role] * info.parameter_bytes for role, info in infos.items())
-    slots = config.max_num_seqs * max_length
-    kv = sum(copies[role] * info.kv_bytes_per_slot * slots for role, info in infos.items())
+    scratch = {"target": MAX_LOOKAHEAD + 1, "draft": SCRATCH}
+    rows = 1 if config.kv_memory == "auto" else config.max_num_seqs
+    kv = 0
+    for role, info in infos.items():
+        page_bytes = info.kv_bytes_per_slot * PAGE_SLOTS
+        wanted = None if config.kv_memory == "auto" else config.kv_memory
+        kv += copies[role] * page_bytes * count_pages(wanted, page_bytes, rows, max_length + scratch[role], 0)
     free = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
     if weights + kv > free:
         raise ResourceError(
             f"memory: {weights / 2**30:.2f} GiB of weights and {kv / 2**30:.2f} GiB of KV do not fit the "
-            f"{free / 2**30:.2f} GiB that are free; lower max_num_seqs, max_model_len or num_drafts"
+            f"{free / 2**30:.2f} GiB that are free; lower kv_memory, max_model_len or num_drafts"
         )

@@ -6,7 +6,7 @@ refused before anything is started. Paths and models are looked at by the loader
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ FanOut = Literal["auto", "uniform", "geometric", "histogram", "confidence"]
 Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
+Schedule = Literal["auto", "lockstep", "interleaved"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MAX_LOOKAHEAD = 7
@@ -125,7 +126,12 @@ class EngineConfig:
         compile: compile the forwards at their fixed shapes with torch.compile.
         max_num_seqs: sequences that decode at the same time at most.
         max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit.
-        prefill_chunk: prompt tokens in one prefill forward.
+        kv_memory: GiB for the KV of each model. "auto" is what the longest sequences need together, or else a part of
+            the memory that is free. Where it is full, the latest requests wait.
+        prefix_cache: keep the KV of ended requests, for prompts that begin as they did.
+        prefill_chunk: prompt tokens that are prefilled between two rounds of the requests that decode.
+        schedule: "lockstep" verifies all rows together, "interleaved" in two groups that take turns, so that drafts
+            work for one while the other is verified; "auto" is the better one by what was measured.
     """
 
     target: str | None = None
@@ -147,7 +153,10 @@ class EngineConfig:
     compile: bool = False
     max_num_seqs: int = 16
     max_model_len: int | None = None
-    prefill_chunk: int = field(default=256)
+    kv_memory: float | Literal["auto"] = "auto"
+    prefix_cache: bool = True
+    prefill_chunk: int = 256
+    schedule: Schedule = "auto"
 
     def __post_init__(self) -> None:
         for name, literal in _CHOICES.items():
@@ -171,7 +180,9 @@ class EngineConfig:
             _integer("max_model_len", self.max_model_len, 2, 1 << 24)
         device = self.device if isinstance(self.device, str) else ""
         _require(device.partition(":")[0] in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu' or 'cuda'", self.device)
-        for name in ("compile", "text_lookup"):
+        if self.kv_memory != "auto":
+            _real("kv_memory", self.kv_memory, 0.0, 1e6, open_low=True)
+        for name in ("compile", "text_lookup", "prefix_cache"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         if self.backup == "ngram":
             _require(self.text_lookup, "text_lookup", "True with backup 'ngram'", self.text_lookup)
@@ -191,5 +202,6 @@ _CHOICES: dict[str, Any] = {
     "backup": Backup,
     "sampler": Sampler,
     "transport": Transport,
+    "schedule": Schedule,
     "dtype": Dtype,
 }

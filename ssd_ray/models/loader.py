@@ -23,6 +23,10 @@ Role = Literal["target", "draft"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
+FREE_SHARE = 0.4
+"""Part of the free memory that the KV of one model takes at most where the configuration leaves it open: a target and a
+draft may share a machine."""
+
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -109,7 +113,7 @@ def load_runner(
     rows: int,
     max_length: int | None = None,
     scratch: int,
-    pages: int | None = None,
+    kv_memory: float | Literal["auto"] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
@@ -121,7 +125,9 @@ def load_runner(
     Args:
         path: a folder, a hub id, or None for the bundled model of this role. Nothing is fetched for a folder.
         role: names the field in messages.
-        rows, scratch, pages: see :class:`HFRunner`.
+        rows, scratch: see :class:`HFRunner`.
+        kv_memory: GiB for KV; "auto" takes a part of the memory that is free, if that is less than what ``rows`` rows
+            need; None is what they need.
         max_length: positions of a row; None is the model's own limit.
         device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
@@ -130,7 +136,7 @@ def load_runner(
     Raises:
         ModelError: no such model, or it cannot be read.
         UnsupportedModelError: its architecture cannot work here, or not at this length.
-        ConfigError: ``max_length`` is above the model's limit.
+        ConfigError: ``max_length`` is above the model's limit, or ``kv_memory`` does not hold one row.
         ResourceError: weights and KV do not fit the memory that is free.
     """
     source = _source(path, role)
@@ -140,20 +146,38 @@ def load_runner(
         refuse_unsupported(config, role, length)
         where = _device(device)
         kind = checkpoint_dtype(config) if dtype == "auto" else getattr(torch, dtype)
-        per_row = -(-(length + scratch) // PAGE_SLOTS)
-        kv_bytes = _kv_bytes(config, kind) * PAGE_SLOTS * (rows * per_row if pages is None else pages)
         weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
-        _require_memory(role, weight_bytes, kv_bytes, where)
+        page_bytes = _kv_bytes(config, kind) * PAGE_SLOTS
+        pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weight_bytes)
+        _require_memory(role, weight_bytes, page_bytes * pages, where)
         return HFRunner(
             _load_model(source, kind).to(where),
             rows=rows,
             max_length=length,
             scratch=scratch,
-            pages=pages,
+            pages=None if kv_memory is None else pages,
             prefill_chunk=prefill_chunk,
             compile=compile,
             vocab_size=vocab_size,
         )
+
+
+def count_pages(kv_memory: float | Literal["auto"] | None, page_bytes: int, rows: int, slots: int, free: int) -> int:
+    """How many pages of KV to have for rows of so many slots.
+
+    Raises:
+        ConfigError: ``kv_memory`` does not hold one row.
+    """
+    per_row = -(-slots // PAGE_SLOTS)
+    if kv_memory is None:
+        return rows * per_row
+    if kv_memory == "auto":
+        return max(per_row, min(rows * per_row, int(FREE_SHARE * free // page_bytes)))
+    pages = int(kv_memory * 2**30 // page_bytes)
+    if pages < per_row:
+        least = per_row * page_bytes / 2**30
+        raise ConfigError("kv_memory", f"at least {least:.3g} GiB, which one sequence of full length needs", kv_memory)
+    return pages
 
 
 def _vocabulary(path: str | None, role: Role) -> dict[str, int] | None:

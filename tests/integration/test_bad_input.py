@@ -109,15 +109,16 @@ def test_a_value_out_of_range(pair, field, value):
 
 def test_too_little_memory(pair, monkeypatch):
     size = sum(Path(folder, "model.safetensors").stat().st_size for folder in pair)
-    kv = 512 * 2 * (2 * 2 * 2 * 8 * 4)  # positions, models, (K and V, layers, heads, head size, bytes)
+    # One longest sequence, in pages of 64 slots: the target's, and the draft's with its window.
+    kv = (9 + 13) * 64 * (2 * 2 * 2 * 8 * 4)  # (K and V, layers, heads, head size, bytes)
     monkeypatch.setattr(preflight, "SHARE_OF_MEMORY", 1.0)
     monkeypatch.setattr(preflight, "free_bytes", lambda device: size + kv)
     with pytest.raises(AssertionError, match="Ray was started"):
-        LLM(*pair, device="cpu", max_num_seqs=1)
-    with pytest.raises(ResourceError, match=r"memory: .* do not fit .*; lower max_num_seqs"):
-        LLM(*pair, device="cpu", max_num_seqs=2)
+        LLM(*pair, device="cpu")
+    with pytest.raises(ResourceError, match=r"memory: .* do not fit .*; lower kv_memory"):
+        LLM(*pair, device="cpu", kv_memory=1.0)
     with pytest.raises(ResourceError, match="memory"):
-        LLM(*pair, device="cpu", max_num_seqs=1, num_drafts=2)
+        LLM(*pair, device="cpu", num_drafts=2)
 
 
 def test_no_gpu(pair, monkeypatch):
@@ -132,7 +133,8 @@ def test_no_gpu(pair, monkeypatch):
         (["--target", "/no/such/folder"], "ssd-ray: target: no folder at /no/such/folder"),
         (["--draft", "{other}"], "ssd-ray: draft: its tokenizer is not the target's"),
         (["--max-model-len", "513"], "ssd-ray: max_model_len: expected at most 512"),
-        (["--device", "cpu", "--max-num-seqs", "4096", "--num-drafts", "1024"], "ssd-ray: memory: "),
+        (["--device", "cpu", "--kv-memory", "4"], "ssd-ray: memory: "),
+        (["--device", "cpu", "--kv-memory", "0.0001"], "ssd-ray: kv_memory: expected at least 0."),
     ],
 )
 def test_the_command_line_exits_with_2(pair, other_vocabulary, monkeypatch, flags, message):

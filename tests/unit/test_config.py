@@ -42,6 +42,9 @@ BAD_ENGINE = {
     "max_num_seqs": [0],
     "max_model_len": [1],
     "prefill_chunk": [4],
+    "kv_memory": [0, -1.0, "all"],
+    "prefix_cache": ["yes"],
+    "schedule": ["random"],
     "inline_max_bytes": [0],
 }
 

@@ -76,9 +76,10 @@ def test_length_and_dtype_can_be_chosen(pair: tuple[str, str]) -> None:
 
 
 def test_the_pool_can_be_smaller_than_its_rows(pair: tuple[str, str]) -> None:
-    runner = load_runner(pair[0], role="target", pages=3, **SIZE)
+    page_bytes = 64 * model_info(pair[0]).kv_bytes_per_slot
+    runner = load_runner(pair[0], role="target", kv_memory=3.5 * page_bytes / 2**30, **SIZE)
     assert (runner.num_pages, runner.page_slots, runner.slots) == (3, 64, 192)
-    assert runner.page_bytes == 64 * model_info(pair[0]).kv_bytes_per_slot
+    assert runner.page_bytes == page_bytes
     runner.bind(1, 0, [2])
     assert runner.append([1], torch.tensor([[1]]), [0]).shape == (1, 1, 96)
 
@@ -229,7 +230,22 @@ def test_too_little_memory_is_found_before_anything_is_allocated(
     monkeypatch.setattr(loader, "free_bytes", lambda device: 1 << 20)
     with pytest.raises(ResourceError, match=r"^target: .* GiB of KV .* max_num_seqs or max_model_len"):
         load_runner(pair[0], role="target", rows=100, scratch=32, device="cpu")
-    assert load_runner(pair[0], role="target", rows=100, pages=4, scratch=32, device="cpu").num_pages == 4
+
+
+def test_the_pool_fits_the_memory_that_is_free(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def pages(free_pages: float) -> int:
+        free = int(free_pages * page_bytes / loader.FREE_SHARE) + weights
+        monkeypatch.setattr(loader, "free_bytes", lambda device: free)
+        many = load_runner(pair[0], role="target", kv_memory="auto", rows=100, scratch=32, device="cpu")
+        return many.num_pages
+
+    page_bytes = 64 * model_info(pair[0]).kv_bytes_per_slot
+    weights = loader._bytes_on_disk(pair[0])
+    per_row = (load_runner(pair[0], role="target", rows=1, scratch=32).slots) // 64
+    assert pages(20.5) == 20
+    assert pages(1e6) == 100 * per_row
+    with pytest.raises(ConfigError, match="kv_memory: expected at least"):
+        load_runner(pair[0], role="target", kv_memory=1e-9, rows=2, scratch=32, device="cpu")
 
 
 def test_free_memory_is_measured() -> None:
