@@ -1,7 +1,8 @@
 """From a model's logits to the scores whose argmax is the sampled token; the same code for target and draft.
 
-Order: temperature, top-k, top-p, min-p, then the noise. Each filter sees the distribution that the ones before it left,
-as in transformers. Every step treats rows alike and separately, so scores do not depend on what shares a batch.
+Order: penalties (a module of their own), temperature, top-k, top-p, min-p, then the noise. Each filter sees the
+distribution that the ones before it left, as in transformers. Every step treats rows alike and separately, so scores do
+not depend on what shares a batch.
 """
 
 from __future__ import annotations
