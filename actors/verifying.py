@@ -368,19 +368,19 @@ class Target:
             self._start(self._waiting.popleft())
 
     def _start(self, request: Request) -> None:
-        tokens, params = [int(token) for token in request.tokens], request.params
+        tokens = [int(token) for token in request.tokens]
+        params = request.params.ending_with(self._end_tokens)
         session = TargetSession(
             request.number,
             tokens,
             params,
-            end_tokens=self._end_tokens,
             max_length=self._runner.max_length,
             vocab_size=self._runner.vocab_size,
             sampled=self._sampler == "rejection" and not params.greedy,
         )
         number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
         verify = verifier(self._sampler, params, len(tokens), self._runner.vocab_size)
-        text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
+        text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
         row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
         for draft in self._drafts:
             self._open(draft, row)

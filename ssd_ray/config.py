@@ -6,7 +6,7 @@ refused before anything is started. Paths and models are looked at by the loader
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import Any, Literal, get_args
@@ -78,6 +78,7 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest.
         max_tokens: tokens to generate at most.
+        min_tokens: tokens before which neither a token nor a string ends the text: tokens that would are not chosen.
         stop: strings that end the text; the text ends before the earliest of them.
         stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens.
         seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
@@ -96,6 +97,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int = 128
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
@@ -112,6 +114,7 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _real("min_p", self.min_p, 0.0, 1.0)
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _integer("seed", self.seed, 0, SEED_MASK)
         _integer("n", self.n, 1, MAX_TEXTS)
         if self.logprobs is not None:
@@ -134,9 +137,15 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        """Whether the target's logits are changed: a penalty or a bias is set."""
+        """Whether the models' logits are changed: a penalty, a bias or a least number of tokens is set."""
         neutral = self.repetition_penalty == 1.0 and self.presence_penalty == self.frequency_penalty == 0.0
-        return bool(self.logit_bias) or not neutral
+        return bool(self.logit_bias) or self.min_tokens > 0 or not neutral
+
+    def ending_with(self, tokens: Iterable[int]) -> SamplingParams:
+        """The same with a model's end-of-sequence tokens among ``stop_token_ids``, unless they are ignored."""
+        if self.ignore_eos:
+            return self
+        return replace(self, stop_token_ids=tuple(sorted({*self.stop_token_ids, *tokens})))
 
     def texts(self) -> list[SamplingParams]:
         """The parameters of each of the n texts alone."""

@@ -244,7 +244,7 @@ class LLM:
         self.close()
 
     def _submit(self, prompt: Prompt, tokens: list[int], params: SamplingParams) -> TextStream:
-        detokenizer = Detokenizer(self._models.tokenizer, params.stop, tokens)
+        detokenizer = Detokenizer(self._models.tokenizer, params.stop, tokens, params.min_tokens)
         request = self._driver.submit(tokens, params)
         return TextStream(self._driver, request, prompt, detokenizer, with_logprobs=params.logprobs is not None)
 

@@ -1,8 +1,9 @@
 """Penalties and biases: what the tokens of a sequence do to the logits of the next one.
 
-Order and meaning are vLLM's: the bias, then the repetition penalty over prompt and text, then frequency and presence
-penalty over the text alone. Every logit is changed by its own arithmetic, in which no other row or token has a part, so
-the same text gives the same bits in a verification of any length and on a draft.
+Order and meaning are vLLM's: end tokens are barred before there are ``min_tokens``; then the bias, the repetition
+penalty over prompt and text, and frequency and presence penalty over the text alone. Every logit is changed by its own
+arithmetic, in which no other row or token has a part, so the same text gives the same bits in a verification of any
+length and on a draft.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Penalties:
     path that leads to it. The work grows with the different tokens of the sequence, not with the vocabulary.
 
     Args:
-        params: penalties and bias.
+        params: penalties, bias and ``min_tokens``; ``stop_token_ids`` are all tokens that end the text.
         prompt_tokens: tokens that the sequence begins with and that are no part of the text.
         vocab_size: V; tokens beyond it are no concern of this model.
     """
@@ -33,7 +34,11 @@ class Penalties:
         self._params = params
         self._prompt_tokens = prompt_tokens
         self._vocab_size = vocab_size
-        self._bias = [(token, bias) for token, bias in params.logit_bias if token < vocab_size]
+        known = [(token, bias) for token, bias in params.logit_bias if token < vocab_size]
+        self._biased = torch.tensor([token for token, _ in known], dtype=torch.int64)
+        self._bias = torch.tensor([bias for _, bias in known])
+        self._ends = torch.tensor([token for token in params.stop_token_ids if token < vocab_size], dtype=torch.int64)
+        self._shortest = prompt_tokens + params.min_tokens  # a sequence of so many tokens may end
         # How often the text has a token; 0 if only the prompt has it, which the repetition penalty alone looks at.
         self._counts: dict[int, int] = {}
         self._counted = 0 if params.repetition_penalty != 1.0 else prompt_tokens
@@ -51,11 +56,14 @@ class Penalties:
             float32 [R, V].
         """
         self._count(tokens)
-        columns, counts = self._committed.to(logits.device)  # [S] each
-        rows, ids, more = self._counts_on(paths).to(logits.device)  # [P] each
+        device = logits.device
         changed = logits.clone()
-        for token, bias in self._bias:
-            changed[:, token] += bias
+        changed[:, self._biased.to(device)] += self._bias.to(device)
+        early = [row for row, path in enumerate(paths) if len(tokens) + len(path) < self._shortest]
+        if early:
+            changed[torch.tensor(early, device=device)[:, None], self._ends.to(device)] = -torch.inf
+        columns, counts = self._committed.to(device)  # [S] each
+        rows, ids, more = self._counts_on(paths).to(device)  # [P] each
         committed = self._penalised(changed.index_select(-1, columns), counts)  # [R, S]
         speculated = self._penalised(changed[rows, ids], more)  # [P]
         changed.index_copy_(-1, columns, committed)

@@ -55,8 +55,8 @@ class TargetSession:
     Args:
         sequence: its number, under which drafts know it.
         prompt: at least one token. The last one is the first round's bonus token.
-        params: stop conditions are looked at here, except stop strings, which need text.
-        end_tokens: tokens that end a text unless ``params.ignore_eos``.
+        params: stop conditions are looked at here, except stop strings, which need text. Its ``stop_token_ids`` are
+            all tokens that end the text.
         max_length: positions that the sequence can take; it ends there with "length".
         vocab_size: tokens that drafts may name.
         sampled: rejection mode: only tokens that come with the law that they were drawn from are speculated.
@@ -68,7 +68,6 @@ class TargetSession:
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        end_tokens: Collection[int] = (),
         max_length: int,
         vocab_size: int,
         sampled: bool = False,
@@ -83,7 +82,7 @@ class TargetSession:
         self._vocab_size = vocab_size
         self.prompt_tokens = len(self.tokens)
         self._room = min(params.max_tokens, max_length - self.prompt_tokens)
-        self._end_tokens = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else end_tokens)
+        self._end_tokens = frozenset(params.stop_token_ids)
 
     @property
     def round(self) -> int:

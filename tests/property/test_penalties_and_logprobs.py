@@ -127,6 +127,27 @@ def test_a_perfect_draft_that_joins_late_knows_prompt_and_text_apart() -> None:
     assert stats.hits > 5
 
 
+@settings(max_examples=20)
+@given(
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 2**32),
+    least=st.integers(0, 40),
+    lookahead=st.integers(1, 7),
+)
+def test_a_text_does_not_end_early(temperature: float, seed: int, least: int, lookahead: int) -> None:
+    """Drafts know which tokens may not come yet: one that is perfect stays so."""
+    params = SamplingParams(
+        temperature=temperature, seed=seed, min_tokens=least, max_tokens=60, stop_token_ids=tuple(range(0, 32, 3))
+    )
+    target, models = table_pair(1.0, 1)
+    text = Pump(target, models, lookahead=lookahead, end_tokens=[1]).run(PROMPT, params)
+    assert len(text.tokens) >= max(1, least)
+    ends = [token == 1 or token % 3 == 0 for token in text.tokens]
+    assert not any(ends[:-1])
+    assert text.stats.accepted == text.stats.speculated
+    assert text.tokens == Pump(target, [], end_tokens=[1]).run(PROMPT, params).tokens
+
+
 # The law of a penalised text in rejection mode
 
 VOCABULARY, LENGTH = 3, 4

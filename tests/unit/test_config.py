@@ -22,6 +22,7 @@ BAD_SAMPLING = {
     "top_k": [-1, 0.5],
     "min_p": [-0.1, 1.5],
     "max_tokens": [0, -1, 1.5],
+    "min_tokens": [-1, 129, 0.5],
     "stop": ["", [1], ["a", ""]],
     "stop_token_ids": [[-1], ["a"], 3],
     "seed": [-1, 2**63, 0.5],
@@ -86,6 +87,12 @@ def test_a_bias_is_kept_as_sorted_pairs(form: object) -> None:
     assert hash(params) == hash(SamplingParams(logit_bias=params.logit_bias))
 
 
+def test_a_models_end_tokens_join_those_of_the_request() -> None:
+    params = SamplingParams(stop_token_ids=[7, 3])  # type: ignore[arg-type]
+    assert params.ending_with([0, 3]).stop_token_ids == (0, 3, 7)
+    assert replace(params, ignore_eos=True).ending_with([0]).stop_token_ids == (7, 3)
+
+
 def test_each_text_has_a_seed_of_its_own() -> None:
     params = SamplingParams(n=3, seed=SEED_MASK - 1, top_k=4)
     assert [each.seed for each in params.texts()] == [SEED_MASK - 1, SEED_MASK, 0]
@@ -94,7 +101,13 @@ def test_each_text_has_a_seed_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -1}, {"logit_bias": {1: 1}}],
+    [
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -1},
+        {"logit_bias": {1: 1}},
+        {"min_tokens": 1},
+    ],
 )
 def test_what_penalises(values: dict[str, Any]) -> None:
     assert SamplingParams(**values).penalises

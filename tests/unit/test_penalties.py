@@ -19,6 +19,8 @@ all_params = st.builds(
     presence_penalty=st.sampled_from([-2.0, 0.0, 0.4]),
     frequency_penalty=st.sampled_from([-0.7, 0.0, 1.9]),
     logit_bias=st.dictionaries(st.integers(0, V - 1), st.sampled_from([-100.0, -1.0, 0.5, 100.0]), max_size=3),
+    min_tokens=st.integers(0, 25),
+    stop_token_ids=st.lists(st.integers(0, V - 1), max_size=2),
 )
 
 
@@ -31,6 +33,8 @@ def reference(row, params, prompt, text):
     counts, changed = Counter(text), []
     for token, logit in enumerate(np.asarray(row, np.float64)):
         logit += dict(params.logit_bias).get(token, 0.0)
+        if len(text) < params.min_tokens and token in params.stop_token_ids:
+            logit = -np.inf
         if token in prompt or token in text:
             logit = logit / params.repetition_penalty if logit > 0 else logit * params.repetition_penalty
         changed.append(logit - params.frequency_penalty * counts[token] - params.presence_penalty * (token in text))
@@ -84,7 +88,7 @@ def test_barred_tokens_stay_barred():
 
 
 def test_tokens_that_a_smaller_model_does_not_know_are_no_concern_of_it():
-    params = SamplingParams(repetition_penalty=2.0, logit_bias={5: 3.0})
+    params = SamplingParams(repetition_penalty=2.0, logit_bias={5: 3.0}, min_tokens=5, stop_token_ids=(6,))
     changed = Penalties(params, 1, 2).apply(torch.ones(1, 2), [0, 7], [[8]])
     assert changed.tolist() == [[0.5, 1.0]]
 
