@@ -149,12 +149,13 @@ class Draft:
         known = self._sequences.get(message.sequence)
         if not message.tokens or len(message.tokens) > self._runner.max_length:
             return
+        free = set(range(self._runner.rows)) - set(self._rows.values())
+        if known is None and not free:
+            return
         self._penalties[message.sequence] = penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
         if known is not None:
             known.reopen(message)
-            return
-        free = set(range(self._runner.rows)) - set(self._rows.values())
-        if free:
+        else:
             self._rows[message.sequence] = min(free)
             seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
             self._noise[message.sequence] = NoiseRows(seed, self._runner.vocab_size)
@@ -185,9 +186,8 @@ class Draft:
 
     def _close(self, sequence: int) -> None:
         self._asked.pop(sequence, None)
-        self._penalties.pop(sequence, None)
         if self._sequences.pop(sequence, None) is not None:
-            del self._rows[sequence], self._noise[sequence]
+            del self._rows[sequence], self._noise[sequence], self._penalties[sequence]
 
     # Work
 

@@ -379,7 +379,7 @@ class Target:
             sampled=self._sampler == "rejection" and not params.greedy,
         )
         number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
-        verify = verifier(self._sampler, params, len(tokens), self._runner.vocab_size)
+        verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size)
         text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
         row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
         for draft in self._drafts:

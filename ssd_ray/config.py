@@ -84,8 +84,8 @@ class SamplingParams:
         seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: give the log-probability of each token of the text and of the so many likeliest, up to 20, as the
-            target has them before penalties and temperature; None gives none.
-        n: texts of one prompt. Text i has ``seed + i``, so the first is that of n = 1.
+            target has them before penalties and temperature.
+        n: texts of one prompt. Text i has ``seed + i``, so the first is that of n = 1; greedy ones are all the same.
     """
 
     temperature: float = 1.0

@@ -80,7 +80,10 @@ def _number_or_word(text: str | int) -> str | int:
 
 def _pair(text: str) -> tuple[int, float]:
     key, _, value = text.partition("=")
-    return int(key), float(value)
+    try:
+        return int(key), float(value)
+    except ValueError:
+        raise typer.BadParameter(f"expected an id and a number as in 42=-1.5, got {text!r}") from None
 
 
 def _explanations(config: type) -> dict[str, str]:
