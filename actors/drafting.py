@@ -18,6 +18,7 @@ from ssd_ray.models.leases import Lease, PagePool
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
 from ssd_ray.sampling.logits import scores
 from ssd_ray.sampling.noise import NoiseRows
+from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import DraftSession, Item, Ranking
 from ssd_ray.transport.channel import HUB, Channel
@@ -42,6 +43,7 @@ class Seat:
 
     session: DraftSession
     noise: NoiseRows
+    penalties: Penalties | None
     row: int
     lease: Lease
 
@@ -166,6 +168,7 @@ class Draft:
         seat = self._seats.get(message.sequence)
         if seat is not None and self._agrees(seat, message):
             seat.session.reopen(message)
+            seat.penalties = self._penalties(message)
             self._make_room(message.sequence, seat)
             return
         self._close(message.sequence)
@@ -192,10 +195,14 @@ class Draft:
             text_lookup=self._text_lookup,
         )
         seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
-        seat = Seat(session, NoiseRows(seed, self._runner.vocab_size), min(free), lease)
+        noise = NoiseRows(seed, self._runner.vocab_size)
+        seat = Seat(session, noise, self._penalties(message), min(free), lease)
         self._runner.bind(seat.row, 0, lease.pages)
         self._seats[message.sequence] = seat
         self._make_room(message.sequence, seat)
+
+    def _penalties(self, message: Open) -> Penalties | None:
+        return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
 
     def _make_room(self, number: int, seat: Seat) -> None:
         """See that a sequence has pages for its window; without them it is left alone."""
@@ -269,6 +276,8 @@ class Draft:
     def _rank(self, seat: Seat, items: Sequence[Item], logits: Tensor) -> list[Ranking]:
         """What the draft says after each item; logits are float32 [items, V]."""
         params = seat.session.params
+        if seat.penalties is not None:
+            logits = seat.penalties.apply(logits, seat.session.tokens, seat.session.paths(items))
         noise = None if params.greedy else seat.noise.rows([item.position + 1 for item in items])
         if noise is None or self._proposing is None:
             tokens, values = _best(scores(logits, params, noise))

@@ -22,6 +22,7 @@ from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner
+from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import verifier
 from ssd_ray.sampling.verify import Outcome as Decision
@@ -41,6 +42,7 @@ from ssd_ray.wire import (
     Outcome,
     Output,
     RequestStats,
+    TokenLogprobs,
     decode,
     encode,
 )
@@ -202,6 +204,8 @@ class Target:
             self._commit(row, decision, verify_ms)
         self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
         self._announce(rows)
+        for row, row_logits in zip(rows, logits, strict=True):
+            self._report(row, row_logits)
         host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
         for row in rows:
             row.session.tally.spent(verify_ms / len(rows), wait_ms / len(rows), host_ms / len(rows))
@@ -237,7 +241,7 @@ class Target:
             speculation = session.cache.speculation
             proposals = session.proposals
             decisions.append(
-                row.verifier.decide(row_logits[: len(speculation) + 1], session.position, speculation, proposals)
+                row.verifier.decide(row_logits[: len(speculation) + 1], session.tokens, speculation, proposals)
             )
         return decisions
 
@@ -258,6 +262,14 @@ class Target:
             row.ngrams.extend(row.added)
         self._look_for_stop(row, row.added)
 
+    @torch.inference_mode()
+    def _report(self, row: Row, logits: torch.Tensor) -> None:
+        """Tell the driver the new tokens, which the first rows of the logits decided."""
+        most, wanted = row.session.params.logprobs, []
+        if most is not None:
+            wanted = [TokenLogprobs(*entry) for entry in logprobs(logits, row.added, most)]
+        self._emit(Output(row.session.sequence, row.added, logprobs=wanted))
+
     def _look_for_stop(self, row: Row, added: list[int]) -> None:
         """End the request behind the token that completes a stop string."""
         if row.text is None:
@@ -269,7 +281,7 @@ class Target:
             row.session.finish("stop", row.text.count)
 
     def _announce(self, rows: Sequence[Row]) -> None:
-        """Tell the drafts the outcomes and what is verified next, and the driver the new tokens."""
+        """Tell the drafts the outcomes and what is verified next."""
         going = [row for row in rows if row.session.finish_reason is None]
         for row in going:
             self._look_up(row)
@@ -282,8 +294,6 @@ class Target:
             self._plan_wait(going)
         for row in going:
             self._tell_outcome(row)
-        for row in rows:
-            self._emit(Output(row.session.sequence, row.added))
 
     def _look_up(self, row: Row) -> None:
         """Find what is prepared for the outcome."""
@@ -376,19 +386,19 @@ class Target:
                 self._end(row)
 
     def _row(self, request: Request) -> Row:
-        tokens, params = [int(token) for token in request.tokens], request.params
+        tokens = [int(token) for token in request.tokens]
+        params = request.params.ending_with(self._end_tokens)
         session = TargetSession(
             request.number,
             tokens,
             params,
-            end_tokens=self._end_tokens,
             max_length=self._runner.max_length,
             vocab_size=self._runner.vocab_size,
             sampled=self._sampler == "rejection" and not params.greedy,
         )
         study = self._study if self._planner.factors is not None else None
-        verify = verifier(self._sampler, params, self._runner.vocab_size, study)
-        text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
+        verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
+        text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
         return Row(session, verify, text, NgramIndex(tokens if self._looks_up else ()))
 
     def _end(self, row: Row) -> None:
@@ -483,6 +493,7 @@ class Target:
                 self._planner.c or 0.0,
                 share,
                 shares,
+                session.prompt_tokens,
             ),
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 from typer.core import TyperGroup
 
@@ -26,7 +27,7 @@ from ssd_ray.flags import from_flags, with_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ssd_ray.llm import LLM, RequestOutput
+    from ssd_ray.llm import LLM, Completion, RequestOutput
     from ssd_ray.stats import Stats
 
 INPUT_ERRORS = (ConfigError, ModelError, RequestError, ResourceError)
@@ -140,7 +141,8 @@ def generate(
         elif as_json:
             _print_json(llm, *requests[0])
         else:
-            _print_text(llm, *requests[0])
+            for text in params.texts():
+                _print_text(llm, requests[0][0], text)
 
 
 def _print_text(llm: LLM, prompt: str, params: SamplingParams) -> None:
@@ -173,14 +175,21 @@ def _serve_file(llm: LLM, requests: list[tuple[str, SamplingParams]]) -> None:
 
 
 def _document(output: RequestOutput) -> dict[str, Any]:
-    """A result as JSON has it."""
-    return {
-        "prompt": output.prompt,
-        "text": output.text,
-        "token_ids": output.token_ids,
-        "finish_reason": output.finish_reason,
-        "stats": output.stats.as_dict(),
+    """A result as JSON has it: the prompt and its first text, and the others if there are any."""
+    first, *others = [_text_document(completion) for completion in output.outputs]
+    return {"prompt": output.prompt} | first | ({"others": others} if others else {})
+
+
+def _text_document(completion: Completion) -> dict[str, Any]:
+    document = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stats": completion.stats.as_dict(),
     }
+    if completion.logprobs is not None:
+        document["logprobs"] = [msgspec.structs.asdict(entry) for entry in completion.logprobs]
+    return document
 
 
 def _print_figures(stats: Stats, seconds: float) -> None:

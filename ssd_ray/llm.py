@@ -6,6 +6,7 @@ import atexit
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,31 +16,65 @@ from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineError, RequestError
 from ssd_ray.stats import EngineStats, Stats
 from ssd_ray.text import Detokenizer
-from ssd_ray.wire import Output
+from ssd_ray.wire import Output, TokenLogprobs
 
-__all__ = ["LLM", "EngineStats", "RequestOutput", "TextStream"]
+__all__ = ["LLM", "Completion", "EngineStats", "RequestOutput", "TextStream", "TokenLogprobs"]
 
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
-    """What became of one prompt.
+class Completion:
+    """One text.
 
     Attributes:
-        prompt: as it was given.
-        text: the text that follows the prompt, without special tokens and without the stop string that ended it.
+        text: what follows the prompt, without special tokens and without the stop string that ended it.
         token_ids: the tokens generated, with those that ended the text.
         finish_reason: "length", "stop" or "cancelled".
-        stats: the request's figures.
+        stats: its figures.
+        logprobs: an entry for each token, if ``SamplingParams.logprobs`` asked for them.
     """
 
-    prompt: Prompt
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What became of one prompt. The first text's attributes can be asked for here.
+
+    Attributes:
+        prompt: as it was given.
+        outputs: its texts, ``SamplingParams.n`` of them.
+    """
+
+    prompt: Prompt
+    outputs: list[Completion]
+
+    @property
+    def text(self) -> str:
+        """See :class:`Completion`, also for the following ones."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason
+
+    @property
+    def stats(self) -> Stats:
+        return self.outputs[0].stats
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.outputs[0].logprobs
 
 
 class TextStream(Iterator[str]):
@@ -51,11 +86,14 @@ class TextStream(Iterator[str]):
     output: RequestOutput | None = None
     """The whole result, once the iteration has ended."""
 
-    def __init__(self, driver: Driver, request: Request, prompt: Prompt, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self, driver: Driver, request: Request, prompt: Prompt, detokenizer: Detokenizer, *, with_logprobs: bool = False
+    ) -> None:
         self._driver = driver
         self._request = request
         self._prompt = prompt
         self._detokenizer = detokenizer
+        self._logprobs: list[TokenLogprobs] | None = [] if with_logprobs else None
         self._pieces = self._read()
 
     def __next__(self) -> str:
@@ -83,6 +121,8 @@ class TextStream(Iterator[str]):
         try:
             for message in self._request:
                 tokens += message.tokens
+                if self._logprobs is not None:
+                    self._logprobs += message.logprobs
                 piece = self._detokenizer.push(message.tokens)
                 if message.finish_reason is not None:
                     piece += self._detokenizer.finish()
@@ -101,7 +141,8 @@ class TextStream(Iterator[str]):
         if last.stats is not None and last.stats.tokens != len(tokens):
             raise EngineError(f"{last.stats.tokens} tokens were generated, {len(tokens)} arrived")
         reason = last.finish_reason or ""
-        return RequestOutput(prompt=self._prompt, text=text, token_ids=tokens, finish_reason=reason, stats=stats)
+        completion = Completion(text=text, token_ids=tokens, finish_reason=reason, stats=stats, logprobs=self._logprobs)
+        return RequestOutput(prompt=self._prompt, outputs=[completion])
 
 
 class LLM:
@@ -149,25 +190,30 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """As :meth:`generate`, but hand out each result as soon as it and those before it are ready."""
         several = _several(prompts)
-        each = _one_for_each(params, len(several))
+        each = [self._models.params(one) for one in _one_for_each(params, len(several))]
         tokens = [self._models.prompt(prompt) for prompt in several]
         streams: list[TextStream] = []
         try:
-            for item in zip(several, tokens, each, strict=True):
-                streams.append(self._submit(*item))
+            for prompt, ids, one in zip(several, tokens, each, strict=True):
+                for single in one.texts():
+                    streams.append(self._submit(prompt, ids, single))
         except BaseException:
             _close(streams)
             raise
-        return _wait_for(streams)
+        return _wait_for(streams, [one.n for one in each])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
         """Generate a text and hand out its pieces as they come.
 
         Raises:
+            ConfigError: ``params`` asks for several texts; :meth:`SamplingParams.texts` parts them.
             RequestError: the prompt cannot be served.
             EngineError: the engine failed or was closed.
         """
-        return self._submit(prompt, self._models.prompt(prompt), params or SamplingParams())
+        params = self._models.params(params or SamplingParams())
+        if params.n > 1:
+            raise ConfigError("n", "1 for a stream, which is one text", params.n)
+        return self._submit(prompt, self._models.prompt(prompt), params)
 
     def scale_drafts(self, count: int) -> None:
         """Change the number of draft actors, at any time; 0 decodes without speculation.
@@ -198,14 +244,18 @@ class LLM:
         self.close()
 
     def _submit(self, prompt: Prompt, tokens: list[int], params: SamplingParams) -> TextStream:
-        detokenizer = Detokenizer(self._models.tokenizer, params.stop, tokens)
-        return TextStream(self._driver, self._driver.submit(tokens, params), prompt, detokenizer)
+        detokenizer = Detokenizer(self._models.tokenizer, params.stop, tokens, params.min_tokens)
+        request = self._driver.submit(tokens, params)
+        return TextStream(self._driver, request, prompt, detokenizer, with_logprobs=params.logprobs is not None)
 
 
-def _wait_for(streams: list[TextStream]) -> Iterator[RequestOutput]:
+def _wait_for(streams: list[TextStream], counts: Sequence[int]) -> Iterator[RequestOutput]:
+    """The results of several prompts, which have so many streams each."""
+    left = iter(streams)
     try:
-        for stream in streams:
-            yield stream.wait()
+        for count in counts:
+            singles = [stream.wait() for stream in islice(left, count)]
+            yield replace(singles[0], outputs=[single.outputs[0] for single in singles])
     finally:
         _close(streams)
 
