@@ -42,14 +42,12 @@ class Row:
     number: int = -1  # of the KV row, while it runs
     lease: Lease | None = None
     filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
-    last_round: int = -1  # of the batch, in which it was verified
     unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
     accepted: int = 0  # tokens of the last speculation
     added: list[int] = field(default_factory=list)  # tokens of the last round
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
     wanted: int = 0  # tokens to wait for
     looked_up: bool = False  # the next speculation was found in the text
-    backed_up: bool = True  # what is done about the last outcome, if it was a miss, is decided
     whole: bool = False  # the next speculation was as long as can be when it was looked up
 
     @property
@@ -149,16 +147,12 @@ class Batch:
         if row.lease is not None:
             self.rows.remove(row)
             row.lease.release(self._known(row))
-            row.lease, row.filled, row.last_round = None, 0, -1
+            row.lease, row.filled = None, 0
 
-    def pick(self, groups: int, now: int) -> list[Row]:
-        """The rows of the next round, number ``now``: of those that can decode one part in so many, the ones whose turn
-        was longest ago."""
-        ready = sorted((row for row in self.rows if row.ready), key=lambda row: (row.last_round, row.arrival))
-        picked = ready[: -(-len(ready) // groups)]
-        for row in picked:
-            row.last_round = now
-        return sorted(picked, key=lambda row: row.number)
+    @property
+    def ready(self) -> list[Row]:
+        """The rows that can decode, in the order of their KV rows."""
+        return sorted((row for row in self.rows if row.ready), key=lambda row: row.number)
 
     def _publish(self, row: Row) -> None:
         if row.lease is not None and self._caching:

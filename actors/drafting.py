@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 RANKED = 32
 """Tokens that are kept of each distribution, best first."""
 
+WIDTH = 4
+"""Tokens of branches that each of many sequences gets in one forward at least."""
+
 HELLO_SECONDS = 1.0
 KNOCK_SECONDS = 0.02
 """How soon a greeting is said again: one that was sent, and one for which no connection was there yet."""
@@ -57,7 +60,7 @@ class Draft:
         channel: to the target.
         session: the engine's number on the wire.
         policy: makes the fan-out policy, which learns from all sequences together.
-        width: tokens of branches in one forward, all sequences together. Each of many sequences gets two.
+        width: tokens of branches in one forward, all sequences together. Each of many sequences gets :data:`WIDTH`.
         lookahead: tokens in one speculation at most.
         branching: False drafts the one chain of plain speculative decoding.
         proposing: how tokens are drawn in rejection mode; None is coupled mode.
@@ -256,7 +259,7 @@ class Draft:
         start = self._clock()
         seats = [seat for seat in self._seats.values() if seat.session.complete_past]
         seats = [seat for seat in seats if seat.session.urgent] or seats
-        width = max(1, (max(self._width, 2 * len(seats)) if self._branching else 1) // max(1, len(seats)))
+        width = max(1, (max(self._width, WIDTH * len(seats)) if self._branching else 1) // max(1, len(seats)))
         work = [(seat, items) for seat in seats if (items := seat.session.next_step(width))]
         if not work:
             return False

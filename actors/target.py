@@ -44,7 +44,6 @@ class TargetActor:
             backup=backup(config),
             patient=inline,
             concurrency=config.max_num_seqs,
-            interleaved=config.schedule == "interleaved",
             prefill_chunk=config.prefill_chunk,
             prefix_cache=config.prefix_cache,
             end_tokens=model_info(config.target).eos_token_ids,

@@ -75,8 +75,6 @@ class Target:
         end_tokens: tokens that end a text.
         tokenizer: needed for stop strings alone.
         concurrency: requests that run at the same time.
-        interleaved: rows take turns in two groups, so that drafts work for one while the other is verified; else all
-            rows are verified together.
         prefill_chunk: tokens of prompts that are prefilled between two rounds.
         prefix_cache: keep the KV of what has ended for prompts that begin alike.
         clock: seconds; another one lets time be simulated.
@@ -97,7 +95,6 @@ class Target:
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
         concurrency: int = 1,
-        interleaved: bool = False,
         prefill_chunk: int = 256,
         prefix_cache: bool = True,
         clock: Callable[[], float] = perf_counter,
@@ -113,11 +110,9 @@ class Target:
         self._patient = patient
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
-        self._interleaved = interleaved and not patient
         self._prefill_chunk = prefill_chunk
         self._looks_up = backup in ("ngram", "auto")
         self.batch = Batch(runner, concurrency, SHAPE, caching=prefix_cache)
-        self._rounds = 0
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
         self._drafts: list[str] = []
         self._outbox: deque[Output] = deque()
@@ -167,13 +162,8 @@ class Target:
             self._receive(idle_seconds)
             return False
         self._prefill()
-        self._round(self.batch.pick(self._groups, self._rounds))
+        self._round(self.batch.ready)
         return True
-
-    @property
-    def _groups(self) -> int:
-        """Into how many groups the rows are divided that take turns."""
-        return 2 if self._interleaved and sum(row.ready for row in self.batch.rows) > 1 else 1
 
     def _prefill(self) -> None:
         start = self._clock()
@@ -186,14 +176,10 @@ class Target:
             self._tell(Close(row.session.sequence))
         rows = [row for row in rows if row.lease is not None]
         if rows:
-            self._rounds += 1
             self._run_round(rows)
 
     def _run_round(self, rows: Sequence[Row]) -> None:
         start = self._clock()
-        if self._groups > 1:
-            for row in rows:
-                self._back_up(row)
         wait_ms = self._wait(rows)
         for row in rows:
             self._begin(row)
@@ -285,13 +271,7 @@ class Target:
         going = [row for row in rows if row.session.finish_reason is None]
         for row in going:
             self._look_up(row)
-        if self._groups > 1:  # there is the time of a verification until their turn: for a whole chain, if need be
-            for row in going:
-                row.wanted = row.session.most(self._lookahead) if self._worth_waiting(row.session) else 0
-        else:
-            for row in going:
-                self._back_up(row)
-            self._plan_wait(going)
+        self._plan_wait(going)
         for row in going:
             self._tell_outcome(row)
 
@@ -302,22 +282,20 @@ class Target:
         if self._planner.factors is not None and row.accepted == self._lookahead:
             self._planner.factors.saw_whole(hit)
         most = session.most(self._lookahead)
-        row.looked_up, row.backed_up = False, hit
+        row.looked_up = False
         row.whole = session.cache.available(most) == most
+        if not hit:
+            self._back_up(row, most)
 
-    def _back_up(self, row: Row) -> None:
+    def _back_up(self, row: Row, most: int) -> None:
         """After a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
         session = row.session
-        if row.backed_up:
-            return
-        row.backed_up = True
-        most = session.most(self._lookahead)
-        available, waits = session.cache.available(most), self._worth_waiting(session)
-        proposal = row.ngrams.propose(most) if self._looks_up and not available else []
+        waits = self._worth_waiting(session)
+        proposal = row.ngrams.propose(most) if self._looks_up else []
         if proposal and (self._backup == "ngram" or self._pace.prefers_lookup(len(proposal), most, waits=waits)):
             session.cache.plant(proposal)
             row.looked_up = True
-        session.back_up("ngram" if row.looked_up else "draft" if available or waits else "none")
+        session.back_up("ngram" if row.looked_up else "draft" if waits else "none")
 
     def _plan_wait(self, rows: Sequence[Row]) -> None:
         """Set how many tokens each row is to have: more than there are only if that pays for the rows together."""

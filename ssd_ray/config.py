@@ -18,7 +18,6 @@ FanOut = Literal["auto", "uniform", "geometric", "histogram", "confidence"]
 Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
-Schedule = Literal["auto", "lockstep", "interleaved"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MAX_LOOKAHEAD = 7
@@ -187,8 +186,6 @@ class EngineConfig:
             the memory that is free. Where it is full, the latest requests wait.
         prefix_cache: keep the KV of ended requests, for prompts that begin as they did.
         prefill_chunk: prompt tokens that are prefilled between two rounds of the requests that decode.
-        schedule: "lockstep" verifies all rows together, "interleaved" in two groups that take turns, so that drafts
-            work for one while the other is verified; "auto" is the better one by what was measured.
     """
 
     target: str | None = None
@@ -213,7 +210,6 @@ class EngineConfig:
     kv_memory: float | Literal["auto"] = "auto"
     prefix_cache: bool = True
     prefill_chunk: int = 256
-    schedule: Schedule = "auto"
 
     def __post_init__(self) -> None:
         for name, literal in _CHOICES.items():
@@ -259,6 +255,5 @@ _CHOICES: dict[str, Any] = {
     "backup": Backup,
     "sampler": Sampler,
     "transport": Transport,
-    "schedule": Schedule,
     "dtype": Dtype,
 }

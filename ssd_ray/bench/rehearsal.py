@@ -37,12 +37,13 @@ HOST_MS, MESSAGE_MS = 0.6, 0.3
 
 
 class Hooked(ModelRunner):
-    """A runner that tells of its forwards: ``on_append`` before a verification, ``on_extend(tokens)`` after a step."""
+    """A runner that tells of its forwards: ``on_append(rows)`` before a verification, ``on_extend(tokens)`` after a
+    step."""
 
     def __init__(
         self,
         runner: ModelRunner,
-        on_append: Callable[[], None] = lambda: None,
+        on_append: Callable[[int], None] = lambda rows: None,
         on_extend: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
@@ -58,11 +59,11 @@ class Hooked(ModelRunner):
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         logits = self._runner.extend(rows, tokens, positions, slots, visible)
-        self._on_extend(tokens.shape[1])
+        self._on_extend(tokens.numel())
         return logits
 
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        self._on_append()
+        self._on_append(len(rows))
         return self._runner.append(rows, tokens, starts)
 
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -148,6 +149,7 @@ class Stage(Channel):
         self.outputs: deque[Output] = deque()
         self.parts: dict[str, Part] = {}
         self._delay, self._host = delay, host
+        self._owed = 0.0  # seconds of other work in this round
         self._meanwhile = meanwhile
         self._arriving: list[tuple[float, int, str, Frame]] = []
         self._tie = count()
@@ -174,11 +176,17 @@ class Stage(Channel):
                 part.play(self.now)
             part.now = max(part.now, self.now)
 
+    def verify(self, seconds: float) -> None:
+        """Let the target verify; the round's other work is done when its tokens are sent."""
+        self._owed = self._host
+        self.elapse(seconds)
+
     def send(self, peer: str, frame: bytes) -> bool:
         if peer == DRIVER:
             if isinstance(output := decode(SESSION, frame), Output):
                 self.outputs.append(output)
-            self.elapse(self._host)
+            owed, self._owed = self._owed, 0.0
+            self.elapse(owed)
         elif peer in self.parts:
             self.parts[peer].deliver(self.now + self._delay, frame)
         return True
@@ -285,20 +293,29 @@ class Rehearsal:
 
     def run(self, prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], RequestStats]:
         """Decode one prompt; its tokens and figures, whose milliseconds are virtual."""
-        self._number += 1
+        (result,) = self.run_all([(prompt, params)])
+        return result
+
+    def run_all(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[tuple[list[int], RequestStats]]:
+        """Decode prompts together; the tokens and figures of each."""
         self.stage.elapse(1e-3 * self.hardware.message_ms)  # whoever has just come is heard
-        self.target.submit(self._number, prompt, params)
-        tokens: list[int] = []
-        while True:
+        first = self._number + 1
+        for prompt, params in requests:
+            self._number += 1
+            self.target.submit(self._number, prompt, params)
+        texts: dict[int, list[int]] = {number: [] for number in range(first, self._number + 1)}
+        figures: dict[int, RequestStats] = {}
+        while len(figures) < len(requests):
             self.target.turn(0.0)
             while self.stage.outputs:
                 output = self.stage.outputs.popleft()
-                tokens += output.tokens
+                texts[output.request] += output.tokens
                 if output.stats is not None:
-                    return tokens, output.stats
+                    figures[output.request] = output.stats
+        return [(tokens, figures[number]) for number, tokens in texts.items()]
 
-    def _verify(self) -> None:
-        self.stage.elapse(1e-3 * self.hardware.verify_ms)
+    def _verify(self, rows: int) -> None:
+        self.stage.verify(1e-3 * self.hardware.verify(rows))
 
 
 class _Timed(Hooked):

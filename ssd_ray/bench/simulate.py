@@ -20,11 +20,12 @@ class Hardware:
     """Milliseconds of a pair on some machine.
 
     Attributes:
-        verify_ms: a verification forward of all rows.
+        verify_ms: a verification forward of one row.
         step_ms: a draft step that runs one token.
         host_ms: a round's other work on the target, rows together.
         message_ms: an outcome's way to the draft and a token's way back.
         token_ms: what every further token of a draft step adds.
+        row_ms: what every further row of a verification adds.
     """
 
     verify_ms: float
@@ -32,6 +33,11 @@ class Hardware:
     host_ms: float = 0.0
     message_ms: float = 0.0
     token_ms: float = 0.0
+    row_ms: float = 0.0
+
+    def verify(self, rows: int) -> float:
+        """Milliseconds of a verification of so many rows."""
+        return self.verify_ms + (rows - 1) * self.row_ms
 
     def step(self, tokens: int) -> float:
         """Milliseconds of a draft step that runs so many tokens."""

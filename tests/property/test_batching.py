@@ -1,12 +1,11 @@
-"""Many requests at once: whatever arrives, leaves, is cancelled or has to give its memory back, and in whatever
-schedule, every text is the one that the request has alone."""
+"""Many requests at once: whatever arrives, leaves, is cancelled or has to give its memory back, every text is
+the one that the request has alone."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +62,6 @@ def drain(engine: Pump, numbers: set[int], turns: int = 20_000) -> None:
     rows=st.sampled_from([1, 2, 5]),
     drafts=st.integers(0, 2),
     pages=st.sampled_from([13, 20, None]),
-    interleaved=st.booleans(),
     chunk=st.sampled_from([8, 32, 256]),
     caching=st.booleans(),
     trouble=st.sampled_from([0.0, 0.1]),
@@ -73,7 +71,6 @@ def test_every_text_is_the_one_of_the_request_alone(
     rows: int,
     drafts: int,
     pages: int | None,
-    interleaved: bool,
     chunk: int,
     caching: bool,
     trouble: float,
@@ -84,7 +81,6 @@ def test_every_text_is_the_one_of_the_request_alone(
         drafts,
         pages,
         dice.choice([24, 40, None]),
-        interleaved=interleaved,
         prefill_chunk=chunk,
         prefix_cache=caching,
         trouble=trouble,
@@ -113,10 +109,9 @@ def test_every_text_is_the_one_of_the_request_alone(
     assert pool.available == pool.size
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_a_full_pool_takes_turns_and_all_end(interleaved: bool) -> None:
+def test_a_full_pool_takes_turns_and_all_end() -> None:
     """Twelve pages hold one text of full length, and there are six of them."""
-    engine = pump(6, 1, 13, interleaved=interleaved)
+    engine = pump(6, 1, 13)
     params = SamplingParams(temperature=1.0, max_tokens=1000, ignore_eos=True)
     for number in range(6):
         engine.target.submit(number, [number, 7], replace(params, seed=number))

@@ -51,7 +51,6 @@ BAD_ENGINE = {
     "prefill_chunk": [4],
     "kv_memory": [0, -1.0, "all"],
     "prefix_cache": ["yes"],
-    "schedule": ["random"],
     "inline_max_bytes": [0],
 }
 
