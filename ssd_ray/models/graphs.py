@@ -20,9 +20,9 @@ from ssd_ray.models.slots import KeysValues, SlotCache, as_heads, gather, write
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows, tokens, positions, slots, mask) -> logits: R distinct rows; int64 [R, T]; positions and slots int64 [1, T]
-(the same for every row) or [R, T]; additive mask [1 or R, 1, T, E]."""
+Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(rows, extents, tokens, positions, slots, mask) -> logits: R distinct rows; how many slots each reads, E the most;
+int64 [R, T]; positions and slots int64 [1, T] (the same for every row) or [R, T]; additive mask [1 or R, 1, T, E]."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -34,8 +34,10 @@ MAX_SHAPES = 1024
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     """The plain forward of a model."""
 
-    def forward(rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-        kv.aim(rows, slots, mask.shape[-1])
+    def forward(
+        rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor
+    ) -> Tensor:
+        kv.aim(rows, slots, extents)
         output = model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=True
         )
@@ -127,11 +129,19 @@ class CompiledForward:
         self._step = torch.compile(static_step(model), dynamic=False, fullgraph=True)
         self._known: set[int] = set()
 
-    def __call__(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def __call__(
+        self,
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
         """See :data:`Forward`."""
-        first = self._kv.table.run(rows[0], mask.shape[-1]) if len(rows) == 1 else None
+        first = self._kv.table.run(rows[0], extents[0]) if len(rows) == 1 else None
         if first is None:
-            return self._eager(rows, tokens, positions, slots, mask)
+            return self._eager(rows, extents, tokens, positions, slots, mask)
         # One layout for each shape: strides are part of what is compiled for. Where the row lies is not.
         inputs = [tensor.contiguous() for tensor in (tokens, positions, slots, mask)]
         pools = self._kv.pools(first, mask.shape[-1])
@@ -163,9 +173,17 @@ class CudaGraphForward:
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, ...], tuple[Any, list[Tensor], Tensor]] = {}
 
-    def __call__(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def __call__(
+        self,
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
         """See :data:`Forward`."""
-        extent = mask.shape[-1]
+        extent = max(extents)
         in_place = len(rows) == 1 and self._kv.table.run(rows[0], extent) == 0
         pages = self._kv.table.indices(rows, extent)
         inputs = [pages, tokens, positions, self._kv.table.addresses(rows, slots), mask]

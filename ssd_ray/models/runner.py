@@ -12,7 +12,7 @@ from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
-from ssd_ray.models.probe import check_addressing, probe_layers
+from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
 from ssd_ray.models.slots import SlotCache
 
 SMALLEST_CHUNK = 8
@@ -67,6 +67,7 @@ class HFRunner(ModelRunner):
             slots=self.slots,
             page_slots=page_slots,
             pages=pages,
+            apart=takes_rows_apart(model, shapes),
             dtype=self.dtype,
             device=self.device,
         )
@@ -90,15 +91,16 @@ class HFRunner(ModelRunner):
             self._kv.table.require(row, row_slots)
         mask = torch.where(visible.to(self.device), self._seen, self._hidden)[:, None]  # [R, 1, T, E]
         tokens, positions, slots = tokens.to(self.device), positions.to(self.device), slots.to(self.device)
-        return self._logits(self._decode(rows, tokens, positions, slots, mask))
+        return self._logits(self._decode(rows, self._extents(visible), tokens, positions, slots, mask))
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
         length = tokens.shape[1]
         for row, start in zip(rows, starts, strict=True):
             self._kv.table.require_trunk(row, start + length)
-        slots, mask = self._trunk(starts, length, self.extent(max(starts) + length))
-        return self._logits(self._decode(rows, tokens.to(self.device), self._positions(slots), slots, mask))
+        extents = [self.extent(start + length) for start in starts]
+        slots, mask = self._trunk(starts, length, max(extents))
+        return self._logits(self._decode(rows, extents, tokens.to(self.device), self._positions(slots), slots, mask))
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -121,7 +123,7 @@ class HFRunner(ModelRunner):
         extent = self.extent(start + count)
         slots, mask = self._trunk([start], padded, extent)
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
-        self._kv.aim([row], slots[:, :count], extent)
+        self._kv.aim([row], slots[:, :count], [extent])
         self._body(
             input_ids=inputs.to(self.device),
             attention_mask=mask,
@@ -129,6 +131,14 @@ class HFRunner(ModelRunner):
             past_key_values=self._kv,
             use_cache=True,
         )
+
+    def _extents(self, visible: Tensor) -> list[int]:
+        """How many slots each row of a mask, bool [R, T, E], reads; E the most."""
+        rows, _, extent = visible.shape
+        if rows == 1:
+            return [extent]
+        ends = (visible.any(1) * torch.arange(1, extent + 1, device=visible.device)).amax(1)
+        return [max(self.page_slots, self.extent(end)) for end in ends.tolist()]
 
     def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, Tensor]:
         """Slots, int64 [1 or R, T], and mask, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""

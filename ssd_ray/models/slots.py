@@ -1,17 +1,18 @@
 """The slot-addressed KV cache: transformers writes through it, the caller says where.
 
 ``update(keys, values, layer)`` is all that a model tells its cache. So before each forward the runner aims the cache:
-at which rows, at which slots to write, how many slots to read. What a layer returns is then
-``[R, heads, extent, dim]``, however long the sequences are; the mask alone says which slots a token sees.
+at which rows, at which slots to write, how many slots to read. The mask alone says which slots a token sees.
 
 A pool is [slots, heads, dim] for each layer's K and V: a page is one block, and pages that follow one another are one
-tensor, which is read as it lies.
+tensor, which is read as it lies. Rows of one forward are read apart, each at its own extent, where the attention takes
+them so (:mod:`~ssd_ray.models.attention`); else they are gathered at the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,11 @@ class LayerShape:
 class Part:
     """What is read of some rows: ``extent`` slots of each."""
 
+    extent: int
     first: int = 0
-    """Where in the pool one row's slots begin, if they follow one another there."""
-    extent: int = 0
+    """Where in the pool a row's slots begin, if they follow one another there."""
     pages: Tensor | None = None
-    """int64 [R, P]: pages to gather."""
+    """int64 [R, P]: pages to gather, if they do not."""
 
 
 @dataclass(slots=True)
@@ -54,7 +55,6 @@ class Window:
     extent: int = 0
     parts: list[Part] = field(default_factory=list)
     """All rows as one part, or each row as a part of its own."""
-    split: bool = False
 
 
 class SlotLayer(CacheLayerMixin):
@@ -70,11 +70,15 @@ class SlotLayer(CacheLayerMixin):
         self.paged = keys.view(-1, page_slots, *keys.shape[1:]), values.view(-1, page_slots, *values.shape[1:])
         self._views: dict[tuple[int, int], KeysValues] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysValues:
-        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim]."""
-        for pool, states in ((self.keys, key_states), (self.values, value_states)):
-            write(pool, self._window.written, states)
-        return self._read(self._window.parts[0])
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
+        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or a list of
+        [1, heads, extent, dim], one for each row."""
+        write(self.keys, self._window.written, key_states)
+        write(self.values, self._window.written, value_states)
+        parts = self._window.parts
+        if len(parts) == 1:
+            return self._read(parts[0])
+        return tuple(map(list, zip(*map(self._read, parts), strict=True)))
 
     def _read(self, part: Part) -> KeysValues:
         if part.pages is not None:
@@ -133,6 +137,7 @@ class SlotCache(Cache):
         shapes: what each layer keeps.
         slots: a whole number of pages.
         pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
+        apart: read rows apart; False gathers them.
     """
 
     def __init__(
@@ -143,11 +148,13 @@ class SlotCache(Cache):
         slots: int,
         page_slots: int,
         pages: int | None = None,
+        apart: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.table = PageTable(rows, slots, page_slots, pages, device=device)
         self.slots, self.device = slots, device
+        self._apart = apart
         self._window = Window()
         size = (self.table.num_pages + 1) * page_slots
         # Tensors of equal shape share one bank [n, slots, heads, dim], so that a move is one gather and one scatter
@@ -166,24 +173,25 @@ class SlotCache(Cache):
         layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self._window) for i in range(len(shapes))]
         super().__init__(layers=layers)
 
-    def aim(self, rows: Sequence[int], slots: Tensor, extent: int) -> None:
+    def aim(self, rows: Sequence[int], slots: Tensor, extents: Sequence[int]) -> None:
         """Set where the next forward goes.
 
         Args:
             rows: R distinct rows.
             slots: int64 [1, T] (the same for every row) or [R, T], on the cache's device. A forward of more than T
                 tokens a row writes its first T.
-            extent: slots to read, from slot 0.
+            extents: slots to read of each row, from slot 0.
         """
         window = self._window
-        window.written, window.extent = self.table.addresses(rows, slots), extent
-        window.parts = [self._part(rows, extent)]
+        window.written, window.extent = self.table.addresses(rows, slots), max(extents)
+        if self._apart or len(rows) == 1:
+            window.parts = [self._part(row, extent) for row, extent in zip(rows, extents, strict=True)]
+        else:
+            window.parts = [Part(window.extent, pages=self.table.indices(rows, window.extent))]
 
-    def _part(self, rows: Sequence[int], extent: int) -> Part:
-        first = self.table.run(rows[0], extent) if len(rows) == 1 else None
-        if first is not None:
-            return Part(first, extent)
-        return Part(extent=extent, pages=self.table.indices(rows, extent))
+    def _part(self, row: int, extent: int) -> Part:
+        first = self.table.run(row, extent)
+        return Part(extent, pages=self.table.indices([row], extent)) if first is None else Part(extent, first)
 
     def pools(self, first: int, extent: int) -> list[KeysValues]:
         """A part of every layer's pool, [extent, heads, dim]."""

@@ -39,7 +39,7 @@ def test_the_static_step_is_the_plain_forward(
     tokens = tokens_of(len(rows), 8, seed=9)
     with torch.inference_mode():
         slots, mask = runner._trunk(starts[: len(rows)], 8, 64)
-        want = eager_forward(model, plain)(rows, tokens, slots, slots, mask)
+        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, slots, slots, mask)
         pools = static.paged_pools() if gather else static.pools(0, 64)
         pages = static.table.indices(rows, 64) if gather else None
         got = static_step(model)(pools, pages, tokens, slots, static.table.addresses(rows, slots), mask)
