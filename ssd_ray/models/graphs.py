@@ -21,8 +21,9 @@ from ssd_ray.models.slots import KeysValues, SlotCache, as_heads, gather, write
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows, extents, tokens, positions, slots, mask) -> logits: R distinct rows; how many slots each reads, E the most;
-int64 [R, T]; positions and slots int64 [1, T] (the same for every row) or [R, T]; additive mask [1 or R, 1, T, E]."""
+"""(rows, extents, tokens, positions, written, mask) -> logits: R distinct rows; how many slots each reads, E the most;
+int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; additive mask
+[1 or R, 1, T, E]."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -35,9 +36,9 @@ def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     """The plain forward of a model."""
 
     def forward(
-        rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor
+        rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, written: Tensor, mask: Tensor
     ) -> Tensor:
-        kv.aim(rows, slots, extents)
+        kv.aim(rows, extents, written)
         output = model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=True
         )
@@ -135,15 +136,15 @@ class CompiledForward:
         extents: Sequence[int],
         tokens: Tensor,
         positions: Tensor,
-        slots: Tensor,
+        written: Tensor,
         mask: Tensor,
     ) -> Tensor:
         """See :data:`Forward`."""
         first = self._kv.table.run(rows[0], extents[0]) if len(rows) == 1 else None
         if first is None:
-            return self._eager(rows, extents, tokens, positions, slots, mask)
+            return self._eager(rows, extents, tokens, positions, written, mask)
         # One layout for each shape: strides are part of what is compiled for. Where the row lies is not.
-        inputs = [tensor.contiguous() for tensor in (tokens, positions, slots, mask)]
+        inputs = [tensor.contiguous() for tensor in (tokens, positions, written - first, mask)]
         pools = self._kv.pools(first, mask.shape[-1])
         count = tokens.shape[1]
         if count in self._known:
@@ -179,14 +180,13 @@ class CudaGraphForward:
         extents: Sequence[int],
         tokens: Tensor,
         positions: Tensor,
-        slots: Tensor,
+        written: Tensor,
         mask: Tensor,
     ) -> Tensor:
         """See :data:`Forward`."""
         extent = max(extents)
         in_place = len(rows) == 1 and self._kv.table.run(rows[0], extent) == 0
-        pages = self._kv.table.indices(rows, extent)
-        inputs = [pages, tokens, positions, self._kv.table.addresses(rows, slots), mask]
+        inputs = [self._kv.pages(rows, extent), tokens, positions, written, mask]
         shape = (*tokens.shape, extent, int(in_place))
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(inputs, in_place)

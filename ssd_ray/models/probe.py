@@ -88,9 +88,11 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[Te
         mask[0, 0, token, slots[0, : token + 1]] = 0
     want: Tensor = model(input_ids=tokens, use_cache=False).logits
     forward = partial(eager_forward(model, kv), [0], [kv.slots])
-    forward(tokens[:, :1], positions[:, -1:], torch.zeros_like(slots[:, :1]), mask[:, :, -1:])
+    written = torch.tensor([kv.table.locate(0, slots[0].tolist())], device=kv.device)
+    hidden_slot = torch.tensor([kv.table.locate(0, [0])], device=kv.device)
+    forward(tokens[:, :1], positions[:, -1:], hidden_slot, mask[:, :, -1:])
     parts = slice(0, count // 2), slice(count // 2, count)
-    got = [forward(tokens[:, part], positions[:, part], slots[:, part], mask[:, :, part]) for part in parts]
+    got = [forward(tokens[:, part], positions[:, part], written[:, part], mask[:, :, part]) for part in parts]
     return torch.cat(got, 1).float(), want.float()
 
 
@@ -101,10 +103,10 @@ def takes_rows_apart(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bo
         return False
     size = {"rows": 2, "slots": 32, "page_slots": 16}
     kv = SlotCache(shapes, **size, apart=True, dtype=model.dtype, device=model.device)
-    zeros = torch.zeros(2, 1, dtype=torch.int64)
+    zeros, written = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[0], [32]])
     mask = torch.zeros(1, 1, 1, 32, dtype=model.dtype)
     try:
-        eager_forward(model, kv)([0, 1], [16, 32], zeros, zeros, zeros, mask)
+        eager_forward(model, kv)([0, 1], [16, 32], zeros, zeros, written, mask)
     except (AttributeError, TypeError):  # it does something to them; lists have no shape
         return False
     return True

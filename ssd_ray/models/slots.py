@@ -1,7 +1,7 @@
 """The slot-addressed KV cache: transformers writes through it, the caller says where.
 
 ``update(keys, values, layer)`` is all that a model tells its cache. So before each forward the runner aims the cache:
-at which rows, at which slots to write, how many slots to read. The mask alone says which slots a token sees.
+at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
 A pool is [slots, heads, dim] for each layer's K and V: a page is one block, and pages that follow one another are one
 tensor, which is read as it lies. Rows of one forward are read apart, each at its own extent, where the attention takes
@@ -152,11 +152,11 @@ class SlotCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.table = PageTable(rows, slots, page_slots, pages, device=device)
+        self.table = PageTable(rows, slots, page_slots, pages)
         self.slots, self.device = slots, device
         self._apart = apart
         self._window = Window()
-        size = (self.table.num_pages + 1) * page_slots
+        size = self.table.size
         # Tensors of equal shape share one bank [n, slots, heads, dim], so that a move is one gather and one scatter
         # for all layers of nearly every model.
         members: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -173,25 +173,29 @@ class SlotCache(Cache):
         layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self._window) for i in range(len(shapes))]
         super().__init__(layers=layers)
 
-    def aim(self, rows: Sequence[int], slots: Tensor, extents: Sequence[int]) -> None:
+    def aim(self, rows: Sequence[int], extents: Sequence[int], written: Tensor) -> None:
         """Set where the next forward goes.
 
         Args:
             rows: R distinct rows.
-            slots: int64 [1, T] (the same for every row) or [R, T], on the cache's device. A forward of more than T
-                tokens a row writes its first T.
             extents: slots to read of each row, from slot 0.
+            written: int64 [R, T], the addresses of each row's tokens, on the cache's device. A forward of more than T
+                tokens a row writes its first T.
         """
         window = self._window
-        window.written, window.extent = self.table.addresses(rows, slots), max(extents)
+        window.written, window.extent = written, max(extents)
         if self._apart or len(rows) == 1:
             window.parts = [self._part(row, extent) for row, extent in zip(rows, extents, strict=True)]
         else:
-            window.parts = [Part(window.extent, pages=self.table.indices(rows, window.extent))]
+            window.parts = [Part(window.extent, pages=self.pages(rows, window.extent))]
 
     def _part(self, row: int, extent: int) -> Part:
         first = self.table.run(row, extent)
-        return Part(extent, pages=self.table.indices([row], extent)) if first is None else Part(extent, first)
+        return Part(extent, pages=self.pages([row], extent)) if first is None else Part(extent, first)
+
+    def pages(self, rows: Sequence[int], extent: int) -> Tensor:
+        """The pages behind the first slots of rows, int64 [R, P]."""
+        return torch.tensor([self.table.of(row, extent) for row in rows], dtype=torch.int64, device=self.device)
 
     def pools(self, first: int, extent: int) -> list[KeysValues]:
         """A part of every layer's pool, [extent, heads, dim]."""
@@ -204,7 +208,7 @@ class SlotCache(Cache):
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of slots to other slots of the same row, all read before any is written."""
-        slots = torch.tensor([source, destination], dtype=torch.int64, device=self.device)
-        origin, goal = self.table.addresses([row, row], slots)
+        pairs = [self.table.locate(row, slots) for slots in (source, destination)]
+        origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
         for bank in self.banks:
             bank.index_copy_(1, goal, bank.index_select(1, origin))

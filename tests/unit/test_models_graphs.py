@@ -38,11 +38,13 @@ def test_the_static_step_is_the_plain_forward(
     runner, plain, static = caches(model)
     tokens = tokens_of(len(rows), 8, seed=9)
     with torch.inference_mode():
-        slots, mask = runner._trunk(starts[: len(rows)], 8, 64)
-        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, slots, slots, mask)
+        positions, mask = runner._trunk(starts[: len(rows)], 8, 64)
+        places = zip(rows, starts, strict=False)
+        written = torch.tensor([static.table.locate(row, range(start, start + 8)) for row, start in places])
+        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, positions, written, mask)
         pools = static.paged_pools() if gather else static.pools(0, 64)
-        pages = static.table.indices(rows, 64) if gather else None
-        got = static_step(model)(pools, pages, tokens, slots, static.table.addresses(rows, slots), mask)
+        pages = static.pages(rows, 64) if gather else None
+        got = static_step(model)(pools, pages, tokens, positions, written, mask)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(static.banks, plain.banks, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

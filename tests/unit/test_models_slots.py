@@ -69,7 +69,9 @@ def test_any_sequence_of_writes_and_moves(steps: list[tuple]) -> None:
                     tensor[row, :, destination[:count]] = tensor[row, :, source[:count]].clone()
             continue
         rows, lists, extent, padding = step
-        cache.aim(rows, torch.tensor(lists), [extent] * len(rows))
+        places = zip(rows, lists if len(lists) > 1 else lists * len(rows), strict=True)
+        written = torch.tensor([cache.table.locate(row, slots) for row, slots in places])
+        cache.aim(rows, [extent] * len(rows), written)
         for layer in range(len(SHAPES)):
             keys, values = states(layer, len(rows), len(lists[0]) + padding, seed)
             for place, row in enumerate(rows):
@@ -94,7 +96,7 @@ def test_layers_of_one_shape_share_a_bank() -> None:
 
 def test_pages_that_follow_one_another_are_read_without_a_copy() -> None:
     cache = make()
-    cache.aim([1], torch.tensor([[3]]), [12])
+    cache.aim([1], [12], torch.tensor([[7]]))
     keys, values = cache.update(*states(0, 1, 1, 0), 0)
     assert keys.data_ptr() == cache.layers[0].paged[0][1].data_ptr()
     assert values.data_ptr() == cache.layers[0].paged[1][1].data_ptr()
@@ -104,6 +106,6 @@ def test_kept_views_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots_module, "MAX_VIEWS", 3)
     cache = make()
     for extent in (4, 5, 6, 7, 8, 4):
-        cache.aim([1], torch.tensor([[0]]), [extent])
+        cache.aim([1], [extent], torch.tensor([[0]]))
         assert cache.update(*states(0, 1, 1, extent), 0)[0].shape[2] == extent
         assert len(cache.layers[0]._views) <= 3
