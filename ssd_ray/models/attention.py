@@ -56,9 +56,9 @@ def masked_attention(
 
 
 def _by_row(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
-    masks = mask.expand(len(keys), -1, -1, -1)
-    rows = zip(torch.split(query, 1), keys, values, torch.split(masks, 1), strict=True)
-    return torch.cat([_fused(q, k, v, m[..., : k.shape[2]], scaling) for q, k, v, m in rows])
+    queries, masks = torch.split(query, 1), torch.split(mask.expand(len(keys), -1, -1, -1), 1)
+    rows = zip(queries, keys, values, masks, strict=True)
+    return torch.cat([_fused(q, k, v, m.narrow(3, 0, k.shape[2]), scaling) for q, k, v, m in rows])
 
 
 def _fused(
@@ -69,7 +69,7 @@ def _fused(
     if groups > 1 and mask is not None and query.device.type != "cpu":
         query, mask = fold_groups(query, mask, groups)
         groups = 1
-    output = F.scaled_dot_product_attention(
+    output: Tensor = F.scaled_dot_product_attention(
         query,
         key,
         value,

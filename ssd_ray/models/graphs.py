@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ssd_ray.models.slots import KeysValues, SlotCache, as_heads, gather, write
+from ssd_ray.models.slots import KeysValues, SlotCache, gather, write
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +60,20 @@ class StaticLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, pools: KeysValues, written: Tensor, pages: Tensor | None, extent: int) -> None:
+    def __init__(self, pools: KeysValues, written: Tensor, pages: Tensor | None, page_slots: int, extent: int) -> None:
         super().__init__()
         self.keys, self.values = pools
         self.is_initialized = True
-        self._written, self._pages, self._extent = written, pages, extent
+        self._written, self._pages, self._page_slots, self._extent = written.flatten(), pages, page_slots, extent
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysValues:
         """Write [R, heads, T, dim], return [R, heads, extent, dim]."""
-        write(self.keys.flatten(0, -3), self._written, key_states)
-        write(self.values.flatten(0, -3), self._written, value_states)
+        write(self.keys, self._written, key_states)
+        write(self.values, self._written, value_states)
         return self._read(self.keys), self._read(self.values)
 
     def _read(self, pool: Tensor) -> Tensor:
-        return as_heads(pool[None]) if self._pages is None else gather(pool, self._pages, self._extent)
+        return pool if self._pages is None else gather(pool, self._pages, self._page_slots, self._extent)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do."""
@@ -91,12 +91,10 @@ class StaticLayer(CacheLayerMixin):
         return self._extent
 
 
-def static_step(model: PreTrainedModel) -> Callable[..., Tensor]:
-    """A forward without Python state: ``written``, int64 [R, T], are addresses in the pools.
-
-    With ``pages``, int64 [R, P], those are gathered from pools [pages, page_slots, heads, dim]. Without, the pools are
-    what one row reads, [E, heads, dim], and nothing is copied.
-    """
+def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor]:
+    """A forward without Python state over pools [1, heads, slots, dim]: ``written``, int64 [R, T], are addresses in
+    them, ``pages``, int64 [R, P], what is gathered. Without pages the pools are what one row reads, E slots, and
+    nothing is copied."""
 
     def step(
         pools: Pools,
@@ -106,7 +104,7 @@ def static_step(model: PreTrainedModel) -> Callable[..., Tensor]:
         written: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        layers = [StaticLayer(pair, written, pages, mask.shape[-1]) for pair in pools]
+        layers = [StaticLayer(pair, written, pages, page_slots, mask.shape[-1]) for pair in pools]
         output = model(
             input_ids=tokens,
             attention_mask=mask,
@@ -127,7 +125,7 @@ class CompiledForward:
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         self._kv = kv
         self._eager = eager_forward(model, kv)
-        self._step = torch.compile(static_step(model), dynamic=False, fullgraph=True)
+        self._step = torch.compile(static_step(model, kv.table.page_slots), dynamic=False, fullgraph=True)
         self._known: set[int] = set()
 
     def __call__(
@@ -158,7 +156,7 @@ def _run_compiled(step: Callable[..., Tensor], pools: Pools, pages: Tensor | Non
     """Run a step that may have to be compiled first. The extent is left open: measured, that costs nothing."""
     torch._dynamo.maybe_mark_dynamic(inputs[-1], 3)
     for pool in (pool for pair in pools if pages is None for pool in pair):
-        torch._dynamo.maybe_mark_dynamic(pool, 0)
+        torch._dynamo.maybe_mark_dynamic(pool, 2)
     with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
         return step(pools, pages, *inputs)
 
@@ -169,7 +167,7 @@ class CudaGraphForward:
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> None:
         self._kv = kv
-        step = static_step(model)
+        step = static_step(model, kv.table.page_slots)
         self._step = torch.compile(step, dynamic=False, fullgraph=True) if compile else step
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, ...], tuple[Any, list[Tensor], Tensor]] = {}
@@ -200,7 +198,7 @@ class CudaGraphForward:
         pages, tokens, positions, written, mask = inputs
         buffers = [pages, tokens, positions.expand_as(tokens), written, mask.expand(len(pages), -1, -1, -1)]
         buffers = [tensor.clone(memory_format=torch.contiguous_format) for tensor in buffers]
-        pools = self._kv.pools(0, mask.shape[-1]) if in_place else self._kv.paged_pools()
+        pools = self._kv.pools(0, mask.shape[-1] if in_place else self._kv.table.size)
         read = None if in_place else buffers[0]
         # Kernels are chosen and workspaces made outside the graph. Running it twice does what running it once does.
         stream: Any = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]

@@ -3,8 +3,8 @@
 ``update(keys, values, layer)`` is all that a model tells its cache. So before each forward the runner aims the cache:
 at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
-A pool is [slots, heads, dim] for each layer's K and V: a page is one block, and pages that follow one another are one
-tensor, which is read as it lies. Rows of one forward are read apart, each at its own extent, where the attention takes
+A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
+they lie; others are gathered. Rows of one forward are read apart, each at its own extent, where the attention takes
 them so (:mod:`~ssd_ray.models.attention`); else they are gathered at the longest.
 """
 
@@ -50,15 +50,15 @@ class Part:
 class Window:
     """Where a forward writes and reads; one object, shared by all layers."""
 
-    written: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
-    """int64 [R, T]: addresses of the leading T tokens of each row; what follows is padding."""
+    written: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """int64 [R * T]: addresses of the leading T tokens of each row; what follows is padding."""
     extent: int = 0
     parts: list[Part] = field(default_factory=list)
     """All rows as one part, or each row as a part of its own."""
 
 
 class SlotLayer(CacheLayerMixin):
-    """K and V of one layer, [slots of the pool, heads, dim] each, allocated by :class:`SlotCache`."""
+    """K and V of one layer, [1, heads, slots of the pool, dim] each, allocated by :class:`SlotCache`."""
 
     is_sliding = False
 
@@ -67,7 +67,7 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = keys, values
         self.is_initialized = True
         self._window = window
-        self.paged = keys.view(-1, page_slots, *keys.shape[1:]), values.view(-1, page_slots, *values.shape[1:])
+        self._page_slots = page_slots
         self._views: dict[tuple[int, int], KeysValues] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
@@ -82,16 +82,17 @@ class SlotLayer(CacheLayerMixin):
 
     def _read(self, part: Part) -> KeysValues:
         if part.pages is not None:
-            keys, values = self.paged
-            return gather(keys, part.pages, part.extent), gather(values, part.pages, part.extent)
-        where = part.first, part.extent
-        if where not in self._views:
+            keys, values = (
+                gather(pool, part.pages, self._page_slots, part.extent) for pool in (self.keys, self.values)
+            )
+            return keys, values
+        span = part.first, part.first + part.extent
+        if span not in self._views:
             # Kept, since making them costs as much as writing.
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            span = slice(part.first, part.first + part.extent)
-            self._views[where] = as_heads(self.keys[None, span]), as_heads(self.values[None, span])
-        return self._views[where]
+            self._views[span] = self.keys[:, :, slice(*span)], self.values[:, :, slice(*span)]
+        return self._views[span]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: everything was allocated at the start."""
@@ -106,26 +107,25 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Slots of the pool."""
-        return len(self.keys)
+        return self.keys.shape[2]
 
 
 def write(pool: Tensor, addresses: Tensor, states: Tensor) -> None:
-    """Write states [R, heads, T or more, dim] to addresses, int64 [R, T], of a pool [slots, heads, dim]."""
-    rows, tokens = addresses.shape
-    states = states[:, :, :tokens].transpose(1, 2)
-    states = states[0] if rows == 1 else states.reshape(rows * tokens, *pool.shape[1:])
-    pool.index_copy_(0, addresses.reshape(-1), states)
+    """Write states [R, heads, T or more, dim] to addresses, int64 [R * T], of a pool [1, heads, slots, dim]."""
+    rows, heads, tokens, dim = states.shape
+    count = len(addresses) // rows
+    if count != tokens:
+        states = states[:, :, :count]
+    if rows > 1:
+        states = states.transpose(0, 1).reshape(1, heads, -1, dim)
+    pool.index_copy_(2, addresses, states)
 
 
-def gather(paged: Tensor, pages: Tensor, extent: int) -> Tensor:
-    """Pages, int64 [R, P], of a pool [pages, page_slots, heads, dim], as [R, heads, extent, dim]."""
-    read = paged.index_select(0, pages.reshape(-1)).view(len(pages), -1, *paged.shape[2:])
-    return as_heads(read[:, :extent])
-
-
-def as_heads(slots: Tensor) -> Tensor:
-    """[R, slots, heads, dim] as a model wants it, [R, heads, slots, dim]."""
-    return slots.transpose(1, 2)
+def gather(pool: Tensor, pages: Tensor, page_slots: int, extent: int) -> Tensor:
+    """Pages, int64 [R, P], of a pool [1, heads, slots, dim], as [R, heads, extent, dim]."""
+    _, heads, _, dim = pool.shape
+    read = pool.view(heads, -1, page_slots, dim).index_select(1, pages.flatten())
+    return read.view(heads, len(pages), -1, dim)[:, :, :extent].transpose(0, 1)
 
 
 class SlotCache(Cache):
@@ -157,7 +157,7 @@ class SlotCache(Cache):
         self._apart = apart
         self._window = Window()
         size = self.table.size
-        # Tensors of equal shape share one bank [n, slots, heads, dim], so that a move is one gather and one scatter
+        # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
         # for all layers of nearly every model.
         members: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for layer, shape in enumerate(shapes):
@@ -166,9 +166,9 @@ class SlotCache(Cache):
         self.banks: list[Tensor] = []
         tensors: dict[tuple[int, int], Tensor] = {}
         for (heads, dim), owners in members.items():
-            bank = torch.zeros(len(owners), size, heads, dim, dtype=dtype, device=device)
+            bank = torch.zeros(len(owners), heads, size, dim, dtype=dtype, device=device)
             self.banks.append(bank)
-            tensors.update(zip(owners, bank, strict=True))
+            tensors.update(zip(owners, bank[:, None], strict=True))
         self.page_bytes = sum(bank.nbytes for bank in self.banks) * page_slots // size
         layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self._window) for i in range(len(shapes))]
         super().__init__(layers=layers)
@@ -183,7 +183,7 @@ class SlotCache(Cache):
                 tokens a row writes its first T.
         """
         window = self._window
-        window.written, window.extent = written, max(extents)
+        window.written, window.extent = written.flatten(), max(extents)
         if self._apart or len(rows) == 1:
             window.parts = [self._part(row, extent) for row, extent in zip(rows, extents, strict=True)]
         else:
@@ -198,17 +198,13 @@ class SlotCache(Cache):
         return torch.tensor([self.table.of(row, extent) for row in rows], dtype=torch.int64, device=self.device)
 
     def pools(self, first: int, extent: int) -> list[KeysValues]:
-        """A part of every layer's pool, [extent, heads, dim]."""
+        """A part of every layer's pool, [1, heads, extent, dim]."""
         span = slice(first, first + extent)
-        return [(layer.keys[span], layer.values[span]) for layer in self.layers]
-
-    def paged_pools(self) -> list[KeysValues]:
-        """Every layer's pool, [pages, page_slots, heads, dim]."""
-        return [layer.paged for layer in self.layers]
+        return [(layer.keys[:, :, span], layer.values[:, :, span]) for layer in self.layers]
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of slots to other slots of the same row, all read before any is written."""
         pairs = [self.table.locate(row, slots) for slots in (source, destination)]
         origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
         for bank in self.banks:
-            bank.index_copy_(1, goal, bank.index_select(1, origin))
+            bank.index_copy_(2, goal, bank.index_select(2, origin))
