@@ -3,12 +3,16 @@
 Transformers' own function repeats K and V for every group of query heads as soon as a mask is given. Here the groups
 are left to the kernel on a CPU, and folded into the query's token dimension elsewhere (CUDA's fused kernels take a mask
 or groups, not both).
+
+K and V may come row by row, each of its own extent. The cost then follows every row's own length, and a row's result is
+bit for bit what it is without the others.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -24,14 +28,15 @@ _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
 def masked_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query [R, heads, T, D] over key and value [R, kv_heads, E, D] under an additive mask [., 1, T, E].
-    Without a mask it is causal where the module is.
+    Without a mask it is causal where the module is. Key and value may be lists of R, [1, kv_heads, at most E, D] each;
+    there is a mask then.
 
     Returns ([R, T, heads, D], None), as transformers wants it.
 
@@ -41,23 +46,39 @@ def masked_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the model's attention needs {name}, which fused attention does not have")
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if isinstance(key, list) and attention_mask is not None:
+        outputs = _by_row(query, key, value, attention_mask, scaling)
+    else:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        outputs = _fused(query, key, value, attention_mask, scaling, causal)
+    return outputs.transpose(1, 2).contiguous(), None
+
+
+def _by_row(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
+    queries, masks = torch.split(query, 1), torch.split(mask.expand(len(keys), -1, -1, -1), 1)
+    rows = zip(queries, keys, values, masks, strict=True)
+    return torch.cat([_fused(q, k, v, m.narrow(3, 0, k.shape[2]), scaling) for q, k, v, m in rows])
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, causal: bool = False
+) -> Tensor:
     rows, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
-    if groups > 1 and attention_mask is not None and query.device.type != "cpu":
-        query, attention_mask = fold_groups(query, attention_mask, groups)
+    if groups > 1 and mask is not None and query.device.type != "cpu":
+        query, mask = fold_groups(query, mask, groups)
         groups = 1
-    output = F.scaled_dot_product_attention(
+    output: Tensor = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=attention_mask,
-        is_causal=causal and attention_mask is None and tokens > 1,
+        attn_mask=mask,
+        is_causal=causal and mask is None and tokens > 1,
         scale=scaling,
         enable_gqa=groups > 1,
     )
-    return output.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    return output.reshape(rows, heads, tokens, -1)
 
 
 def fold_groups(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ssd_ray.models.slots import KeysValues, SlotCache, as_heads, gather, write
+from ssd_ray.models.slots import KeysValues, SlotCache, gather, write
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows, tokens, positions, slots, mask) -> logits: R distinct rows; int64 [R, T]; positions and slots int64 [1, T]
-(the same for every row) or [R, T]; additive mask [1 or R, 1, T, E]."""
+Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(rows, extents, tokens, positions, written, mask) -> logits: R distinct rows; how many slots each reads, E the most;
+int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; additive mask
+[1 or R, 1, T, E]."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -34,8 +35,10 @@ MAX_SHAPES = 1024
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     """The plain forward of a model."""
 
-    def forward(rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-        kv.aim(rows, slots, mask.shape[-1])
+    def forward(
+        rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, written: Tensor, mask: Tensor
+    ) -> Tensor:
+        kv.aim(rows, extents, written)
         output = model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=True
         )
@@ -57,20 +60,20 @@ class StaticLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, pools: KeysValues, written: Tensor, pages: Tensor | None, extent: int) -> None:
+    def __init__(self, pools: KeysValues, written: Tensor, pages: Tensor | None, page_slots: int, extent: int) -> None:
         super().__init__()
         self.keys, self.values = pools
         self.is_initialized = True
-        self._written, self._pages, self._extent = written, pages, extent
+        self._written, self._pages, self._page_slots, self._extent = written.flatten(), pages, page_slots, extent
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysValues:
         """Write [R, heads, T, dim], return [R, heads, extent, dim]."""
-        write(self.keys.flatten(0, -3), self._written, key_states)
-        write(self.values.flatten(0, -3), self._written, value_states)
+        write(self.keys, self._written, key_states)
+        write(self.values, self._written, value_states)
         return self._read(self.keys), self._read(self.values)
 
     def _read(self, pool: Tensor) -> Tensor:
-        return as_heads(pool[None]) if self._pages is None else gather(pool, self._pages, self._extent)
+        return pool if self._pages is None else gather(pool, self._pages, self._page_slots, self._extent)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do."""
@@ -88,12 +91,10 @@ class StaticLayer(CacheLayerMixin):
         return self._extent
 
 
-def static_step(model: PreTrainedModel) -> Callable[..., Tensor]:
-    """A forward without Python state: ``written``, int64 [R, T], are addresses in the pools.
-
-    With ``pages``, int64 [R, P], those are gathered from pools [pages, page_slots, heads, dim]. Without, the pools are
-    what one row reads, [E, heads, dim], and nothing is copied.
-    """
+def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor]:
+    """A forward without Python state over pools [1, heads, slots, dim]: ``written``, int64 [R, T], are addresses in
+    them, ``pages``, int64 [R, P], what is gathered. Without pages the pools are what one row reads, E slots, and
+    nothing is copied."""
 
     def step(
         pools: Pools,
@@ -103,7 +104,7 @@ def static_step(model: PreTrainedModel) -> Callable[..., Tensor]:
         written: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        layers = [StaticLayer(pair, written, pages, mask.shape[-1]) for pair in pools]
+        layers = [StaticLayer(pair, written, pages, page_slots, mask.shape[-1]) for pair in pools]
         output = model(
             input_ids=tokens,
             attention_mask=mask,
@@ -124,16 +125,24 @@ class CompiledForward:
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         self._kv = kv
         self._eager = eager_forward(model, kv)
-        self._step = torch.compile(static_step(model), dynamic=False, fullgraph=True)
+        self._step = torch.compile(static_step(model, kv.table.page_slots), dynamic=False, fullgraph=True)
         self._known: set[int] = set()
 
-    def __call__(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def __call__(
+        self,
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
         """See :data:`Forward`."""
-        first = self._kv.table.run(rows[0], mask.shape[-1]) if len(rows) == 1 else None
+        first = self._kv.table.run(rows[0], extents[0]) if len(rows) == 1 else None
         if first is None:
-            return self._eager(rows, tokens, positions, slots, mask)
+            return self._eager(rows, extents, tokens, positions, written, mask)
         # One layout for each shape: strides are part of what is compiled for. Where the row lies is not.
-        inputs = [tensor.contiguous() for tensor in (tokens, positions, slots, mask)]
+        inputs = [tensor.contiguous() for tensor in (tokens, positions, written - first, mask)]
         pools = self._kv.pools(first, mask.shape[-1])
         count = tokens.shape[1]
         if count in self._known:
@@ -147,7 +156,7 @@ def _run_compiled(step: Callable[..., Tensor], pools: Pools, pages: Tensor | Non
     """Run a step that may have to be compiled first. The extent is left open: measured, that costs nothing."""
     torch._dynamo.maybe_mark_dynamic(inputs[-1], 3)
     for pool in (pool for pair in pools if pages is None for pool in pair):
-        torch._dynamo.maybe_mark_dynamic(pool, 0)
+        torch._dynamo.maybe_mark_dynamic(pool, 2)
     with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
         return step(pools, pages, *inputs)
 
@@ -158,17 +167,24 @@ class CudaGraphForward:
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> None:
         self._kv = kv
-        step = static_step(model)
+        step = static_step(model, kv.table.page_slots)
         self._step = torch.compile(step, dynamic=False, fullgraph=True) if compile else step
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, ...], tuple[Any, list[Tensor], Tensor]] = {}
 
-    def __call__(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def __call__(
+        self,
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
         """See :data:`Forward`."""
-        extent = mask.shape[-1]
+        extent = max(extents)
         in_place = len(rows) == 1 and self._kv.table.run(rows[0], extent) == 0
-        pages = self._kv.table.indices(rows, extent)
-        inputs = [pages, tokens, positions, self._kv.table.addresses(rows, slots), mask]
+        inputs = [self._kv.pages(rows, extent), tokens, positions, written, mask]
         shape = (*tokens.shape, extent, int(in_place))
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(inputs, in_place)
@@ -182,7 +198,7 @@ class CudaGraphForward:
         pages, tokens, positions, written, mask = inputs
         buffers = [pages, tokens, positions.expand_as(tokens), written, mask.expand(len(pages), -1, -1, -1)]
         buffers = [tensor.clone(memory_format=torch.contiguous_format) for tensor in buffers]
-        pools = self._kv.pools(0, mask.shape[-1]) if in_place else self._kv.paged_pools()
+        pools = self._kv.pools(0, mask.shape[-1] if in_place else self._kv.table.size)
         read = None if in_place else buffers[0]
         # Kernels are chosen and workspaces made outside the graph. Running it twice does what running it once does.
         stream: Any = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
 from ssd_ray.models.contract import UNBOUND
 
@@ -14,27 +11,24 @@ class PageTable:
     """The pages of ``rows`` rows of ``slots`` slots, a whole number of pages.
 
     Behind everything that is unbound stands one page beyond the pool's, ``spare``: it is read, under masks, and never
-    written.
+    written. An address is a slot's place in the pool, spare page included.
 
     Args:
         num_pages: pages of the pool; None is enough for all rows, and binds them one after the other.
-        device: where addresses are computed.
-
-    Attributes:
-        tensor: int64 [rows, pages of a row].
     """
 
-    def __init__(
-        self, rows: int, slots: int, page_slots: int, num_pages: int | None = None, *, device: torch.device
-    ) -> None:
+    def __init__(self, rows: int, slots: int, page_slots: int, num_pages: int | None = None) -> None:
         self.slots, self.page_slots = slots, page_slots
         per_row = slots // page_slots
         self.num_pages = self.spare = rows * per_row if num_pages is None else num_pages
         self._pages = [[self.spare] * per_row for _ in range(rows)]
-        self.tensor = torch.full((rows, per_row), self.spare, dtype=torch.int64, device=device)
         if num_pages is None:
-            for row in range(rows):
-                self.bind(row, 0, range(row * per_row, (row + 1) * per_row))
+            self._pages = [list(range(row * per_row, (row + 1) * per_row)) for row in range(rows)]
+
+    @property
+    def size(self) -> int:
+        """Slots of the pool, those of the spare page included."""
+        return (self.num_pages + 1) * self.page_slots
 
     def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
         """See :meth:`~ssd_ray.models.contract.ModelRunner.bind`."""
@@ -44,39 +38,37 @@ class PageTable:
         if not all(UNBOUND <= page < self.num_pages for page in pages):
             raise ValueError(f"pages {list(pages)} of a pool that has {self.num_pages}")
         of_row[first:end] = [self.spare if page == UNBOUND else page for page in pages]
-        self.tensor[row, first:end] = torch.tensor(of_row[first:end], dtype=torch.int64)
 
     def of(self, row: int, slots: int) -> list[int]:
         """The pages behind the first slots of a row."""
         return self._pages[row][: -(-slots // self.page_slots)]
 
     def run(self, row: int, slots: int) -> int | None:
-        """Where in the pool the first slots of a row begin, if they follow one another there."""
+        """The address of a row's slot 0, if those of its first slots follow one another."""
         pages = self.of(row, slots)
         return pages[0] * self.page_slots if pages == list(range(pages[0], pages[0] + len(pages))) else None
 
-    def indices(self, rows: Sequence[int], slots: int) -> Tensor:
-        """The pages behind the first slots of rows, int64 [R, P]."""
-        return self.tensor[list(rows), : -(-slots // self.page_slots)]
+    def locate(self, row: int, slots: Sequence[int]) -> list[int]:
+        """Addresses of slots of a row that are to be written.
 
-    def addresses(self, rows: Sequence[int], slots: Tensor) -> Tensor:
-        """Where slots, int64 [1 or R, T], of rows lie in the pool: int64 [R, T]."""
-        if len(rows) == 1:
-            pages = self.tensor[rows[0]][slots // self.page_slots]
-        else:
-            pages = self.tensor[list(rows)].gather(1, (slots // self.page_slots).expand(len(rows), -1))
-        return pages * self.page_slots + slots % self.page_slots
+        Raises:
+            ValueError: the row does not have a slot, or it lies on a page that is not bound.
+        """
+        if max(slots, default=0) >= self.slots:
+            raise ValueError(f"slot {max(slots)}, but a row has {self.slots} slots")
+        pages, size = self._pages[row], self.page_slots
+        addresses = [pages[slot // size] * size + slot % size for slot in slots]
+        if max(addresses, default=0) >= self.num_pages * size:
+            raise ValueError(f"slots {list(slots)} of row {row} lie on a page that is not bound")
+        return addresses
 
-    def require_trunk(self, row: int, end: int) -> None:
-        """Raise ValueError unless slots 0 .. end-1 of a row are there and bound."""
-        if end > self.slots:
-            raise ValueError(f"tokens up to slot {end - 1}, but a row has {self.slots} slots")
+    def locate_trunk(self, row: int, start: int, end: int) -> list[int]:
+        """Addresses of slots ``start .. end-1`` of a row, whose tokens see all slots before them.
+
+        Raises:
+            ValueError: as :meth:`locate`, and if a page before them is not bound.
+        """
+        addresses = self.locate(row, range(start, end))
         if self.spare in (pages := self.of(row, end)):
-            raise ValueError(f"slot {end - 1} of row {row}, whose virtual page {pages.index(self.spare)} is not bound")
-
-    def require(self, row: int, slots: Iterable[int]) -> None:
-        """Raise ValueError unless these slots of a row are bound."""
-        pages = self._pages[row]
-        for slot in slots:
-            if pages[slot // self.page_slots] == self.spare:
-                raise ValueError(f"slot {slot} of row {row}, whose virtual page is not bound")
+            raise ValueError(f"virtual page {pages.index(self.spare)} of row {row} is not bound")
+        return addresses

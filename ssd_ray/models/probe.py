@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ssd_ray.errors import UnsupportedModelError
+from ssd_ray.models.attention import NAME
 from ssd_ray.models.graphs import eager_forward
 from ssd_ray.models.slots import LayerShape, SlotCache
 
@@ -85,11 +87,29 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[Te
     for token in range(count):
         mask[0, 0, token, slots[0, : token + 1]] = 0
     want: Tensor = model(input_ids=tokens, use_cache=False).logits
-    forward = eager_forward(model, kv)
-    forward([0], tokens[:, :1], positions[:, -1:], torch.zeros_like(slots[:, :1]), mask[:, :, -1:])
+    forward = partial(eager_forward(model, kv), [0], [kv.slots])
+    written = torch.tensor([kv.table.locate(0, slots[0].tolist())], device=kv.device)
+    hidden_slot = torch.tensor([kv.table.locate(0, [0])], device=kv.device)
+    forward(tokens[:, :1], positions[:, -1:], hidden_slot, mask[:, :, -1:])
     parts = slice(0, count // 2), slice(count // 2, count)
-    got = [forward([0], tokens[:, part], positions[:, part], slots[:, part], mask[:, :, part]) for part in parts]
+    got = [forward(tokens[:, part], positions[:, part], written[:, part], mask[:, :, part]) for part in parts]
     return torch.cat(got, 1).float(), want.float()
+
+
+@torch.inference_mode()
+def takes_rows_apart(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
+    """Whether a model hands K and V on to our attention as it gets them, so that each row can be read by itself."""
+    if model.device.type != "cpu" or model.config._attn_implementation != NAME:
+        return False
+    size = {"rows": 2, "slots": 32, "page_slots": 16}
+    kv = SlotCache(shapes, **size, apart=True, dtype=model.dtype, device=model.device)
+    zeros, written = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[0], [32]])
+    mask = torch.zeros(1, 1, 1, 32, dtype=model.dtype)
+    try:
+        eager_forward(model, kv)([0, 1], [16, 32], zeros, zeros, written, mask)
+    except (AttributeError, TypeError):  # it does something to them; lists have no shape
+        return False
+    return True
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:

@@ -12,7 +12,7 @@ from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
-from ssd_ray.models.probe import check_addressing, probe_layers
+from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
 from ssd_ray.models.slots import SlotCache
 
 SMALLEST_CHUNK = 8
@@ -67,12 +67,14 @@ class HFRunner(ModelRunner):
             slots=self.slots,
             page_slots=page_slots,
             pages=pages,
+            apart=takes_rows_apart(model, shapes),
             dtype=self.dtype,
             device=self.device,
         )
         self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes
         self._decode = decoding_forward(model, self._kv, compile=compile)
-        self._counter = torch.arange(self.slots + prefill_chunk, device=self.device)
+        # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
+        self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
         # Not -inf: a token that sees nothing then gives a finite average instead of NaN, and its KV harms nobody.
         self._hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
@@ -86,60 +88,69 @@ class HFRunner(ModelRunner):
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        for row, row_slots in zip(rows, slots.tolist(), strict=True):
-            self._kv.table.require(row, row_slots)
+        table = self._kv.table
+        written = self._tensor([table.locate(row, some) for row, some in zip(rows, slots.tolist(), strict=True)])
         mask = torch.where(visible.to(self.device), self._seen, self._hidden)[:, None]  # [R, 1, T, E]
-        tokens, positions, slots = tokens.to(self.device), positions.to(self.device), slots.to(self.device)
-        return self._logits(self._decode(rows, tokens, positions, slots, mask))
+        tokens, positions = tokens.to(self.device), positions.to(self.device)
+        return self._logits(self._decode(rows, self._extents(visible), tokens, positions, written, mask))
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
         length = tokens.shape[1]
-        for row, start in zip(rows, starts, strict=True):
-            self._kv.table.require_trunk(row, start + length)
-        slots, mask = self._trunk(starts, length, self.extent(max(starts) + length))
-        return self._logits(self._decode(rows, tokens.to(self.device), self._positions(slots), slots, mask))
+        places = [(row, start, start + length) for row, start in zip(rows, starts, strict=True)]
+        written = self._tensor([self._kv.table.locate_trunk(*place) for place in places])
+        extents = [self.extent(end) for _, _, end in places]
+        positions, mask = self._trunk(starts, length, max(extents))
+        return self._logits(self._decode(rows, extents, tokens.to(self.device), positions, written, mask))
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        self._kv.table.require_trunk(row, start + len(tokens))
+        written = self._kv.table.locate_trunk(row, start, start + len(tokens))
         for first in range(0, len(tokens), self._chunk):
-            self._prefill_chunk(row, tokens[first : first + self._chunk], start + first)
+            chunk = slice(first, first + self._chunk)
+            self._prefill_chunk(row, tokens[chunk], start + first, written[chunk])
 
     @torch.inference_mode()
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         if source:
-            self._kv.table.require(row, (*source, *destination))
             self._kv.move(row, source, destination)
 
-    def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int) -> None:
+    def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int, written: list[int]) -> None:
         # The shape depends on the number of tokens alone, so equal prompts give equal KV, bit for bit.
         count = len(tokens)
         padded = min(self._chunk, max(SMALLEST_CHUNK, 1 << (count - 1).bit_length()))
         inputs = torch.zeros(1, padded, dtype=torch.int64)
         inputs[0, :count] = torch.tensor(tokens, dtype=torch.int64)
         extent = self.extent(start + count)
-        slots, mask = self._trunk([start], padded, extent)
+        positions, mask = self._trunk([start], padded, extent)
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
-        self._kv.aim([row], slots[:, :count], extent)
+        self._kv.aim([row], [extent], self._tensor([written]))
         self._body(
             input_ids=inputs.to(self.device),
             attention_mask=mask,
-            position_ids=self._positions(slots),
+            position_ids=positions,
             past_key_values=self._kv,
             use_cache=True,
         )
 
+    def _extents(self, visible: Tensor) -> list[int]:
+        """How many slots each row of a mask, bool [R, T, E], reads; E the most."""
+        rows, _, extent = visible.shape
+        if rows == 1:
+            return [extent]
+        ends = (visible.any(1) * torch.arange(1, extent + 1, device=visible.device)).amax(1)
+        return [max(self.page_slots, self.extent(end)) for end in ends.tolist()]
+
     def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, Tensor]:
-        """Slots, int64 [1 or R, T], and mask, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
+        """Positions, int64 [1 or R, T], and mask, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
         if length > len(self._strip):
             self._strip = self._causal_strip(length)
         common = starts[:1] if len(set(starts)) == 1 else starts
-        slots = [self._counter[start : start + length] for start in common]
+        positions = [self._counter[start : start + length] for start in common]
         masks = [self._strip[:length, self.slots - start : self.slots - start + extent] for start in common]
         if len(common) == 1:
-            return slots[0][None], masks[0][None, None]
-        return torch.stack(slots), torch.stack(masks)[:, None]
+            return positions[0][None], masks[0][None, None]
+        return torch.stack(positions), torch.stack(masks)[:, None]
 
     def _causal_strip(self, length: int) -> Tensor:
         """Additive mask [length, 2*slots] in which token i sees column j iff ``j <= slots + i``.
@@ -150,9 +161,8 @@ class HFRunner(ModelRunner):
         visible = columns <= self.slots + torch.arange(length, device=self.device)[:, None]
         return torch.where(visible, self._seen, self._hidden)
 
-    def _positions(self, slots: Tensor) -> Tensor:
-        # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
-        return slots.clamp(max=self.max_length - 1)
+    def _tensor(self, values: list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _logits(self, logits: Tensor) -> Tensor:
         return logits[..., : self.vocab_size].float()

@@ -1,17 +1,18 @@
 """The slot-addressed KV cache: transformers writes through it, the caller says where.
 
 ``update(keys, values, layer)`` is all that a model tells its cache. So before each forward the runner aims the cache:
-at which rows, at which slots to write, how many slots to read. What a layer returns is then
-``[R, heads, extent, dim]``, however long the sequences are; the mask alone says which slots a token sees.
+at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
-A pool is [slots, heads, dim] for each layer's K and V: a page is one block, and pages that follow one another are one
-tensor, which is read as it lies.
+A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
+they lie; others are gathered. Rows of one forward are read apart, each at its own extent, where the attention takes
+them so (:mod:`~ssd_ray.models.attention`); else they are gathered at the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,27 +39,26 @@ class LayerShape:
 class Part:
     """What is read of some rows: ``extent`` slots of each."""
 
+    extent: int
     first: int = 0
-    """Where in the pool one row's slots begin, if they follow one another there."""
-    extent: int = 0
+    """Where in the pool a row's slots begin, if they follow one another there."""
     pages: Tensor | None = None
-    """int64 [R, P]: pages to gather."""
+    """int64 [R, P]: pages to gather, if they do not."""
 
 
 @dataclass(slots=True)
 class Window:
     """Where a forward writes and reads; one object, shared by all layers."""
 
-    written: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
-    """int64 [R, T]: addresses of the leading T tokens of each row; what follows is padding."""
+    written: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """int64 [R * T]: addresses of the leading T tokens of each row; what follows is padding."""
     extent: int = 0
     parts: list[Part] = field(default_factory=list)
     """All rows as one part, or each row as a part of its own."""
-    split: bool = False
 
 
 class SlotLayer(CacheLayerMixin):
-    """K and V of one layer, [slots of the pool, heads, dim] each, allocated by :class:`SlotCache`."""
+    """K and V of one layer, [1, heads, slots of the pool, dim] each, allocated by :class:`SlotCache`."""
 
     is_sliding = False
 
@@ -67,27 +67,32 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = keys, values
         self.is_initialized = True
         self._window = window
-        self.paged = keys.view(-1, page_slots, *keys.shape[1:]), values.view(-1, page_slots, *values.shape[1:])
+        self._page_slots = page_slots
         self._views: dict[tuple[int, int], KeysValues] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysValues:
-        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim]."""
-        for pool, states in ((self.keys, key_states), (self.values, value_states)):
-            write(pool, self._window.written, states)
-        return self._read(self._window.parts[0])
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
+        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or a list of
+        [1, heads, extent, dim], one for each row."""
+        write(self.keys, self._window.written, key_states)
+        write(self.values, self._window.written, value_states)
+        parts = self._window.parts
+        if len(parts) == 1:
+            return self._read(parts[0])
+        return tuple(map(list, zip(*map(self._read, parts), strict=True)))
 
     def _read(self, part: Part) -> KeysValues:
         if part.pages is not None:
-            keys, values = self.paged
-            return gather(keys, part.pages, part.extent), gather(values, part.pages, part.extent)
-        where = part.first, part.extent
-        if where not in self._views:
+            keys, values = (
+                gather(pool, part.pages, self._page_slots, part.extent) for pool in (self.keys, self.values)
+            )
+            return keys, values
+        span = part.first, part.first + part.extent
+        if span not in self._views:
             # Kept, since making them costs as much as writing.
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            span = slice(part.first, part.first + part.extent)
-            self._views[where] = as_heads(self.keys[None, span]), as_heads(self.values[None, span])
-        return self._views[where]
+            self._views[span] = self.keys[:, :, slice(*span)], self.values[:, :, slice(*span)]
+        return self._views[span]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: everything was allocated at the start."""
@@ -102,26 +107,25 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Slots of the pool."""
-        return len(self.keys)
+        return self.keys.shape[2]
 
 
 def write(pool: Tensor, addresses: Tensor, states: Tensor) -> None:
-    """Write states [R, heads, T or more, dim] to addresses, int64 [R, T], of a pool [slots, heads, dim]."""
-    rows, tokens = addresses.shape
-    states = states[:, :, :tokens].transpose(1, 2)
-    states = states[0] if rows == 1 else states.reshape(rows * tokens, *pool.shape[1:])
-    pool.index_copy_(0, addresses.reshape(-1), states)
+    """Write states [R, heads, T or more, dim] to addresses, int64 [R * T], of a pool [1, heads, slots, dim]."""
+    rows, heads, tokens, dim = states.shape
+    count = len(addresses) // rows
+    if count != tokens:
+        states = states[:, :, :count]
+    if rows > 1:
+        states = states.transpose(0, 1).reshape(1, heads, -1, dim)
+    pool.index_copy_(2, addresses, states)
 
 
-def gather(paged: Tensor, pages: Tensor, extent: int) -> Tensor:
-    """Pages, int64 [R, P], of a pool [pages, page_slots, heads, dim], as [R, heads, extent, dim]."""
-    read = paged.index_select(0, pages.reshape(-1)).view(len(pages), -1, *paged.shape[2:])
-    return as_heads(read[:, :extent])
-
-
-def as_heads(slots: Tensor) -> Tensor:
-    """[R, slots, heads, dim] as a model wants it, [R, heads, slots, dim]."""
-    return slots.transpose(1, 2)
+def gather(pool: Tensor, pages: Tensor, page_slots: int, extent: int) -> Tensor:
+    """Pages, int64 [R, P], of a pool [1, heads, slots, dim], as [R, heads, extent, dim]."""
+    _, heads, _, dim = pool.shape
+    read = pool.view(heads, -1, page_slots, dim).index_select(1, pages.flatten())
+    return read.view(heads, len(pages), -1, dim)[:, :, :extent].transpose(0, 1)
 
 
 class SlotCache(Cache):
@@ -133,6 +137,7 @@ class SlotCache(Cache):
         shapes: what each layer keeps.
         slots: a whole number of pages.
         pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
+        apart: read rows apart; False gathers them.
     """
 
     def __init__(
@@ -143,14 +148,16 @@ class SlotCache(Cache):
         slots: int,
         page_slots: int,
         pages: int | None = None,
+        apart: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.table = PageTable(rows, slots, page_slots, pages, device=device)
+        self.table = PageTable(rows, slots, page_slots, pages)
         self.slots, self.device = slots, device
+        self._apart = apart
         self._window = Window()
-        size = (self.table.num_pages + 1) * page_slots
-        # Tensors of equal shape share one bank [n, slots, heads, dim], so that a move is one gather and one scatter
+        size = self.table.size
+        # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
         # for all layers of nearly every model.
         members: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for layer, shape in enumerate(shapes):
@@ -159,44 +166,45 @@ class SlotCache(Cache):
         self.banks: list[Tensor] = []
         tensors: dict[tuple[int, int], Tensor] = {}
         for (heads, dim), owners in members.items():
-            bank = torch.zeros(len(owners), size, heads, dim, dtype=dtype, device=device)
+            bank = torch.zeros(len(owners), heads, size, dim, dtype=dtype, device=device)
             self.banks.append(bank)
-            tensors.update(zip(owners, bank, strict=True))
+            tensors.update(zip(owners, bank[:, None], strict=True))
         self.page_bytes = sum(bank.nbytes for bank in self.banks) * page_slots // size
         layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self._window) for i in range(len(shapes))]
         super().__init__(layers=layers)
 
-    def aim(self, rows: Sequence[int], slots: Tensor, extent: int) -> None:
+    def aim(self, rows: Sequence[int], extents: Sequence[int], written: Tensor) -> None:
         """Set where the next forward goes.
 
         Args:
             rows: R distinct rows.
-            slots: int64 [1, T] (the same for every row) or [R, T], on the cache's device. A forward of more than T
+            extents: slots to read of each row, from slot 0.
+            written: int64 [R, T], the addresses of each row's tokens, on the cache's device. A forward of more than T
                 tokens a row writes its first T.
-            extent: slots to read, from slot 0.
         """
         window = self._window
-        window.written, window.extent = self.table.addresses(rows, slots), extent
-        window.parts = [self._part(rows, extent)]
+        window.written, window.extent = written.flatten(), max(extents)
+        if self._apart or len(rows) == 1:
+            window.parts = [self._part(row, extent) for row, extent in zip(rows, extents, strict=True)]
+        else:
+            window.parts = [Part(window.extent, pages=self.pages(rows, window.extent))]
 
-    def _part(self, rows: Sequence[int], extent: int) -> Part:
-        first = self.table.run(rows[0], extent) if len(rows) == 1 else None
-        if first is not None:
-            return Part(first, extent)
-        return Part(extent=extent, pages=self.table.indices(rows, extent))
+    def _part(self, row: int, extent: int) -> Part:
+        first = self.table.run(row, extent)
+        return Part(extent, pages=self.pages([row], extent)) if first is None else Part(extent, first)
+
+    def pages(self, rows: Sequence[int], extent: int) -> Tensor:
+        """The pages behind the first slots of rows, int64 [R, P]."""
+        return torch.tensor([self.table.of(row, extent) for row in rows], dtype=torch.int64, device=self.device)
 
     def pools(self, first: int, extent: int) -> list[KeysValues]:
-        """A part of every layer's pool, [extent, heads, dim]."""
+        """A part of every layer's pool, [1, heads, extent, dim]."""
         span = slice(first, first + extent)
-        return [(layer.keys[span], layer.values[span]) for layer in self.layers]
-
-    def paged_pools(self) -> list[KeysValues]:
-        """Every layer's pool, [pages, page_slots, heads, dim]."""
-        return [layer.paged for layer in self.layers]
+        return [(layer.keys[:, :, span], layer.values[:, :, span]) for layer in self.layers]
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of slots to other slots of the same row, all read before any is written."""
-        slots = torch.tensor([source, destination], dtype=torch.int64, device=self.device)
-        origin, goal = self.table.addresses([row, row], slots)
+        pairs = [self.table.locate(row, slots) for slots in (source, destination)]
+        origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
         for bank in self.banks:
-            bank.index_copy_(1, goal, bank.index_select(1, origin))
+            bank.index_copy_(2, goal, bank.index_select(2, origin))

@@ -9,7 +9,7 @@ token, a position, a mask, a slot or a move is wrong, and when a slot still hold
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -61,12 +61,11 @@ class TableModel(ModelRunner):
         self._allocate()
 
     def _allocate(self) -> None:
-        self._pages = PageTable(self.rows, self.slots, self.page_slots, self._pool, device=self.device)
+        self._pages = PageTable(self.rows, self.slots, self.page_slots, self._pool)
         self.num_pages = self._pages.num_pages
-        pool = self.num_pages + 1, self.page_slots
-        self._positions = np.zeros(pool, np.int64)
-        self._first = np.zeros(pool, np.uint64)
-        self._second = np.zeros(pool, np.uint64)
+        self._positions = np.zeros(self._pages.size, np.int64)
+        self._first = np.zeros(self._pages.size, np.uint64)
+        self._second = np.zeros(self._pages.size, np.uint64)
         self.page_bytes = 3 * 8 * self.page_slots
 
     def perturbed(self, agreement: float, seed: int = 1) -> Self:
@@ -109,23 +108,24 @@ class TableModel(ModelRunner):
         self._pages.bind(row, first, pages)
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        for row, row_slots in zip(rows, slots.tolist(), strict=True):
-            self._pages.require(row, row_slots)
+        to = [self._pages.locate(row, row_slots) for row, row_slots in zip(rows, slots.tolist(), strict=True)]
         sees = visible.numpy()
-        to = self._addresses(np.asarray(rows)[:, None], slots.numpy())
-        read = self._pages.tensor.numpy()[rows, : sees.shape[-1] // self.page_slots]  # [R, P]
         # As in a transformer: all tokens write a layer before any of them reads it.
         self._positions[to] = positions.numpy()
         self._first[to] = own = self._token_hash(tokens.numpy(), positions.numpy())
-        first = self._first[read].reshape(len(rows), -1)  # [R, E]
+        pages = [self._pages.of(row, sees.shape[-1]) for row in rows]  # [R, P]
+        placed, first = self._read(self._positions, pages), self._read(self._first, pages)
         self._second[to] = _mix(own + self._seen(sees, first))
-        second = self._second[read].reshape(len(rows), -1)
-        placed = self._positions[read].reshape(len(rows), -1)
-        return self._table[torch.from_numpy(self._picked(sees, placed, first, second))]
+        picked = self._picked(sees, placed, first, self._read(self._second, pages))
+        return self._table[torch.from_numpy(picked)]
+
+    def _read(self, kept: NDArray[Any], pages: list[list[int]]) -> NDArray[Any]:
+        """What pages [R, P] keep, [R, E]."""
+        return kept.reshape(-1, self.page_slots)[pages].reshape(len(pages), -1)
 
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
         for row, start in zip(rows, starts, strict=True):
-            self._pages.require_trunk(row, start + tokens.shape[1])
+            self._pages.locate_trunk(row, start, start + tokens.shape[1])
         slots = torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
         visible = torch.arange(self.extent(int(slots.max()) + 1)) <= slots[..., None]
         return self.extend(rows, tokens, slots, slots, visible)
@@ -135,14 +135,9 @@ class TableModel(ModelRunner):
             self.append([row], torch.tensor([list(tokens)]), [start])
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
-        self._pages.require(row, (*source, *destination))
-        origin, goal = (self._addresses(row, np.array(slots, np.int64)) for slots in (source, destination))
+        origin, goal = self._pages.locate(row, source), self._pages.locate(row, destination)
         for kept in (self._positions, self._first, self._second):
             kept[goal] = kept[origin]
-
-    def _addresses(self, rows: int | NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Pages, and slots in them."""
-        return self._pages.tensor.numpy()[rows, slots // self.page_slots], slots % self.page_slots
 
     def _token_hash(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Hashes:
         if self.order is not None:

@@ -38,11 +38,13 @@ def test_the_static_step_is_the_plain_forward(
     runner, plain, static = caches(model)
     tokens = tokens_of(len(rows), 8, seed=9)
     with torch.inference_mode():
-        slots, mask = runner._trunk(starts[: len(rows)], 8, 64)
-        want = eager_forward(model, plain)(rows, tokens, slots, slots, mask)
-        pools = static.paged_pools() if gather else static.pools(0, 64)
-        pages = static.table.indices(rows, 64) if gather else None
-        got = static_step(model)(pools, pages, tokens, slots, static.table.addresses(rows, slots), mask)
+        positions, mask = runner._trunk(starts[: len(rows)], 8, 64)
+        places = zip(rows, starts, strict=False)
+        written = torch.tensor([static.table.locate(row, range(start, start + 8)) for row, start in places])
+        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, positions, written, mask)
+        pools = static.pools(0, static.table.size if gather else 64)
+        pages = static.pages(rows, 64) if gather else None
+        got = static_step(model, 64)(pools, pages, tokens, positions, written, mask)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(static.banks, plain.banks, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -54,7 +56,10 @@ def exercise(plain: HFRunner, graphed: HFRunner) -> None:
         for row in range(4):
             runner.prefill(row, tokens_of(1, 50, seed=row)[0].tolist())
     cases = (([0], [50]), ([2], [49]), ([0, 1], [51, 51]), ([1, 2], [20, 60]), ([3, 0], [50, 51]))
-    for rows, starts in (*cases, ([1], [100]), ([1], [186])):
+    for runner in (plain, graphed):
+        runner.bind(3, 0, [11, 9, 10])  # not one after the other
+        runner.prefill(3, tokens_of(1, 70, seed=3)[0].tolist())
+    for rows, starts in (*cases, ([1], [100]), ([1], [186]), ([3], [70])):
         tokens = tokens_of(len(rows), 4, seed=sum(starts))
         want, got = (runner.append(rows, tokens, starts) for runner in (plain, graphed))
         torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-4, atol=1e-4)

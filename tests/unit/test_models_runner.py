@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
+from ssd_ray.models.probe import probe_layers, takes_rows_apart
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import tiny_model
 
@@ -39,6 +41,48 @@ def test_equal_prompts_give_equal_bits(runner: HFRunner, length: int) -> None:
         runner.prefill(row, text(length))
     logits = [runner.append([row], torch.tensor([text(8, seed=1)]), [length]) for row in (2, 0)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_rest_of_the_batch_changes_no_bit(dtype: torch.dtype) -> None:
+    """Rows of other lengths, in another order, on other pages: a row's logits and KV are what they are alone."""
+    size = {"rows": 8, "max_length": 256, "scratch": 0, "page_slots": 16}
+    model = tiny_model("llama", context=256).to(dtype)
+    alone, batch = HFRunner(model, **size), HFRunner(model, pages=100, **size)
+    lengths = [200, 3, 17, 64, 90, 5, 120, 33]
+    pages = iter(torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist())
+    for row, length in enumerate(lengths):
+        batch.bind(row, 0, [next(pages) for _ in range(batch.extent(length + 16) // 16)])
+        for runner in (alone, batch):
+            runner.prefill(row, text(length, seed=row))
+    for step in (0, 8):
+        tokens = [text(8, seed=100 + row + step) for row in range(8)]
+        want = [alone.append([row], torch.tensor([tokens[row]]), [lengths[row] + step])[0] for row in range(8)]
+        for rows in ([6, 2, 0, 7, 1], [4, 3, 5]):
+            got = batch.append(rows, torch.tensor([tokens[r] for r in rows]), [lengths[r] + step for r in rows])
+            for of_row, row in zip(got, rows, strict=True):
+                assert torch.equal(of_row, want[row])
+
+
+def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    tokens = torch.tensor([text(9), text(9, seed=1)])
+    want = HFRunner(model, **SIZE).append([0, 2], tokens, [0, 0])
+    attention = type(model.model.layers[0].self_attn)
+    plain = attention.forward
+
+    def looks(self: torch.nn.Module, *args: object, past_key_values: Cache, **kwargs: object) -> object:
+        class Looking:
+            def update(self, *args: object) -> list[torch.Tensor]:
+                return [states.clone() for states in past_key_values.update(*args)]
+
+        return plain(self, *args, past_key_values=Looking() if past_key_values is not None else None, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", looks)
+    assert not takes_rows_apart(model, probe_layers(model))
+    torch.testing.assert_close(HFRunner(model, **SIZE).append([0, 2], tokens, [0, 0]), want)
+    monkeypatch.undo()
+    assert takes_rows_apart(model, probe_layers(model))
 
 
 def test_half_precision_is_close_to_single(runner: HFRunner) -> None:

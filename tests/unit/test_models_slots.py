@@ -69,7 +69,9 @@ def test_any_sequence_of_writes_and_moves(steps: list[tuple]) -> None:
                     tensor[row, :, destination[:count]] = tensor[row, :, source[:count]].clone()
             continue
         rows, lists, extent, padding = step
-        cache.aim(rows, torch.tensor(lists), extent)
+        places = zip(rows, lists if len(lists) > 1 else lists * len(rows), strict=True)
+        written = torch.tensor([cache.table.locate(row, slots) for row, slots in places])
+        cache.aim(rows, [extent] * len(rows), written)
         for layer in range(len(SHAPES)):
             keys, values = states(layer, len(rows), len(lists[0]) + padding, seed)
             for place, row in enumerate(rows):
@@ -80,30 +82,31 @@ def test_any_sequence_of_writes_and_moves(steps: list[tuple]) -> None:
             for got, whole in zip(read, naive[layer], strict=True):
                 assert torch.equal(got, whole[rows][:, :, :extent])
     for layer, tensors in zip(cache.layers, naive, strict=True):
-        for pool, whole in zip(layer.paged, tensors, strict=True):
-            assert torch.equal(pool[torch.tensor(PAGES)].flatten(1, 2).transpose(1, 2), whole)
-            assert not pool[cache.table.spare].any()
+        for pool, whole in zip((layer.keys, layer.values), tensors, strict=True):
+            pages = pool[0].unflatten(1, (-1, PAGE))  # [heads, pages, slots, dim]
+            assert torch.equal(pages[:, torch.tensor(PAGES)].flatten(2, 3).transpose(0, 1), whole)
+            assert not pages[:, cache.table.spare].any()
 
 
 def test_layers_of_one_shape_share_a_bank() -> None:
     assert sorted(bank.shape[0] for bank in make().banks) == [1, 1, 1, 3]
     like = SlotCache([SHAPES[0]] * 5, rows=2, slots=8, page_slots=4, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert [tuple(bank.shape) for bank in like.banks] == [(10, 5 * 4, 2, 4)]
+    assert [tuple(bank.shape) for bank in like.banks] == [(10, 2, 5 * 4, 4)]
     assert like.page_bytes == 10 * 4 * 2 * 4 * 2
 
 
 def test_pages_that_follow_one_another_are_read_without_a_copy() -> None:
     cache = make()
-    cache.aim([1], torch.tensor([[3]]), 12)
+    cache.aim([1], [12], torch.tensor([[7]]))
     keys, values = cache.update(*states(0, 1, 1, 0), 0)
-    assert keys.data_ptr() == cache.layers[0].paged[0][1].data_ptr()
-    assert values.data_ptr() == cache.layers[0].paged[1][1].data_ptr()
+    assert keys.data_ptr() == cache.layers[0].keys[:, :, PAGE:].data_ptr()
+    assert values.data_ptr() == cache.layers[0].values[:, :, PAGE:].data_ptr()
 
 
 def test_kept_views_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots_module, "MAX_VIEWS", 3)
     cache = make()
     for extent in (4, 5, 6, 7, 8, 4):
-        cache.aim([1], torch.tensor([[0]]), extent)
+        cache.aim([1], [extent], torch.tensor([[0]]))
         assert cache.update(*states(0, 1, 1, extent), 0)[0].shape[2] == extent
         assert len(cache.layers[0]._views) <= 3
