@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 from ssd_ray.config import MAX_LOOKAHEAD
 
+MOST_PATIENCE_MS = 100.0
+"""How much longer than a verification a wait may take."""
+
 _SMOOTHING = 0.1
 
 
@@ -164,8 +167,9 @@ class Pace:
         return rate(length, 0, self.lookup_acceptance) > rate(best, best, self.acceptance)
 
     def patience_ms(self, steps: int) -> float:
-        """How long to wait for ``steps`` draft steps before giving up: they may take twice what they usually do."""
-        return 2.0 * (steps * self.step_ms + self.delay_ms)
+        """How long to wait for ``steps`` draft steps before giving up: they may take twice what they usually do, but
+        whatever drafts report, no row waits much longer than a round."""
+        return min(2.0 * (steps * self.step_ms + self.delay_ms), self.verify_ms + MOST_PATIENCE_MS)
 
 
 def _blend(old: float, new: float) -> float:

@@ -132,3 +132,10 @@ def test_a_given_c_stays_and_coupled_mode_has_none() -> None:
     assert Planner(Pace(), 7, 0.4).c == 0.4
     assert Planner(Pace(), 7).c is None
     assert "C =" not in str(Planner(Pace(), 7).plan)
+
+
+def test_whatever_drafts_report_a_wait_is_bounded() -> None:
+    pace = Pace()
+    pace.saw_verification(20.0, 7, 3)
+    pace.saw_step(1e9)
+    assert pace.patience_ms(7) <= 20.0 + 100.0
