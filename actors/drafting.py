@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 
 import numpy as np
@@ -16,7 +17,7 @@ from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
-from ssd_ray.sampling.logits import scores
+from ssd_ray.sampling.logits import scores, scores_by_row
 from ssd_ray.sampling.noise import NoiseRows
 from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
@@ -138,14 +139,15 @@ class Draft:
             sent = self._send(Hello(self._channel.name))
             self._hello_due = now + (HELLO_SECONDS if sent else KNOCK_SECONDS)
 
-    def _send(self, message: Message) -> bool:
-        return self._channel.send(HUB, encode(self._session, message))
+    def _send(self, *messages: Message) -> bool:
+        return self._channel.send(HUB, encode(self._session, *messages))
 
     def _receive(self, timeout: float) -> None:
         received = self._channel.receive(timeout)
         while received is not None:
             try:
-                self._handle(decode(self._session, received[1]))
+                for message in decode(self._session, received[1]):
+                    self._handle(message)
             except ProtocolError as error:
                 self.malformed += 1
                 logger.debug("dropped a frame: %s", error)
@@ -263,10 +265,12 @@ class Draft:
         work = [(seat, items) for seat in seats if (items := seat.session.next_step(width))]
         if not work:
             return False
-        for (seat, items), rankings in zip(work, self._rankings(work), strict=True):
-            nodes = seat.session.complete(items, rankings, step_ms=self._step_ms, sequences=self._shared_by)
-            if nodes is not None:
-                self._send(nodes)
+        made = [
+            seat.session.complete(items, rankings, step_ms=self._step_ms, sequences=self._shared_by)
+            for (seat, items), rankings in zip(work, self._rankings(work), strict=True)
+        ]
+        if nodes := [each for each in made if each is not None]:
+            self._send(*nodes)
         self._step_ms, self._shared_by = 1e3 * (self._clock() - start), len(work)
         return True
 
@@ -274,20 +278,31 @@ class Draft:
     def _rankings(self, work: Work) -> list[list[Ranking]]:
         """Run the items of some sequences in one forward; what the draft says after each."""
         logits = self._forward(work)
-        return [self._rank(seat, items, logits[index, : len(items)]) for index, (seat, items) in enumerate(work)]
+        parts = [self._penalised(*part, logits[index]) for index, part in enumerate(work)]
+        if self._proposing is not None:
+            return [self._drawn(*part, each) for part, each in zip(work, parts, strict=True)]
+        params = [seat.session.params for seat, items in work for _ in items]
+        tokens, values = _best(scores_by_row(torch.cat(parts), params, _noise(work)))
+        rankings = (Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True))
+        return [list(islice(rankings, len(items))) for _, items in work]
 
-    def _rank(self, seat: Seat, items: Sequence[Item], logits: Tensor) -> list[Ranking]:
-        """What the draft says after each item; logits are float32 [items, V]."""
-        params = seat.session.params
-        if seat.penalties is not None:
-            logits = seat.penalties.apply(logits, seat.session.tokens, seat.session.paths(items))
-        noise = None if params.greedy else seat.noise.rows([item.position + 1 for item in items])
+    @staticmethod
+    def _penalised(seat: Seat, items: Sequence[Item], logits: Tensor) -> Tensor:
+        """Logits after each item, float32 [items, V], without padding and with the sequence's penalties."""
+        logits = logits[: len(items)]
+        if seat.penalties is None:
+            return logits
+        return seat.penalties.apply(logits, seat.session.tokens, seat.session.paths(items))
+
+    def _drawn(self, seat: Seat, items: Sequence[Item], logits: Tensor) -> list[Ranking]:
+        """What the draft says after each item in rejection mode; logits are float32 [items, V]."""
+        noise = _noise([(seat, items)])
+        ranked = scores(logits, seat.session.params)
+        best = _best(ranked)
         if noise is None or self._proposing is None:
-            tokens, values = _best(scores(logits, params, noise))
-            return [Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True)]
-        logits = scores(logits, params)
-        drawn = self._proposing.draw(logits.softmax(-1), seat.session.fan_out(items), seat.session.c, noise)
-        return [Ranking(*row) for row in zip(*_best(logits), *drawn, strict=True)]
+            return [Ranking(row, values, row[0]) for row, values in zip(*best, strict=True)]
+        drawn = self._proposing.draw(ranked.softmax(-1), seat.session.fan_out(items), seat.session.c, noise)
+        return [Ranking(*row) for row in zip(*best, *drawn, strict=True)]
 
     def _forward(self, work: Work) -> Tensor:
         """Logits, float32 [R, padded items, V]. Shapes come in few sizes; padding repeats a row's last item."""
@@ -308,6 +323,14 @@ class Draft:
 
 Work = Sequence[tuple[Seat, Sequence[Item]]]
 """Sequences, and what to run of each."""
+
+
+def _noise(work: Work) -> Tensor | None:
+    """The noise of the token after each item, float32 [all items, V]; None if nobody needs any."""
+    if all(seat.session.params.greedy for seat, _ in work):
+        return None
+    rows = [seat.noise.rows([item.position + 1 for item in items]) for seat, items in work]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _best(scores: Tensor) -> tuple[list[list[int]], list[list[float]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
@@ -54,6 +55,9 @@ SHAPE = MAX_LOOKAHEAD + 1
 
 IDLE_SECONDS = 1.0
 """How long a loop without work waits for a message. Whatever else may give it work wakes it."""
+
+MOST_OUTPUTS = 64
+"""Messages of tokens in one frame."""
 
 DRIVER = "driver"
 """The driver's name on the channel."""
@@ -181,8 +185,7 @@ class Target:
     def _run_round(self, rows: Sequence[Row]) -> None:
         start = self._clock()
         wait_ms = self._wait(rows)
-        for row in rows:
-            self._begin(row)
+        self._begin(rows)
         verify_start = self._clock()
         logits = self._verify(rows)
         verify_ms = 1e3 * (self._clock() - verify_start)
@@ -192,6 +195,7 @@ class Target:
         self._announce(rows)
         for row, row_logits in zip(rows, logits, strict=True):
             self._report(row, row_logits)
+        self._flush()
         host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
         for row in rows:
             row.session.tally.spent(verify_ms / len(rows), wait_ms / len(rows), host_ms / len(rows))
@@ -200,15 +204,17 @@ class Target:
         if (plan := self._planner.update()) is not None:
             logger.info("plan: %s", plan)
 
-    def _begin(self, row: Row) -> None:
-        session = row.session
-        speculation = session.begin(self._lookahead)
-        if speculation != row.announced:
-            for share, draft in enumerate(self._drafts):
-                self._send(draft, Begin(session.sequence, session.round, speculation, share, len(self._drafts)))
-        for draft in row.unaware:
-            self._open(draft, row)
-        row.unaware.clear()
+    def _begin(self, rows: Sequence[Row]) -> None:
+        changed = [row for row in rows if row.session.begin(self._lookahead) != row.announced]
+        for share, draft in enumerate(self._drafts):
+            self._send(draft, *(self._begun(row.session, share) for row in changed))
+        for row in rows:
+            for draft in row.unaware:
+                self._open(draft, row)
+            row.unaware.clear()
+
+    def _begun(self, session: TargetSession, share: int) -> Begin:
+        return Begin(session.sequence, session.round, session.cache.speculation, share, len(self._drafts))
 
     @torch.inference_mode()
     def _verify(self, rows: Sequence[Row]) -> torch.Tensor:
@@ -254,7 +260,7 @@ class Target:
         most, wanted = row.session.params.logprobs, []
         if most is not None:
             wanted = [TokenLogprobs(*entry) for entry in logprobs(logits, row.added, most)]
-        self._emit(Output(row.session.sequence, row.added, logprobs=wanted))
+        self._outbox.append(Output(row.session.sequence, row.added, logprobs=wanted))
 
     def _look_for_stop(self, row: Row, added: list[int]) -> None:
         """End the request behind the token that completes a stop string."""
@@ -273,7 +279,9 @@ class Target:
             self._look_up(row)
         self._plan_wait(going)
         for row in going:
-            self._tell_outcome(row)
+            row.announced = row.session.cache.speculate(row.session.most(self._lookahead))
+        for share, draft in enumerate(self._drafts):
+            self._send(draft, *(self._outcome(row, share) for row in going if draft not in row.unaware))
 
     def _look_up(self, row: Row) -> None:
         """Find what is prepared for the outcome."""
@@ -388,7 +396,7 @@ class Target:
         stats = session.stats()
         self._done = add(self._done, stats)
         self._requests += 1
-        self._emit(Output(session.sequence, [], session.finish_reason, stats))
+        self._outbox.append(Output(session.sequence, [], session.finish_reason, stats))
 
     # Messages
 
@@ -399,7 +407,8 @@ class Target:
         while received is not None:
             peer, frame = received
             try:
-                self._handle(peer, decode(self._session, frame))
+                for message in decode(self._session, frame):
+                    self._handle(peer, message)
             except ProtocolError as error:
                 self.malformed += 1
                 logger.debug("dropped a frame of %s: %s", peer, error)
@@ -436,25 +445,21 @@ class Target:
     def _running(self, sequence: int) -> Row | None:
         return next((row for row in self.batch.rows if row.session.sequence == sequence), None)
 
-    def _tell_outcome(self, row: Row) -> None:
+    def _outcome(self, row: Row, share: int) -> Outcome:
         session = row.session
-        row.announced = session.cache.speculate(session.most(self._lookahead))
-        for share, draft in enumerate(self._drafts):
-            message = Outcome(
-                session.sequence,
-                session.round - 1,
-                session.position,
-                row.accepted,
-                session.tokens[-1],
-                row.announced,
-                session.hit,
-                row.wanted,
-                self._planner.c or 0.0,
-                share,
-                len(self._drafts),
-            )
-            if draft not in row.unaware:
-                self._send(draft, message)
+        return Outcome(
+            session.sequence,
+            session.round - 1,
+            session.position,
+            row.accepted,
+            session.tokens[-1],
+            row.announced,
+            session.hit,
+            row.wanted,
+            self._planner.c or 0.0,
+            share,
+            len(self._drafts),
+        )
 
     def _open(self, draft: str, row: Row) -> None:
         session = row.session
@@ -480,14 +485,14 @@ class Target:
         for draft in self._drafts:
             self._send(draft, message)
 
-    def _send(self, draft: str, message: Message) -> None:
-        self._channel.send(draft, encode(self._session, message))
-
-    def _emit(self, output: Output) -> None:
-        """Tokens must not get lost: what the channel does not take now is sent later, in order."""
-        self._outbox.append(output)
-        self._flush()
+    def _send(self, draft: str, *messages: Message) -> None:
+        if messages:
+            self._channel.send(draft, encode(self._session, *messages))
 
     def _flush(self) -> None:
-        while self._outbox and self._channel.send(DRIVER, encode(self._session, self._outbox[0])):
-            self._outbox.popleft()
+        """Tokens must not get lost: what the channel does not take now is sent later, in order."""
+        while outputs := list(islice(self._outbox, MOST_OUTPUTS)):
+            if not self._channel.send(DRIVER, encode(self._session, *outputs)):
+                return
+            for _ in outputs:
+                self._outbox.popleft()

@@ -169,17 +169,21 @@ class Driver:
 
     def _dispatch(self, frame: Frame) -> None:
         try:
-            message = decode(self._session, frame)
+            messages = decode(self._session, frame)
         except ProtocolError as error:
             logger.debug("dropped a frame: %s", error)
             return
-        if isinstance(message, Output):
-            with self._lock:
-                request = self._requests.get(message.request)
-                if message.finish_reason is not None:
-                    self._requests.pop(message.request, None)
-            if request is not None:
-                request.put(message)
+        for message in messages:
+            if isinstance(message, Output):
+                self._hand_over(message)
+
+    def _hand_over(self, message: Output) -> None:
+        with self._lock:
+            request = self._requests.get(message.request)
+            if message.finish_reason is not None:
+                self._requests.pop(message.request, None)
+        if request is not None:
+            request.put(message)
 
     def _stop_pump(self) -> None:
         self._closing.set()

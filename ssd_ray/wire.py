@@ -1,9 +1,9 @@
 """Every message that travels between target, drafts and driver.
 
-A frame is msgpack: ``[version, session, message]``. ``session`` is a random number that one engine's actors share, so
-that a frame of another engine is recognised and dropped. Messages are frozen structs with a tag and with limits on
-every length; nothing is ever unpickled. :func:`decode` raises :class:`~ssd_ray.errors.ProtocolError` for anything else,
-and the receivers count such frames and drop them.
+A frame is msgpack: ``[version, session, [message, ..]]``. ``session`` is a random number that one engine's actors
+share, so that a frame of another engine is recognised and dropped. Messages are frozen structs with a tag and with
+limits on every length; nothing is ever unpickled. :func:`decode` raises :class:`~ssd_ray.errors.ProtocolError` for
+anything else, and the receivers count such frames and drop them.
 
 Positions count from the first prompt token. *Round r* of a sequence is its r-th verification. The verification of round
 r runs over the *trunk* of that round: the bonus token (depth 0) and the speculated tokens (depths 1 to n).
@@ -257,24 +257,24 @@ class Output(Message, frozen=True, tag="output"):
 AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Begin | Close | Output
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(tuple[int, int, AnyMessage])
+_decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], Meta(max_length=4096)]])
 
 
-def encode(session: int, message: Message) -> bytes:
-    """Make a frame."""
-    return _encoder.encode((VERSION, session, message))
+def encode(session: int, *messages: Message) -> bytes:
+    """Make a frame of messages."""
+    return _encoder.encode((VERSION, session, messages))
 
 
-def decode(session: int, frame: bytes | memoryview) -> AnyMessage:
-    """Read a frame of this session. Laws are not copied: they are views of the frame.
+def decode(session: int, frame: bytes | memoryview) -> list[AnyMessage]:
+    """Read a frame of this session: all of its messages, or none. Laws are not copied: they are views of the frame.
 
     Raises:
         ProtocolError: the frame is malformed, of another version or of another session.
     """
     try:
-        version, other, message = _decoder.decode(frame)
+        version, other, messages = _decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
-        raise ProtocolError(f"not a message: {error}") from None
+        raise ProtocolError(f"no messages: {error}") from None
     if version != VERSION or other != session:
         raise ProtocolError(f"version {version} and session {other:#x}, expected {VERSION} and {session:#x}")
-    return message
+    return messages

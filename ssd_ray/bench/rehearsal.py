@@ -183,8 +183,7 @@ class Stage(Channel):
 
     def send(self, peer: str, frame: bytes) -> bool:
         if peer == DRIVER:
-            if isinstance(output := decode(SESSION, frame), Output):
-                self.outputs.append(output)
+            self.outputs.extend(output for output in decode(SESSION, frame) if isinstance(output, Output))
             owed, self._owed = self._owed, 0.0
             self.elapse(owed)
         elif peer in self.parts:

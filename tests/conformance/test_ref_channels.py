@@ -140,7 +140,7 @@ def test_large_frames_are_read_where_they_lie():
         channel = RefChannel(name, Inbox())
         channel.deliver(HUB, ray.get(ref))
         _, frame = channel.receive()
-        weights = np.frombuffer(decode(3, frame).law_weights, np.float32)
+        weights = np.frombuffer(decode(3, frame)[0].law_weights, np.float32)
         assert np.array_equal(weights, law)
         assert not weights.flags.writeable
         addresses.add(weights.ctypes.data)

@@ -35,10 +35,10 @@ class Scripted(ABC):
 
     def turn(self, idle_seconds: float = 0.0) -> bool:
         while (received := self._channel.receive()) is not None:
-            message = decode(self._session, received[1])
-            if isinstance(message, Open | Outcome):
-                round = message.round + isinstance(message, Outcome)
-                self.answer(message.sequence, round, len(message.speculation))
+            for message in decode(self._session, received[1]):
+                if isinstance(message, Open | Outcome):
+                    round = message.round + isinstance(message, Outcome)
+                    self.answer(message.sequence, round, len(message.speculation))
         return False
 
     @abstractmethod

@@ -66,10 +66,10 @@ def _in_threads(config: EngineConfig) -> Iterator[Generate]:
             received = driver.receive(60.0)
             if received is None:
                 raise TimeoutError("the engine fell silent")
-            output = decode(SESSION, received[1])
-            if isinstance(output, Output):
-                texts[output.request] += output.tokens
-                stats += [output.stats] if output.stats is not None else []
+            for output in decode(SESSION, received[1]):
+                if isinstance(output, Output):
+                    texts[output.request] += output.tokens
+                    stats += [output.stats] if output.stats is not None else []
         return texts, stats
 
     try:

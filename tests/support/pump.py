@@ -151,13 +151,16 @@ class Pump:
         if not self.target.turn(0.0):
             self._run_drafts()
         while (received := self.driver.receive()) is not None:
-            output = decode(SESSION, received[1])
-            if isinstance(output, Output):
-                text = self.texts.setdefault(output.request, Text())
-                text.tokens += output.tokens
-                text.logprobs += output.logprobs
-                text.finish_reason = output.finish_reason or text.finish_reason
-                text.stats = output.stats or text.stats
+            for output in decode(SESSION, received[1]):
+                if isinstance(output, Output):
+                    self._take(output)
+
+    def _take(self, output: Output) -> None:
+        text = self.texts.setdefault(output.request, Text())
+        text.tokens += output.tokens
+        text.logprobs += output.logprobs
+        text.finish_reason = output.finish_reason or text.finish_reason
+        text.stats = output.stats or text.stats
 
     def _run_drafts(self) -> None:
         for draft in self.drafts:
