@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,7 @@ from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner
 from ssd_ray.sampling.verifier import Verifier, verifier
 from ssd_ray.sampling.verify import Outcome as Decision
-from ssd_ray.speculation.target import TargetSession
+from ssd_ray.speculation.target import FinishReason, TargetSession
 from ssd_ray.stats import EngineStats, add
 from ssd_ray.text import Detokenizer
 from ssd_ray.transport.channel import Channel
@@ -71,6 +72,7 @@ class Row:
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     looked_up: bool = False  # the next speculation was found in the text
     whole: bool = False  # the next speculation was as long as can be when it was looked up
+    deadline: float = inf  # when the request ends, however far it has come
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Request:
     number: int
     tokens: Sequence[int]
     params: SamplingParams
+    deadline: float = inf
 
 
 class Target:
@@ -141,9 +144,12 @@ class Target:
 
     # Called from any thread
 
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number."""
-        self._command(Request(number, tokens, params))
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
+        """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number.
+
+        After ``timeout`` seconds, waiting included, it ends with the reason "timeout" and what has come so far.
+        """
+        self._command(Request(number, tokens, params, inf if timeout is None else self._clock() + timeout))
 
     def cancel(self, number: int) -> None:
         """End a request early, with the reason "cancelled"."""
@@ -163,13 +169,21 @@ class Target:
         for row in list(self._rows):
             total = add(total, row.session.stats())
         plan = str(self._planner.plan)
-        return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts), plan=plan)
+        return EngineStats(
+            sums=total,
+            requests=self._requests,
+            running=len(self._rows),
+            waiting=len(self._waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
+            drafts=tuple(self._drafts),
+            plan=plan,
+        )
 
     # The loop
 
     def turn(self, idle_seconds: float = IDLE_SECONDS) -> bool:
         """Run one round of what is there; without requests wait for a message. Returns whether a round ran."""
         self._take_commands()
+        self._end_late()
         self._receive(0.0)
         self._flush()
         self._admit()
@@ -340,18 +354,27 @@ class Target:
             if isinstance(command, Request):
                 self._waiting.append(command)
             elif isinstance(command, int):
-                self._cancel(command)
+                self._end_early({command}, "cancelled")
             else:
                 self._remove_draft(command)
 
-    def _cancel(self, number: int) -> None:
+    def _end_late(self) -> None:
+        now = self._clock()
+        late = {row.session.sequence for row in self._rows if row.deadline <= now}
+        late |= {request.number for request in self._waiting if request.deadline <= now}
+        if late:
+            self._end_early(late, "timeout")
+
+    def _end_early(self, numbers: Collection[int], reason: FinishReason) -> None:
+        """End requests that run or wait, for a reason from outside."""
         for row in self._rows:
-            if row.session.sequence == number:
-                row.session.finish("cancelled")
+            if row.session.sequence in numbers:
+                row.session.finish(reason)
         self._rows = [row for row in self._rows if not self._ended(row)]
-        for request in [request for request in self._waiting if request.number == number]:
+        for request in [request for request in self._waiting if request.number in numbers]:
             self._waiting.remove(request)
-            self._emit(Output(number, [], "cancelled", RequestStats(prompt_tokens=len(request.tokens))))
+            self._requests += 1
+            self._emit(Output(request.number, [], reason, RequestStats(prompt_tokens=len(request.tokens))))
 
     def _admit(self) -> None:
         while self._waiting and len(self._rows) < self._concurrency:
@@ -372,6 +395,7 @@ class Target:
         verify = verifier(self._sampler, params, self._runner.vocab_size)
         text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
         row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
+        row.deadline = request.deadline
         for draft in self._drafts:
             self._open(draft, row)
         start = self._clock()

@@ -2,73 +2,42 @@
 
 from __future__ import annotations
 
-import atexit
-import weakref
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
-from ssd_ray.cluster.driver import Driver, Request
-from ssd_ray.cluster.preflight import check
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, EngineError, RequestError
-from ssd_ray.stats import EngineStats, Stats
-from ssd_ray.text import Detokenizer
+from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
+from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
+from ssd_ray.outputs import Prompt, RequestOutput
+from ssd_ray.stats import EngineStats
 from ssd_ray.wire import Output
 
 __all__ = ["LLM", "EngineStats", "RequestOutput", "TextStream"]
 
-Prompt = str | Sequence[int]
-"""A text, or its token ids."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
-    """What became of one prompt.
-
-    Attributes:
-        prompt: as it was given.
-        text: the text that follows the prompt, without special tokens and without the stop string that ended it.
-        token_ids: the tokens generated, with those that ended the text.
-        finish_reason: "length", "stop" or "cancelled".
-        stats: the request's figures.
-    """
-
-    prompt: Prompt
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: Stats
-
-
-class TextStream(Iterator[str]):
+class TextStream(Generation, Iterator[str]):
     """The pieces of one text as they come; concatenated, they are ``output.text``.
 
     One thread iterates. Leaving the iteration, by :meth:`close` or by forgetting it, cancels the request.
     """
 
-    output: RequestOutput | None = None
-    """The whole result, once the iteration has ended."""
-
-    def __init__(self, driver: Driver, request: Request, prompt: Prompt, detokenizer: Detokenizer) -> None:
-        self._driver = driver
-        self._request = request
-        self._prompt = prompt
-        self._detokenizer = detokenizer
-        self._pieces = self._read()
+    def __init__(self, engine: Engine, task: Task) -> None:
+        self._arrived: SimpleQueue[Output | SsdRayError] = SimpleQueue()
+        super().__init__(engine, task, self._arrived.put)
 
     def __next__(self) -> str:
-        return next(self._pieces)
-
-    def cancel(self) -> None:
-        """End the text early, from any thread; the iteration ends soon, and the result has what has come so far."""
-        self._driver.cancel(self._request)
+        while not self._over:
+            if piece := self._take(self._arrived.get()):
+                return piece
+        raise StopIteration
 
     def close(self) -> None:
         """Cancel the request unless it has ended, and read no further."""
-        self._pieces.close()
-        self.cancel()
+        self._leave()
 
     def wait(self) -> RequestOutput:
         """Read to the end and return the whole result."""
@@ -77,31 +46,6 @@ class TextStream(Iterator[str]):
         if self.output is None:
             raise EngineError("the stream was closed before its end")
         return self.output
-
-    def _read(self) -> Generator[str, None, None]:
-        text, tokens = "", []
-        try:
-            for message in self._request:
-                tokens += message.tokens
-                piece = self._detokenizer.push(message.tokens)
-                if message.finish_reason is not None:
-                    piece += self._detokenizer.finish()
-                    self.output = self._result(text + piece, tokens, message)
-                text += piece
-                if piece:
-                    yield piece
-        finally:
-            if not self._request.done:
-                self._driver.cancel(self._request)
-
-    def _result(self, text: str, tokens: list[int], last: Output) -> RequestOutput:
-        if last.finish_reason == "error":
-            raise RequestError(last.error or "the target could not serve the request")
-        stats = Stats() if last.stats is None else Stats(sums=last.stats)
-        if last.stats is not None and last.stats.tokens != len(tokens):
-            raise EngineError(f"{last.stats.tokens} tokens were generated, {len(tokens)} arrived")
-        reason = last.finish_reason or ""
-        return RequestOutput(prompt=self._prompt, text=text, token_ids=tokens, finish_reason=reason, stats=stats)
 
 
 class LLM:
@@ -122,52 +66,43 @@ class LLM:
 
     def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
-        self._models = check(self.config)
-        self._driver = Driver(replace(self.config, max_model_len=self._models.max_length))
-        self._finalizer = weakref.finalize(self, self._driver.close)
-        # At exit it has to come before Ray's own end, so it is registered after that, and not by weakref.
-        self._finalizer.atexit = False
-        atexit.register(self._finalizer)
+        self._engine = Engine(self.config)
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, params: Params = None, *, timeout: float | None = None) -> list[RequestOutput]:
         """Generate a text for each prompt, and wait for all.
 
         Args:
-            prompts: one prompt or several.
+            prompts: one prompt or several, which may be made while earlier ones are served.
             params: for all prompts, or one for each.
+            timeout: seconds that each text may take from when it is handed to the target. It ends then with the reason
+                "timeout" and what has come so far.
 
         Raises:
-            RequestError: a prompt cannot be served; nothing has been started then.
+            RequestError: a prompt cannot be served; of prompts that were all there, nothing has been started then.
             EngineError: the engine failed or was closed.
         """
-        return list(self.outputs(prompts, params))
+        return list(self.outputs(prompts, params, timeout=timeout))
 
     def outputs(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompts, params: Params = None, *, timeout: float | None = None
     ) -> Iterator[RequestOutput]:
-        """As :meth:`generate`, but hand out each result as soon as it and those before it are ready."""
-        several = _several(prompts)
-        each = _one_for_each(params, len(several))
-        tokens = [self._models.prompt(prompt) for prompt in several]
-        streams: list[TextStream] = []
-        try:
-            for item in zip(several, tokens, each, strict=True):
-                streams.append(self._submit(*item))
-        except BaseException:
-            _close(streams)
-            raise
-        return _wait_for(streams)
+        """As :meth:`generate`, but hand out each result as soon as it and those before it are ready.
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
+        Prompts are taken as they are needed, a few times ``max_num_seqs`` ahead, so there may be any number of them.
+        """
+        return self._in_order(self._engine.tasks(prompts, params, timeout))
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> TextStream:
         """Generate a text and hand out its pieces as they come.
 
         Raises:
+            QueueFullError: ``max_queue`` requests are under way.
             RequestError: the prompt cannot be served.
             EngineError: the engine failed or was closed.
         """
-        return self._submit(prompt, self._models.prompt(prompt), params or SamplingParams())
+        return TextStream(self._engine, self._engine.task(prompt, params, timeout))
 
     def scale_drafts(self, count: int) -> None:
         """Change the number of draft actors, at any time; 0 decodes without speculation.
@@ -178,16 +113,15 @@ class LLM:
             ConfigError: ``count`` is out of range, or the method has no draft actors.
             ResourceError: there is no room for so many. The pool is as it was.
         """
-        self._driver.scale_drafts(count)
+        self._engine.driver.scale_drafts(count)
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far."""
-        return self._driver.stats()
+        return self._engine.driver.stats()
 
     def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""
-        self._finalizer()
-        atexit.unregister(self._finalizer)
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -197,34 +131,27 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _submit(self, prompt: Prompt, tokens: list[int], params: SamplingParams) -> TextStream:
-        detokenizer = Detokenizer(self._models.tokenizer, params.stop, tokens)
-        return TextStream(self._driver, self._driver.submit(tokens, params), prompt, detokenizer)
+    def _in_order(self, tasks: Iterable[Task]) -> Iterator[RequestOutput]:
+        streams: deque[TextStream] = deque()
+        try:
+            for task in tasks:
+                if len(streams) == self._engine.window:
+                    yield streams[0].wait()
+                    streams.popleft()
+                streams.append(self._start(task))
+            while streams:
+                yield streams[0].wait()
+                streams.popleft()
+        finally:
+            for stream in streams:
+                stream.close()
 
-
-def _wait_for(streams: list[TextStream]) -> Iterator[RequestOutput]:
-    try:
-        for stream in streams:
-            yield stream.wait()
-    finally:
-        _close(streams)
-
-
-def _close(streams: list[TextStream]) -> None:
-    for stream in streams:
-        stream.close()
-
-
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, also if it is one prompt."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ConfigError("params", f"one SamplingParams, or one for each of {count} prompts", f"{len(params)} of them")
-    return list(params)
+    def _start(self, task: Task) -> TextStream:
+        """Start a stream as soon as there is room for it."""
+        while True:
+            try:
+                return TextStream(self._engine, task)
+            except QueueFullError:
+                room = Event()
+                self._engine.driver.when_room(room.set)
+                room.wait()

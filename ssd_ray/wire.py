@@ -208,8 +208,8 @@ class RequestStats(Struct, frozen=True, array_like=True):
 class Output(Message, frozen=True, tag="output"):
     """Tokens of one request. The last message of a request has a ``finish_reason`` and its ``stats``.
 
-    ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled" or "error"
-    (then ``error`` says what happened).
+    ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled",
+    "timeout" or "error" (then ``error`` says what happened).
     """
 
     request: Count

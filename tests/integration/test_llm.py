@@ -45,7 +45,7 @@ def expected(llm):
 
 
 def info(engine, name):
-    handle = engine._driver.actors[name]
+    handle = engine._engine.driver.actors[name]
     return ray.get(handle.info.options(concurrency_group="inbox").remote())
 
 
@@ -87,7 +87,7 @@ def test_a_stream_is_the_text_in_pieces(llm, expected):
 
 
 def test_token_ids_are_a_prompt(llm, expected):
-    tokens = llm._models.prompt(PROMPT)
+    tokens = llm._engine.models.prompt(PROMPT)
     assert llm.generate(tokens, PARAMS)[0].token_ids == expected.token_ids
     assert [output.text for output in llm.generate([tokens, PROMPT], PARAMS)] == [expected.text] * 2
 
@@ -104,7 +104,7 @@ def test_no_prompts_no_results(llm):
 
 def test_a_long_prompt_travels_through_the_object_store(llm):
     prompt = "x = 1\n" * 60
-    assert 4 * len(llm._models.prompt(prompt)) > llm.config.inline_max_bytes
+    assert 4 * len(llm._engine.models.prompt(prompt)) > llm.config.inline_max_bytes
     assert len(llm.generate(prompt, PARAMS)[0].token_ids) == 24
 
 
@@ -186,7 +186,7 @@ def test_a_bad_prompt_is_refused_before_anything_is_started(llm, prompt, error, 
 
 
 def test_there_is_one_set_of_parameters_for_each_prompt(llm):
-    with pytest.raises(ConfigError, match="one for each of 2 prompts"):
+    with pytest.raises(ConfigError, match="one for each prompt"):
         llm.generate(["a", "b"], [PARAMS])
 
 

@@ -101,7 +101,7 @@ def where(place):
 class TestGpus:
     def test_every_actor_of_an_engine_has_its_own(self, pair):
         with LLM(*pair, num_drafts=2) as llm:
-            handles = llm._driver.actors
+            handles = llm._engine.driver.actors
             infos = [handle.info.options(concurrency_group="inbox").remote() for handle in handles.values()]
             assert sorted(entry["gpus"] for entry in ray.get(infos)) == ["0", "1", "2"]
             assert len(llm.generate("x", SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4

@@ -40,6 +40,7 @@ BAD_ENGINE = {
     "dtype": ["int8"],
     "compile": [1],
     "max_num_seqs": [0],
+    "max_queue": [0, True, 1 << 21],
     "max_model_len": [1],
     "prefill_chunk": [4],
     "inline_max_bytes": [0],
