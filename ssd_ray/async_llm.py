@@ -72,6 +72,16 @@ class AsyncLLM:
             self._started = await asyncio.to_thread(Engine, self.config)
         return self
 
+    @property
+    def tokenizer(self) -> Any:
+        """The target's tokenizer."""
+        return self._engine.models.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and text together at most."""
+        return self._engine.models.max_length
+
     async def generate(
         self, prompts: Prompts, params: Params = None, *, timeout: float | None = None
     ) -> list[RequestOutput]:

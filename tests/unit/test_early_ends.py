@@ -1,4 +1,4 @@
-"""Requests that end early, by a cancellation or a deadline: within a round, with what has come, leaving others alone."""
+"""Requests that end early, by a cancellation or a deadline: within a round, and with what has come."""
 
 import pytest
 
