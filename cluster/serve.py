@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import floor
+from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 from typing import Any, get_type_hints
 
 import ray
@@ -100,6 +101,7 @@ def serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
         SsdRayError: the application does not start.
     """
     check(config)
+    _require_free(host, port)
     runtime = RayRuntime()
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
@@ -107,9 +109,20 @@ def serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
             _run(application(config))
             yield f"http://{host}:{port}"
         finally:
-            _withdraw()
+            serve.delete(NAME)
+            if runtime.kind != "private" and not serve.status().applications:
+                serve.shutdown()  # a private Ray takes Serve with it
     finally:
         runtime.close()
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        with socket(AF_INET6 if ":" in host else AF_INET) as probe:
+            probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError("port", f"one that is free on {host} ({error})", port) from None
 
 
 def _run(app: Application) -> None:
@@ -117,13 +130,6 @@ def _run(app: Application) -> None:
         serve.run(app, name=NAME, route_prefix="/")
     except RuntimeError as error:
         raise EngineError(f"the server does not start: {error}") from error
-
-
-def _withdraw() -> None:
-    """Take the application down, and Serve itself unless others use it."""
-    serve.delete(NAME)
-    if not serve.status().applications:
-        serve.shutdown()
 
 
 def _app() -> FastAPI:

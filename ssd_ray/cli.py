@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,6 +143,42 @@ def generate(
             _print_json(llm, *requests[0])
         else:
             _print_text(llm, *requests[0])
+
+
+@app.command()
+@with_flags(EngineConfig)
+def serve(
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    **values: Any,
+) -> None:
+    """Serve OpenAI's API over HTTP, as a Ray Serve application, until Ctrl-C or SIGTERM.
+
+    `ssd-ray serve --num-drafts 2 --port 9000` takes `/v1/completions`, `/v1/chat/completions`, `/v1/models` and
+    `/health`. The same application on a cluster: `serve run ssd_ray.cluster.serve:build num_drafts=2`.
+    """
+    config = from_flags(EngineConfig, values)
+    if find_spec("fastapi") is None:
+        raise ResourceError("the server needs more packages: pip install 'ssd-ray[serve]'")
+    with _serving(config, host, port) as address:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # not earlier: Ray has set a handler of its own
+        typer.echo(f"serving at {address}", err=True)
+        with suppress(KeyboardInterrupt):
+            Event().wait()
+
+
+@contextmanager
+def _serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
+    """Start the server, with a word on a terminal about what is being done."""
+    with ExitStack() as server:
+        with _stderr().status("loading libraries") as status, _follow(status.update):
+            from ssd_ray.cluster.serve import serving
+
+            level = logging.getLogger("ssd_ray").handlers[0].level
+            logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= level)  # Serve sets the level
+            address = server.enter_context(serving(config, host, port))
+        yield address
 
 
 def _print_text(llm: LLM, prompt: str, params: SamplingParams) -> None:

@@ -93,7 +93,7 @@ def test_help_teaches():
     assert result.exit_code == 0
     assert "generate" in result.stdout
     assert "Exit code" in result.stdout
-    assert "serve" not in result.stdout
+    assert "serve" in result.stdout
     assert "chat" not in result.stdout
 
 
