@@ -46,6 +46,12 @@ def _choice(name: str, value: object, literal: Any) -> None:
     _require(value in options, name, "one of " + ", ".join(map(repr, options)), value)
 
 
+def check_timeout(timeout: object) -> None:
+    """Refuse what is no time limit: a number of seconds above 0, or None for none."""
+    if timeout is not None:
+        _real("timeout", timeout, 0.0, 1e9, open_low=True)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.

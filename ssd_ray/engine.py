@@ -7,11 +7,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat, zip_longest
-from math import isfinite
 
 from ssd_ray.cluster.driver import Driver
 from ssd_ray.cluster.preflight import check
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
 from ssd_ray.errors import ConfigError, SsdRayError
 from ssd_ray.outputs import Prompt, RequestOutput, Transcript
 from ssd_ray.text import Detokenizer
@@ -69,7 +68,7 @@ class Engine:
             RequestError: the prompt cannot be served.
             ConfigError: the timeout is none.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         return Task(prompt, self.models.prompt(prompt), params or SamplingParams(), timeout)
 
     def tasks(self, prompts: Prompts, params: Params, timeout: float | None) -> Iterable[Task]:
@@ -79,7 +78,7 @@ class Engine:
             RequestError: a prompt cannot be served.
             ConfigError: prompts and parameters differ in number, or the timeout is none.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         several = _several(prompts)
         tasks = (self.task(prompt, each, timeout) for prompt, each in _pairs(several, params))
         return list(tasks) if isinstance(several, Sequence) else tasks
@@ -129,12 +128,6 @@ class Generation:
         except SsdRayError:
             self._closed = True
             raise
-
-
-def _check_timeout(timeout: float | None) -> None:
-    ok = isinstance(timeout, int | float) and not isinstance(timeout, bool) and isfinite(timeout) and timeout > 0
-    if timeout is not None and not ok:
-        raise ConfigError("timeout", "seconds above 0, or None", timeout)
 
 
 def _several(prompts: Prompts) -> Iterable[Prompt]:

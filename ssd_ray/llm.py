@@ -13,6 +13,7 @@ from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
 from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
 from ssd_ray.outputs import Prompt, RequestOutput
+from ssd_ray.progress import track
 from ssd_ray.stats import EngineStats
 from ssd_ray.wire import Output
 
@@ -68,7 +69,9 @@ class LLM:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
         self._engine = Engine(self.config)
 
-    def generate(self, prompts: Prompts, params: Params = None, *, timeout: float | None = None) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompts, params: Params = None, *, timeout: float | None = None, progress: bool | None = None
+    ) -> list[RequestOutput]:
         """Generate a text for each prompt, and wait for all.
 
         Args:
@@ -76,12 +79,15 @@ class LLM:
             params: for all prompts, or one for each.
             timeout: seconds that each text may take from when it is handed to the target. It ends then with the reason
                 "timeout" and what has come so far.
+            progress: show on standard error how far it is; None does so if that is a terminal.
 
         Raises:
             RequestError: a prompt cannot be served; of prompts that were all there, nothing has been started then.
             EngineError: the engine failed or was closed.
         """
-        return list(self.outputs(prompts, params, timeout=timeout))
+        tasks = self._engine.tasks(prompts, params, timeout)
+        total = len(tasks) if isinstance(tasks, list) else None
+        return list(track(self._in_order(tasks), total=total, show=progress))
 
     def outputs(
         self, prompts: Prompts, params: Params = None, *, timeout: float | None = None

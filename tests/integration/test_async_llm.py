@@ -179,7 +179,7 @@ def test_a_text_ends_at_its_deadline_with_what_has_come(llm, blocking):
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "soon", True])
 def test_a_bad_timeout(blocking, timeout):
-    with pytest.raises(ConfigError, match="timeout: expected seconds above 0"):
+    with pytest.raises(ConfigError, match="timeout: expected a number above 0"):
         blocking.stream(PROMPT, SHORT, timeout=timeout)
 
 

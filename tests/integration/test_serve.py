@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -193,6 +194,12 @@ def test_an_unknown_path_is_an_error_of_the_same_shape(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.embeddings.create(model="x", input="y")
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_the_example(address, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve_client.py", address])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serve_client.py"), run_name="__main__")
+    assert re.match(r"def add\(a, b\):.*\n--- (length|stop) after \d+ tokens\n", capsys.readouterr().out, re.DOTALL)
 
 
 def test_harmless_fields_are_ignored(complete, expected):

@@ -62,16 +62,19 @@ class FakeLLM:
     def __exit__(self, *_):
         self.closed = True
 
-    def stream(self, prompt, params):
+    def stream(self, prompt, params, *, timeout=None):
+        self.timeout = timeout
         self.params.append(params)
         return Stream(prompt)
 
-    def outputs(self, prompts, params):
-        self.params += params
-        return (Output(prompt) for prompt in prompts)
+    def outputs(self, prompts, params, *, timeout=None):
+        self.timeout = timeout
+        for prompt, each in zip(prompts, params, strict=True):
+            self.params.append(each)
+            yield Output(prompt)
 
-    def generate(self, prompts, params):
-        return list(self.outputs(prompts, [params] * len(prompts)))
+    def generate(self, prompts, params, *, timeout=None):
+        return list(self.outputs(prompts, [params] * len(prompts), timeout=timeout))
 
     def stats(self):
         return EngineStats(sums=SUMS, requests=1)

@@ -30,10 +30,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cluster",),
     ("actors",),
     ("speculation", "models", "transport"),
-    ("chat",),
+    ("chat", "progress"),
     ("outputs",),
     ("stats", "text"),
-    ("sampling", "saguaro", "wire", "flags"),
+    ("sampling", "saguaro", "wire", "flags", "batch"),
     ("config",),
     ("errors",),
 )
@@ -46,7 +46,7 @@ ONLY_IN: dict[str, frozenset[str]] = {
     "fastapi": frozenset({"cluster.routes", "cluster.serve"}),
     "pydantic": frozenset({"cluster.openai", "cluster.serve"}),
     "typer": frozenset({"cli", "bench", "flags"}),
-    "rich": frozenset({"cli", "bench"}),
+    "rich": frozenset({"cli", "bench", "progress"}),
 }
 
 # Foreign packages that these units must do without: importing them has to stay cheap.
