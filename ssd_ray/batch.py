@@ -86,20 +86,13 @@ class ResultFile:
 
     def __init__(self, path: Path, items: Iterator[Item], config: EngineConfig) -> None:
         self._config = config
-        self.done, self.left, end = 0, items, 0
+        self.done, self.left = 0, items
         try:
+            if path.exists():
+                os.truncate(path, self._read(path, items))
             self._file = path.open("ab")
-            with path.open("rb") as lines:
-                for line in lines:
-                    item = next(items, None)
-                    self._check(path, line, item)
-                    if item is not None and not line.endswith(b"\n"):
-                        self.left = chain([item], items)
-                        break
-                    self.done, end = self.done + 1, end + len(line)
         except OSError as error:
             raise ConfigError("output", "a file to read and write", f"{path}: {error}") from None
-        os.truncate(path, end)
 
     def write(self, item: Item, result: dict[str, Any]) -> None:
         """Append a result."""
@@ -113,6 +106,19 @@ class ResultFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _read(self, path: Path, items: Iterator[Item]) -> int:
+        """Look at the results that are there; the number of bytes that whole lines take."""
+        end = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                item = next(items, None)
+                self._check(path, line, item)
+                if item is not None and not line.endswith(b"\n"):
+                    self.left = chain([item], items)
+                    break
+                self.done, end = self.done + 1, end + len(line)
+        return end
 
     def _check(self, path: Path, line: bytes, item: Item | None) -> None:
         """Refuse a line, or the beginning of one, that is not this item's result."""
