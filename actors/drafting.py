@@ -16,6 +16,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
 from ssd_ray.sampling.logits import scores
 from ssd_ray.sampling.noise import NoiseRows
+from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import DraftSession, Item, Ranking
 from ssd_ray.transport.channel import HUB, Channel
@@ -78,6 +79,7 @@ class Draft:
         self._branching = branching
         self._sequences: dict[int, DraftSession] = {}
         self._noise: dict[int, NoiseRows] = {}
+        self._penalties: dict[int, Penalties | None] = {}
         self._rows: dict[int, int] = {}
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
@@ -147,11 +149,13 @@ class Draft:
         known = self._sequences.get(message.sequence)
         if not message.tokens or len(message.tokens) > self._runner.max_length:
             return
+        free = set(range(self._runner.rows)) - set(self._rows.values())
+        if known is None and not free:
+            return
+        self._penalties[message.sequence] = penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
         if known is not None:
             known.reopen(message)
-            return
-        free = set(range(self._runner.rows)) - set(self._rows.values())
-        if free:
+        else:
             self._rows[message.sequence] = min(free)
             seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
             self._noise[message.sequence] = NoiseRows(seed, self._runner.vocab_size)
@@ -183,7 +187,7 @@ class Draft:
     def _close(self, sequence: int) -> None:
         self._asked.pop(sequence, None)
         if self._sequences.pop(sequence, None) is not None:
-            del self._rows[sequence], self._noise[sequence]
+            del self._rows[sequence], self._noise[sequence], self._penalties[sequence]
 
     # Work
 
@@ -213,6 +217,8 @@ class Draft:
     def _rankings(self, sequence: DraftSession, items: Sequence[Item]) -> list[Ranking]:
         """Run the items in one forward; what the draft says after each."""
         logits = self._forward(self._rows[sequence.sequence], items)[: len(items)]  # [items, V]
+        if (penalised := self._penalties[sequence.sequence]) is not None:
+            logits = penalised.apply(logits, sequence.tokens, sequence.paths(items))
         noise = None
         if not sequence.params.greedy:
             noise = self._noise[sequence.sequence].rows([item.position + 1 for item in items])

@@ -22,6 +22,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner
+from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.verifier import Verifier, verifier
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import FinishReason, TargetSession
@@ -40,6 +41,7 @@ from ssd_ray.wire import (
     Outcome,
     Output,
     RequestStats,
+    TokenLogprobs,
     decode,
     encode,
 )
@@ -204,8 +206,9 @@ class Target:
         for row, decision in zip(rows, self._decide(rows, logits), strict=True):
             self._commit(row, decision, verify_ms)
         self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
-        for row in rows:
+        for row, row_logits in zip(rows, logits, strict=True):
             self._announce(row)
+            self._report(row, row_logits)
         wait_ms = self._wait([row for row in rows if row.session.finish_reason is None])
         host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
         for row in rows:
@@ -245,7 +248,7 @@ class Target:
             speculation = session.cache.speculation
             proposals = session.proposals
             decisions.append(
-                row.verifier.decide(row_logits[: len(speculation) + 1], session.position, speculation, proposals)
+                row.verifier.decide(row_logits[: len(speculation) + 1], session.tokens, speculation, proposals)
             )
         return decisions
 
@@ -258,7 +261,7 @@ class Target:
         self._look_for_stop(row, row.added)
 
     def _announce(self, row: Row) -> None:
-        """Tell the drafts the outcome and what is verified next, and the driver the new tokens."""
+        """Tell the drafts the outcome and what is verified next."""
         session = row.session
         if session.finish_reason is None:
             hit = session.look_up(self._drafts)
@@ -284,7 +287,14 @@ class Target:
                 )
                 if draft not in row.unaware:
                     self._send(draft, message)
-        self._emit(Output(session.sequence, row.added))
+
+    @torch.inference_mode()
+    def _report(self, row: Row, logits: torch.Tensor) -> None:
+        """Tell the driver the new tokens, which the first rows of the logits decided."""
+        most, wanted = row.session.params.logprobs, []
+        if most is not None:
+            wanted = [TokenLogprobs(*entry) for entry in logprobs(logits, row.added, most)]
+        self._emit(Output(row.session.sequence, row.added, logprobs=wanted))
 
     def _look_up_text(self, row: Row) -> None:
         """On a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
@@ -381,19 +391,19 @@ class Target:
             self._start(self._waiting.popleft())
 
     def _start(self, request: Request) -> None:
-        tokens, params = [int(token) for token in request.tokens], request.params
+        tokens = [int(token) for token in request.tokens]
+        params = request.params.ending_with(self._end_tokens)
         session = TargetSession(
             request.number,
             tokens,
             params,
-            end_tokens=self._end_tokens,
             max_length=self._runner.max_length,
             vocab_size=self._runner.vocab_size,
             sampled=self._sampler == "rejection" and not params.greedy,
         )
         number = min(set(range(self._runner.rows)) - {row.number for row in self._rows})
-        verify = verifier(self._sampler, params, self._runner.vocab_size)
-        text = Detokenizer(self._tokenizer, params.stop, tokens) if params.stop else None
+        verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size)
+        text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
         row = Row(session, number, verify, text, ngrams=NgramIndex(tokens if self._backup in ("ngram", "auto") else ()))
         row.deadline = request.deadline
         for draft in self._drafts:
@@ -466,7 +476,16 @@ class Target:
         speculation = session.cache.speculation
         self._send(
             draft,
-            Open(session.sequence, session.round, session.tokens, speculation, session.params, share, shares),
+            Open(
+                session.sequence,
+                session.round,
+                session.tokens,
+                speculation,
+                session.params,
+                share,
+                shares,
+                session.prompt_tokens,
+            ),
         )
 
     def _send(self, draft: str, message: Message) -> None:

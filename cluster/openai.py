@@ -32,7 +32,6 @@ IGNORED = frozenset(
 )
 
 NEUTRAL: Document = {
-    "n": 1,
     "best_of": 1,
     "echo": False,
     "suffix": "",
@@ -42,11 +41,8 @@ NEUTRAL: Document = {
     "function_call": "none",
     "response_format": {"type": "text"},
     "modalities": ["text"],
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
 }
-"""What fields that are not done here may be, beside null. One that SamplingParams has is done."""
+"""What fields that are not done here may be, beside null."""
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "length"}
 """Ours in OpenAI's words: a text that was cut off ends with "length"."""
@@ -59,8 +55,6 @@ def _optional_sampling() -> Any:
     """Every field of the sampling, none of them required."""
     hints = get_type_hints(SamplingParams)
     optional: Any = {each.name: (hints[each.name] | None, None) for each in fields(SamplingParams)}
-    if "logit_bias" in optional:
-        optional["logit_bias"] = (dict[str, float] | None, None)
     return create_model("Sampling", **optional)
 
 
@@ -86,6 +80,7 @@ class Request(Sampling):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
 
     @abstractmethod
     def prompts(self, tokenizer: Any) -> list[Prompt]:
@@ -188,14 +183,8 @@ class ChatRequest(Request):
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def _renamed(self) -> Document:
-        renamed: Document = {}
-        if self.max_completion_tokens is not None:
-            renamed["max_tokens"] = self.max_completion_tokens
-        if "logprobs" in Sampling.model_fields:
-            renamed["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        elif self.logprobs:
-            raise ConfigError("logprobs", "false", self.logprobs)
-        return renamed
+        tokens = {} if self.max_completion_tokens is None else {"max_tokens": self.max_completion_tokens}
+        return tokens | {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     def _default_tokens(self, max_length: int) -> int:
         return max_length
@@ -222,7 +211,7 @@ class Reply:
     def whole(self, outputs: Sequence[Any]) -> Document:
         """All texts at once."""
         choices = [
-            self._choice(index, self._request.choice(output.text, _logprobs(output), self._decode), output)
+            self._choice(index, self._request.choice(output.text, output.logprobs, self._decode), output)
             for index, output in enumerate(outputs)
         ]
         return self._head | {"object": self._request.whole, "choices": choices, "usage": self._usage(outputs)}
@@ -238,7 +227,7 @@ class Reply:
 
     def end(self, index: int, output: Any) -> Document:
         """The last part of a text; it has the log-probabilities of all of it."""
-        return self._part(self._choice(index, self._request.delta(None, _logprobs(output), self._decode), output))
+        return self._part(self._choice(index, self._request.delta(None, output.logprobs, self._decode), output))
 
     def usage(self, outputs: Sequence[Any]) -> list[Document]:
         """The part that ends a stream, if it was asked for."""
@@ -297,10 +286,6 @@ def _refuse_unknown(extra: Document) -> None:
             raise ConfigError(name, f"null or {NEUTRAL[name]!r}, since nothing else is supported", value)
         if name not in NEUTRAL and name not in IGNORED and value is not None:
             raise ConfigError(name, "no such field", value)
-
-
-def _logprobs(output: Any) -> Any:
-    return getattr(output, "logprobs", None)
 
 
 def _completion_logprobs(entries: Any, decode: Decode) -> Document:

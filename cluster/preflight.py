@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ssd_ray.cluster.runtime import is_private
-from ssd_ray.config import EngineConfig
+from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError
 from ssd_ray.models.loader import ModelInfo, Role, check_pair, free_bytes, load_tokenizer, model_info
 
@@ -49,6 +49,17 @@ class Checked:
                 f"prompt: it has {len(tokens)} tokens; the context of {self.max_length} has to hold it and the text"
             )
         return [int(token) for token in tokens]
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """Look at a request's parameters.
+
+        Raises:
+            RequestError: they have a bias for a token that the model does not know.
+        """
+        for token, _ in params.logit_bias:
+            if token >= self.vocab_size:
+                raise RequestError(f"logit_bias: expected token ids from 0 to {self.vocab_size - 1}, got {token}")
+        return params
 
 
 def check(config: EngineConfig) -> Checked:

@@ -84,7 +84,7 @@ class Server:
         self._check_model(request.model)
         llm = self._engine()
         params = request.params(llm.max_model_len)
-        texts = params.texts() if hasattr(params, "texts") else [params]
+        texts = params.texts()
         reply = Reply(request, self.name, lambda token: llm.tokenizer.decode([token]), len(texts))
         async with AsyncExitStack() as stack:
             streams = []

@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
 from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
-from ssd_ray.outputs import Prompt, RequestOutput
+from ssd_ray.outputs import Prompt, RequestOutput, join
 from ssd_ray.stats import EngineStats
 from ssd_ray.wire import Output
 
@@ -128,19 +129,19 @@ class AsyncLLM:
         return self._started
 
     async def _in_order(self, tasks: Iterable[Task]) -> AsyncGenerator[RequestOutput, None]:
-        streams: deque[AsyncTextStream] = deque()
+        prompts: deque[list[AsyncTextStream]] = deque()  # each with its texts
         try:
             for task in tasks:
-                if len(streams) == self._engine.window:
-                    yield await streams[0].wait()
-                    streams.popleft()
-                streams.append(await self._start(task))
-            while streams:
-                yield await streams[0].wait()
-                streams.popleft()
+                while prompts and sum(map(len, prompts)) >= self._engine.window:
+                    yield join([await text.wait() for text in prompts[0]])
+                    prompts.popleft()
+                prompts.append([await self._start(text) for text in task.texts()])
+            while prompts:
+                yield join([await text.wait() for text in prompts[0]])
+                prompts.popleft()
         finally:
-            for stream in streams:
-                await stream.aclose()
+            for text in chain.from_iterable(prompts):
+                await text.aclose()
 
     async def _start(self, task: Task) -> AsyncTextStream:
         """Start a stream as soon as there is room for it."""

@@ -18,6 +18,7 @@ from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 from typer.core import TyperGroup
 
@@ -30,7 +31,7 @@ from ssd_ray.flags import from_flags, with_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ssd_ray.llm import LLM, RequestOutput
+    from ssd_ray.llm import LLM, Completion, RequestOutput
     from ssd_ray.stats import Stats
 
 INPUT_ERRORS = (ConfigError, ModelError, RequestError, ResourceError)
@@ -158,7 +159,8 @@ def generate(
         if as_json:
             _print_json(llm, text, params, timeout)
         else:
-            _print_text(llm, text, params, timeout)
+            for each in params.texts():
+                _print_text(llm, text, each, timeout)
 
 
 def _generate_file(
@@ -238,19 +240,27 @@ def _serve_file(llm: LLM, items: Iterator[Item], results: ResultFile | None, tot
         if results is None:
             typer.echo(json.dumps(_document(output)))
         else:
-            results.write(next(items), {name: value for name, value in _document(output).items() if name != "stats"})
+            results.write(next(items), _document(output, figures=False))  # they differ from run to run
     _print_figures(llm.stats(), perf_counter() - start)
 
 
-def _document(output: RequestOutput) -> dict[str, Any]:
-    """A result as JSON has it."""
-    return {
-        "prompt": output.prompt,
-        "text": output.text,
-        "token_ids": output.token_ids,
-        "finish_reason": output.finish_reason,
-        "stats": output.stats.as_dict(),
+def _document(output: RequestOutput, *, figures: bool = True) -> dict[str, Any]:
+    """A result as JSON has it: the prompt and its first text, and the others if there are any."""
+    first, *others = [_text_document(completion, figures) for completion in output.outputs]
+    return {"prompt": output.prompt} | first | ({"others": others} if others else {})
+
+
+def _text_document(completion: Completion, figures: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
     }
+    if figures:
+        document["stats"] = completion.stats.as_dict()
+    if completion.logprobs is not None:
+        document["logprobs"] = [msgspec.structs.asdict(entry) for entry in completion.logprobs]
+    return document
 
 
 def _print_figures(stats: Stats, seconds: float) -> None:

@@ -6,7 +6,8 @@ refused before anything is started. Paths and models are looked at by the loader
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,9 @@ MAX_LOOKAHEAD = 7
 
 SEED_MASK = (1 << 63) - 1
 
+MAX_LOGPROBS = 20
+MAX_TEXTS = 1024
+
 
 def _require(ok: bool, name: str, expected: str, value: object) -> None:
     if not ok:
@@ -39,6 +43,18 @@ def _real(name: str, value: object, low: float, high: float, *, open_low: bool =
     ok = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and low <= value <= high
     bounds = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
     _require(ok and not (open_low and value == low), name, bounds, value)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of a token id and its bias, sorted, from such pairs or from a mapping; JSON has its keys as strings."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    ok = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    _require(ok, "logit_bias", "a dict from token ids to numbers", value)
+    for token, bias in pairs:
+        number = int(token) if isinstance(token, str) and token.isdecimal() else token
+        _integer("logit_bias", number, 0, 2**31 - 1)
+        _real("logit_bias", bias, -100.0, 100.0)
+    return tuple(sorted({int(token): float(bias) for token, bias in pairs}.items()))
 
 
 def _choice(name: str, value: object, literal: Any) -> None:
@@ -58,33 +74,57 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 is greedy decoding; above 0 logits are divided by it.
+        repetition_penalty: logits of tokens that the prompt or the text has are divided by it if positive, else
+            multiplied; 1 changes nothing.
+        presence_penalty: taken from the logits of tokens that the text has; -2 to 2.
+        frequency_penalty: taken from the logit of a token once for each time that the text has it; -2 to 2.
+        logit_bias: added to the logits of single tokens before the penalties: a dict from token ids to numbers from
+            -100 to 100, kept as sorted pairs.
         top_p: keep the smallest set of tokens whose probability reaches it.
         top_k: keep the k likeliest tokens; 0 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest.
         max_tokens: tokens to generate at most.
+        min_tokens: tokens before which neither a token nor a string ends the text: tokens that would are not chosen.
         stop: strings that end the text; the text ends before the earliest of them.
         stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens.
         seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
         ignore_eos: go on after an end-of-sequence token.
+        logprobs: give the log-probability of each token of the text and of the so many likeliest, up to 20, as the
+            target has them before penalties and temperature.
+        n: texts of one prompt. Text i has ``seed + i``, so the first is that of n = 1; greedy ones are all the same.
     """
 
     temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int = 128
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _real("temperature", self.temperature, 0.0, 100.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _real("min_p", self.min_p, 0.0, 1.0)
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _integer("seed", self.seed, 0, SEED_MASK)
+        _integer("n", self.n, 1, MAX_TEXTS)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         strings = isinstance(stop, list | tuple) and all(isinstance(text, str) and text for text in stop)
@@ -94,11 +134,28 @@ class SamplingParams:
         _require(tokens, "stop_token_ids", "a list of token ids", ids)
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
         """Whether no noise is added."""
         return self.temperature == 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the models' logits are changed: a penalty, a bias or a least number of tokens is set."""
+        neutral = self.repetition_penalty == 1.0 and self.presence_penalty == self.frequency_penalty == 0.0
+        return bool(self.logit_bias) or self.min_tokens > 0 or not neutral
+
+    def ending_with(self, tokens: Iterable[int]) -> SamplingParams:
+        """The same with a model's end-of-sequence tokens among ``stop_token_ids``, unless they are ignored."""
+        if self.ignore_eos:
+            return self
+        return replace(self, stop_token_ids=tuple(sorted({*self.stop_token_ids, *tokens})))
+
+    def texts(self) -> list[SamplingParams]:
+        """The parameters of each of the n texts alone."""
+        return [replace(self, n=1, seed=(self.seed + index) & SEED_MASK) for index in range(self.n)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

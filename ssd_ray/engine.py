@@ -35,13 +35,17 @@ class Task:
         prompt: as it was given.
         tokens: its tokens.
         params: how to go on.
-        timeout: seconds, waiting included, after which it ends with what has come so far.
+        timeout: seconds, waiting included, after which each text ends with what has come so far.
     """
 
     prompt: Prompt
     tokens: list[int]
     params: SamplingParams
     timeout: float | None
+
+    def texts(self) -> list[Task]:
+        """A task for each text that is asked for."""
+        return [replace(self, params=params) for params in self.params.texts()]
 
 
 class Engine:
@@ -58,18 +62,18 @@ class Engine:
 
     @property
     def window(self) -> int:
-        """Requests that one ``generate`` may have under way."""
+        """Texts that one ``generate`` may have under way."""
         return min(WINDOW * self.config.max_num_seqs, self.config.max_queue)
 
     def task(self, prompt: Prompt, params: SamplingParams | None, timeout: float | None) -> Task:
         """Check a request.
 
         Raises:
-            RequestError: the prompt cannot be served.
+            RequestError: the prompt or a parameter is none for this model.
             ConfigError: the timeout is none.
         """
         check_timeout(timeout)
-        return Task(prompt, self.models.prompt(prompt), params or SamplingParams(), timeout)
+        return Task(prompt, self.models.prompt(prompt), self.models.params(params or SamplingParams()), timeout)
 
     def tasks(self, prompts: Prompts, params: Params, timeout: float | None) -> Iterable[Task]:
         """Check many requests: prompts that are all there at once, others as they come.
@@ -93,12 +97,19 @@ class Generation:
     """A text under way. Whoever reads it decides how to wait for what ``deliver`` is handed, from another thread.
 
     Forgetting it cancels the request.
+
+    Raises:
+        ConfigError: the task is more than one text.
     """
 
     def __init__(self, engine: Engine, task: Task, deliver: Callable[[Output | SsdRayError], None]) -> None:
+        params = task.params
+        if params.n > 1:
+            raise ConfigError("n", "1 for a stream, which is one text", params.n)
         self._engine = engine
-        self._transcript = Transcript(task.prompt, Detokenizer(engine.models.tokenizer, task.params.stop, task.tokens))
-        self._number = engine.driver.submit(task.tokens, task.params, deliver, timeout=task.timeout)
+        detokenizer = Detokenizer(engine.models.tokenizer, params.stop, task.tokens, params.min_tokens)
+        self._transcript = Transcript(task.prompt, detokenizer, with_logprobs=params.logprobs is not None)
+        self._number = engine.driver.submit(task.tokens, params, deliver, timeout=task.timeout)
         self._closed = False
         weakref.finalize(self, engine.driver.cancel, self._number).atexit = False
 

@@ -54,7 +54,10 @@ def _flags(config: Any) -> list[inspect.Parameter]:
 def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect.Parameter:
     options: dict[str, Any] = {"help": explanation, "rich_help_panel": panel}
     kind, default = hint, field.default
-    if get_origin(hint) is tuple:
+    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple:
+        kind, default = list[str], [f"{key}={value}" for key, value in default]  # type: ignore[union-attr]
+        options |= {"parser": _pair, "metavar": "<id=number>"}
+    elif get_origin(hint) is tuple:
         kind, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc,arg-type]
     elif get_origin(hint) in (Union, UnionType) and NoneType not in get_args(hint):
         kind = str
@@ -73,6 +76,14 @@ def _metavar(hint: Any) -> str:
 
 def _number_or_word(text: str | int) -> str | int:
     return int(text) if str(text).lstrip("-").isdigit() else text
+
+
+def _pair(text: str) -> tuple[int, float]:
+    key, _, value = text.partition("=")
+    try:
+        return int(key), float(value)
+    except ValueError:
+        raise typer.BadParameter(f"expected an id and a number as in 42=-1.5, got {text!r}") from None
 
 
 def _explanations(config: type) -> dict[str, str]:

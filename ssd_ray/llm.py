@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from queue import SimpleQueue
 from threading import Event
 from types import TracebackType
@@ -12,12 +13,12 @@ from typing import Any, Self
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
 from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
-from ssd_ray.outputs import Prompt, RequestOutput
+from ssd_ray.outputs import Completion, Prompt, RequestOutput, join
 from ssd_ray.progress import track
 from ssd_ray.stats import EngineStats
-from ssd_ray.wire import Output
+from ssd_ray.wire import Output, TokenLogprobs
 
-__all__ = ["LLM", "EngineStats", "RequestOutput", "TextStream"]
+__all__ = ["LLM", "Completion", "EngineStats", "RequestOutput", "TextStream", "TokenLogprobs"]
 
 
 class TextStream(Generation, Iterator[str]):
@@ -105,6 +106,7 @@ class LLM:
 
         Raises:
             QueueFullError: ``max_queue`` requests are under way.
+            ConfigError: ``params`` asks for several texts; :meth:`SamplingParams.texts` parts them.
             RequestError: the prompt cannot be served.
             EngineError: the engine failed or was closed.
         """
@@ -138,19 +140,19 @@ class LLM:
         self.close()
 
     def _in_order(self, tasks: Iterable[Task]) -> Iterator[RequestOutput]:
-        streams: deque[TextStream] = deque()
+        prompts: deque[list[TextStream]] = deque()  # each with its texts
         try:
             for task in tasks:
-                if len(streams) == self._engine.window:
-                    yield streams[0].wait()
-                    streams.popleft()
-                streams.append(self._start(task))
-            while streams:
-                yield streams[0].wait()
-                streams.popleft()
+                while prompts and sum(map(len, prompts)) >= self._engine.window:
+                    yield join([text.wait() for text in prompts[0]])
+                    prompts.popleft()
+                prompts.append([self._start(text) for text in task.texts()])
+            while prompts:
+                yield join([text.wait() for text in prompts[0]])
+                prompts.popleft()
         finally:
-            for stream in streams:
-                stream.close()
+            for text in chain.from_iterable(prompts):
+                text.close()
 
     def _start(self, task: Task) -> TextStream:
         """Start a stream as soon as there is room for it."""

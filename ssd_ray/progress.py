@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from time import perf_counter
 
 from rich.console import Console
@@ -30,7 +31,7 @@ def track(
         bar = progress.add_task("", total=total, completed=done, figures="")
         start, stats = perf_counter(), Stats()
         for output in outputs:
-            stats = Stats(sums=add(stats.sums, output.stats.sums))
+            stats = Stats(sums=reduce(add, (text.stats.sums for text in output.outputs), stats.sums))
             seconds = perf_counter() - start
             progress.update(bar, advance=1, figures=f"{stats.tokens / seconds:.1f} tokens/s, hits {stats.hit_rate:.0%}")
             yield output

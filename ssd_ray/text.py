@@ -22,17 +22,21 @@ class Detokenizer:
         stop: strings that end the text.
         context: tokens before the text. Some tokenizers write a token differently when it comes first; with the end of
             the prompt before it, it comes out as it continues the prompt.
+        min_tokens: tokens whose text is no part of a stop string.
 
     Attributes:
         stopped: a stop string has come; further tokens are ignored.
         count: tokens that belong to the text: all so far, or those up to the one that completed the stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
         self.stopped = False
         self.count = 0
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         # Only the tokens near the end are decoded: those behind the last piece, and, so that they come out as they do
         # in the middle of a text, those of the last piece.
         self._window = [int(token) for token in context[-CONTEXT_TOKENS:]]
@@ -77,6 +81,8 @@ class Detokenizer:
 
     def _cut(self, piece: str, *, last: bool = False) -> str:
         """Hold back what may be the beginning of a stop string, drop what follows one."""
+        if self.count <= self._min_tokens:
+            return piece
         self._held += piece
         found = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
         if found:

@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from ssd_ray.config import SamplingParams
+from ssd_ray.config import MAX_LOGPROBS, SamplingParams
 from ssd_ray.errors import ConfigError, ProtocolError
 
 VERSION = 1
@@ -79,7 +79,10 @@ class Goodbye(Message, frozen=True, tag="goodbye"):
 
 
 class Open(Message, frozen=True, tag="open"):
-    """A sequence as it stands: all committed tokens, the bonus token of ``round`` last, and what is being verified."""
+    """A sequence as it stands: all committed tokens, the bonus token of ``round`` last, and what is being verified.
+
+    The first ``prompt_tokens`` tokens are the prompt.
+    """
 
     sequence: Count
     round: Count
@@ -88,6 +91,7 @@ class Open(Message, frozen=True, tag="open"):
     params: SamplingParams
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+    prompt_tokens: Count = 0
 
 
 class Outcome(Message, frozen=True, tag="outcome"):
@@ -205,8 +209,25 @@ class RequestStats(Struct, frozen=True, array_like=True):
     draft_used_ms: float = 0.0
 
 
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Log-probabilities in nats at one token of a text, as the target has them before penalties and temperature.
+
+    Attributes:
+        token_id: the token of the text.
+        logprob: its log-probability.
+        rank: 1 if no token is likelier, 2 if one is, and so on.
+        top: the likeliest tokens and their log-probabilities, best first, as many as were asked for.
+    """
+
+    token_id: Token
+    logprob: float
+    rank: Count
+    top: Annotated[dict[Token, float], Meta(max_length=MAX_LOGPROBS)]
+
+
 class Output(Message, frozen=True, tag="output"):
-    """Tokens of one request. The last message of a request has a ``finish_reason`` and its ``stats``.
+    """Tokens of one request, with the log-probabilities of each if they were asked for. The last message of a request
+    has a ``finish_reason`` and its ``stats``.
 
     ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled",
     "timeout" or "error" (then ``error`` says what happened).
@@ -217,6 +238,7 @@ class Output(Message, frozen=True, tag="output"):
     finish_reason: Name | None = None
     stats: RequestStats | None = None
     error: Annotated[str, Meta(max_length=4096)] | None = None
+    logprobs: Annotated[list[TokenLogprobs], Meta(max_length=64)] = []
 
 
 AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Begin | Close | Output

@@ -1,7 +1,8 @@
 """From a model's logits to the scores whose argmax is the sampled token; the same code for target and draft.
 
-Order: temperature, top-k, top-p, min-p, then the noise. Each filter sees the distribution that the ones before it left,
-as in transformers. Every step treats rows alike and separately, so scores do not depend on what shares a batch.
+Order: penalties (a module of their own), temperature, top-k, top-p, min-p, then the noise. Each filter sees the
+distribution that the ones before it left, as in transformers. Every step treats rows alike and separately, so scores do
+not depend on what shares a batch.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def scores(logits: Tensor, params: SamplingParams, noise: Tensor | None = None) 
 
 
 def scores_by_row(logits: Tensor, params: Sequence[SamplingParams], noise: Tensor | None = None) -> Tensor:
-    """Do the same for R rows with one SamplingParams each and noise [R, V]: rows that agree are scored together."""
+    """Do the same for R rows with one SamplingParams each and noise [R, V]: rows that agree are scored together.
+
+    Penalties, which depend on a sequence's tokens, have been applied to the logits before.
+    """
     groups: dict[tuple[float, ...], list[int]] = {}
     for row, each in enumerate(params):
         groups.setdefault((each.temperature, each.top_k, each.top_p, each.min_p), []).append(row)

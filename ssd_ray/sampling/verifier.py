@@ -11,54 +11,67 @@ from torch import Tensor
 from ssd_ray.config import Sampler, SamplingParams
 from ssd_ray.sampling.logits import scores
 from ssd_ray.sampling.noise import NoiseRows
+from ssd_ray.sampling.penalties import penalties
 from ssd_ray.sampling.rejection import Proposal, stream_seed, verify_by_rejection
 from ssd_ray.sampling.verify import Outcome, verify
 
 
 class Verifier(ABC):
-    """Decides the rounds of one sequence."""
+    """Decides the rounds of one sequence, which begins with ``prompt_tokens`` that are no part of the text."""
 
-    @abstractmethod
+    def __init__(self, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
+        self._params = params
+        self._penalties = penalties(params, prompt_tokens, vocab_size)
+
     def decide(
-        self, logits: Tensor, position: int, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+        self, logits: Tensor, tokens: Sequence[int], speculation: Sequence[int], proposals: Sequence[Proposal | None]
     ) -> Outcome:
         """Verify a speculation.
 
         Args:
-            logits: after the bonus token and after each speculated one, float32 [n + 1, V]; may be changed.
-            position: of the bonus token.
+            logits: after the bonus token and after each speculated one, float32 [n + 1, V]; not changed.
+            tokens: all committed tokens, the bonus token last.
             speculation: n tokens.
             proposals: what each of them was sampled from, as far as that is known.
         """
+        if self._penalties is not None:
+            paths = [speculation[:count] for count in range(len(logits))]
+            logits = self._penalties.apply(logits, tokens, paths)
+        return self._verify(logits, range(len(tokens), len(tokens) + len(logits)), speculation, proposals)
+
+    @abstractmethod
+    def _verify(
+        self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+    ) -> Outcome:
+        """The same with logits that penalties have changed and the positions of the tokens that they are for."""
 
 
 class CoupledVerifier(Verifier):
     """The target makes its own choice everywhere, with noise that drafts share; a guess is right or wrong."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        self._params = params
+    def __init__(self, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
+        super().__init__(params, prompt_tokens, vocab_size)
         self._noise = None if params.greedy else NoiseRows(params.seed, vocab_size)
 
-    def decide(
-        self, logits: Tensor, position: int, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+    def _verify(
+        self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]
     ) -> Outcome:
-        noise = None if self._noise is None else self._noise.rows(_after(position, len(logits)))
+        noise = None if self._noise is None else self._noise.rows(positions)
         return verify(speculation, scores(logits, self._params, noise).argmax(-1).tolist())
 
 
 class RejectionVerifier(Verifier):
     """Proposals are accepted by the ratio of the target's probability and the draft's."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        self._params = params
+    def __init__(self, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
+        super().__init__(params, prompt_tokens, vocab_size)
         self._noise = NoiseRows(stream_seed(params.seed, "bonus"), vocab_size)
         self._draft_noise = NoiseRows(stream_seed(params.seed, "draft"), vocab_size)
         self._coins = NoiseRows(stream_seed(params.seed, "accept"), 1)
 
-    def decide(
-        self, logits: Tensor, position: int, speculation: Sequence[int], proposals: Sequence[Proposal | None]
+    def _verify(
+        self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]
     ) -> Outcome:
-        positions = _after(position, len(logits))
         probabilities = scores(logits, self._params).softmax(-1)
         coins = torch.exp(-torch.exp(-self._coins.rows(positions)[:, 0]))  # Gumbel noise back to uniform
         return verify_by_rejection(
@@ -71,11 +84,7 @@ class RejectionVerifier(Verifier):
         )
 
 
-def verifier(sampler: Sampler, params: SamplingParams, vocab_size: int) -> Verifier:
+def verifier(sampler: Sampler, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> Verifier:
     """The verifier of a sequence. At temperature 0 both samplers are the same: the argmax."""
     kind = CoupledVerifier if params.greedy or sampler == "coupled" else RejectionVerifier
-    return kind(params, vocab_size)
-
-
-def _after(position: int, count: int) -> range:
-    return range(position + 1, position + 1 + count)
+    return kind(params, prompt_tokens, vocab_size)

@@ -301,6 +301,11 @@ class DraftSession:
                 self._extend(item.node)
         return self._push(step_ms)
 
+    def paths(self, items: Sequence[Item]) -> list[list[int]]:
+        """The tokens between the committed ones and what follows each item, which is the last of them."""
+        token_at = {node.slot: node.token for node in self._tree.root.subtree()}
+        return [[token_at[slot] for slot in item.path[1:]] for item in items]  # the root is committed
+
     def fan_out(self, items: Sequence[Item]) -> list[int]:
         """Guesses that are planned for the position after each item, should it be in the trunk of a round."""
         if not self._planned:

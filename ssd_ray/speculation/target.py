@@ -55,8 +55,8 @@ class TargetSession:
     Args:
         sequence: its number, under which drafts know it.
         prompt: at least one token. The last one is the first round's bonus token.
-        params: stop conditions are looked at here, except stop strings, which need text.
-        end_tokens: tokens that end a text unless ``params.ignore_eos``.
+        params: stop conditions are looked at here, except stop strings, which need text. Its ``stop_token_ids`` are
+            all tokens that end the text.
         max_length: positions that the sequence can take; it ends there with "length".
         vocab_size: tokens that drafts may name.
         sampled: rejection mode: only tokens that come with the law that they were drawn from are speculated.
@@ -68,7 +68,6 @@ class TargetSession:
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        end_tokens: Collection[int] = (),
         max_length: int,
         vocab_size: int,
         sampled: bool = False,
@@ -81,9 +80,9 @@ class TargetSession:
         self.hit = False
         self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=SampledNode if sampled else CachedNode)
         self._vocab_size = vocab_size
-        self._prompt_tokens = len(self.tokens)
-        self._room = min(params.max_tokens, max_length - self._prompt_tokens)
-        self._end_tokens = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else end_tokens)
+        self.prompt_tokens = len(self.tokens)
+        self._room = min(params.max_tokens, max_length - self.prompt_tokens)
+        self._end_tokens = frozenset(params.stop_token_ids)
 
     @property
     def round(self) -> int:
@@ -98,12 +97,12 @@ class TargetSession:
     @property
     def generated(self) -> list[int]:
         """The tokens after the prompt."""
-        return self.tokens[self._prompt_tokens :]
+        return self.tokens[self.prompt_tokens :]
 
     @property
     def remaining(self) -> int:
         """How many tokens may still be generated."""
-        return self._room - (len(self.tokens) - self._prompt_tokens)
+        return self._room - (len(self.tokens) - self.prompt_tokens)
 
     def most(self, lookahead: int) -> int:
         """How long a speculation can be of use: a round yields one token more than it accepts."""
@@ -178,15 +177,15 @@ class TargetSession:
         """
         self.finish_reason = reason
         if generated is not None:
-            del self.tokens[self._prompt_tokens + generated :]
+            del self.tokens[self.prompt_tokens + generated :]
 
     def stats(self) -> RequestStats:
         """The figures so far."""
         tally = self.tally
         sums = {name: getattr(tally, name) for name in _SUMMED}
         return RequestStats(
-            tokens=len(self.tokens) - self._prompt_tokens,
-            prompt_tokens=self._prompt_tokens,
+            tokens=len(self.tokens) - self.prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             misses=Misses(**tally.misses),
             accepted=tuple(tally.accepted),
             speculated=tuple(tally.speculated),

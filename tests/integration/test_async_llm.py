@@ -166,6 +166,22 @@ def test_prompts_and_parameters_that_come_one_by_one_have_to_be_as_many(blocking
         blocking.generate(iter([PROMPT]), iter([SHORT] * 2))
 
 
+def test_several_texts_of_several_prompts(llm, blocking):
+    """More texts than the queue has room for."""
+    params = SamplingParams(max_tokens=8, seed=3, ignore_eos=True, n=MAX_QUEUE + 1)
+    outputs = blocking.generate([PROMPT, "x"], params)
+    assert [output.prompt for output in outputs] == [PROMPT, "x"]
+    for output in outputs:
+        singles = [blocking.generate(output.prompt, each)[0].text for each in params.texts()]
+        assert [text.text for text in output.outputs] == singles
+    again = run(llm.generate([PROMPT, "x"], params))
+    assert [text.text for output in again for text in output.outputs] == [
+        text.text for output in outputs for text in output.outputs
+    ]
+    with pytest.raises(ConfigError, match="1 for a stream"):
+        blocking.stream(PROMPT, params)
+
+
 def test_a_text_ends_at_its_deadline_with_what_has_come(llm, blocking):
     endless = SamplingParams(max_tokens=490, seed=5, ignore_eos=True)
     full = blocking.generate("x", endless)[0]

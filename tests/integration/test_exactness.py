@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def name(value: object) -> str:
     return str(value)
 
 
-def generated(target: str | Path, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+def generated(target: str | Path, prompts: Sequence[list[int]], count: int, **options: Any) -> list[list[int]]:
     """What transformers' own greedy generate writes, in float32."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     texts = []
@@ -57,6 +58,7 @@ def generated(target: str | Path, prompts: Sequence[list[int]], count: int) -> l
             min_new_tokens=count,
             eos_token_id=None,
             pad_token_id=0,
+            **options,
         )
         texts.append(whole[0, len(prompt) :].tolist())
     return texts
@@ -85,6 +87,18 @@ class TestTinyModels:
             # A draft of its own may come too late with models this quick; one that is waited for may not.
             assert config.method != "sd" or sum(figures.rounds for figures in stats) < 3 * 48, name(config)
 
+    def test_penalty_and_bias_are_those_of_transformers(self, pair: EngineConfig) -> None:
+        params = SamplingParams(
+            temperature=0.0, repetition_penalty=1.3, logit_bias={7: 4.0, 9: -3.0}, max_tokens=48, ignore_eos=True
+        )
+        bias = [[[token], value] for token, value in params.logit_bias]
+        expected = generated(str(pair.target), PROMPTS, 48, repetition_penalty=1.3, sequence_bias=bias)
+        assert expected != generated(str(pair.target), PROMPTS, 48, repetition_penalty=1.3)
+        assert expected != generated(str(pair.target), PROMPTS, 48, sequence_bias=bias)
+        for config in (replace(pair, method="ar"), *variants(pair, [2, 7], [2])):
+            with engine(config, "memory") as generate:
+                assert generate(PROMPTS, params)[0] == expected, name(config)
+
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_a_draft_that_is_the_target_is_always_right(self, pair: EngineConfig, temperature: float) -> None:
         """So any slip in the draft's KV, masks, positions or noise shows, which no text would."""
@@ -93,7 +107,9 @@ class TestTinyModels:
             for role in ("target", "draft")
         ]
         pump = Pump(runners[0], runners[1:])
-        params = SamplingParams(temperature=temperature, seed=4, max_tokens=100, ignore_eos=True)
+        params = SamplingParams(
+            temperature=temperature, repetition_penalty=1.1, seed=4, max_tokens=100, ignore_eos=True
+        )
         stats = pump.run(list(range(1, 60)), params).stats
         assert stats.accepted == stats.speculated
         assert stats.tokens / stats.rounds > 3

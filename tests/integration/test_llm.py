@@ -7,11 +7,14 @@ import re
 import signal
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
 import ray
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ssd_ray import LLM, SamplingParams
@@ -126,6 +129,38 @@ def test_a_stop_string_ends_text_and_tokens(llm, expected):
     assert output.text == expected.text[: expected.text.index(stop)]
     assert output.token_ids == expected.token_ids[: len(output.token_ids)]
     assert len(output.token_ids) < 24
+
+
+def test_several_texts_of_a_prompt(llm, expected):
+    """Each is that of its seed, and the first is that of the prompt alone."""
+    several, single = llm.generate([PROMPT, PROMPT], [replace(PARAMS, n=3), PARAMS])
+    assert [output.token_ids for output in (several, single)] == [expected.token_ids] * 2
+    assert [text.token_ids for text in several.outputs] == [
+        llm.generate(PROMPT, replace(PARAMS, seed=PARAMS.seed + index))[0].token_ids for index in range(3)
+    ]
+    assert len({text.text for text in several.outputs}) == 3
+    with pytest.raises(ConfigError, match="n: expected 1 for a stream"):
+        llm.stream(PROMPT, replace(PARAMS, n=2))
+
+
+def test_log_probabilities_are_those_of_transformers(llm, pair, expected):
+    assert expected.logprobs is None
+    params = replace(PARAMS, logprobs=3, repetition_penalty=1.2, stop=expected.text[10])
+    output = llm.generate(PROMPT, params)[0]
+    prompt = llm._engine.models.prompt(PROMPT)
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    with torch.inference_mode():
+        values = model(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    for row, entry in zip(values, output.logprobs, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        assert list(entry.top.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+        assert entry.rank == 1 + int((row > row[entry.token_id]).sum())
+
+
+def test_a_bias_for_an_unknown_token_is_refused(llm):
+    with pytest.raises(RequestError, match="logit_bias: expected token ids from 0 to 95, got 96"):
+        llm.generate(PROMPT, SamplingParams(logit_bias={96: 1.0}))
 
 
 def test_a_closed_stream_cancels_its_request(llm, expected):

@@ -158,6 +158,33 @@ def test_without_a_seed_texts_differ(complete):
     assert len({complete(seed=None).choices[0].text for _ in range(3)}) == 3
 
 
+def test_several_texts_with_log_probabilities(complete, chat, expected):
+    completion = complete(n=2, logprobs=2)
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    assert completion.choices[0].text == expected[0]
+    assert completion.choices[1].text == complete(seed=4).choices[0].text
+    assert completion.usage.prompt_tokens == len(PROMPT)
+    assert completion.usage.completion_tokens == 48
+    logprobs = completion.choices[0].logprobs
+    assert "".join(logprobs.tokens).replace("<|end|>", "") == expected[0]
+    assert len(logprobs.token_logprobs) == 24
+    assert max(logprobs.top_logprobs[3].values()) >= logprobs.token_logprobs[3]
+    (choice,) = chat(logprobs=True, top_logprobs=1).choices
+    assert "".join(entry.token for entry in choice.logprobs.content).replace("<|end|>", "") == expected[1]
+    *_, last = chat(logprobs=True, stream=True)
+    assert len(last.choices[0].logprobs.content) == 24
+
+
+def test_penalties_and_biases_are_those_of_the_library(complete, expected):
+    text = complete(presence_penalty=2.0, frequency_penalty=2.0).choices[0].text
+    assert len(set(text)) > len(set(expected[0]))
+    assert (
+        complete(logit_bias={"40": 100}, temperature=0).choices[0].text
+        == complete(logit_bias={"40": 100}, temperature=0, seed=9).choices[0].text
+        == 24 * complete(logit_bias={"40": 100}, temperature=0, max_tokens=1).choices[0].text
+    )
+
+
 def test_two_streams_at_the_same_time(complete, chat, expected):
     def read(stream):
         return "".join(part.choices[0].text for part in stream)

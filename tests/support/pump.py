@@ -16,7 +16,7 @@ from ssd_ray.saguaro.fanout import Histogram
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub, MemorySpoke
-from ssd_ray.wire import Output, RequestStats, decode
+from ssd_ray.wire import Output, RequestStats, TokenLogprobs, decode
 
 SESSION = 7
 
@@ -28,6 +28,7 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: RequestStats = field(default_factory=RequestStats)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class LossyHub(MemoryHub):
@@ -137,6 +138,7 @@ class Pump:
             if isinstance(output, Output):
                 text = self.texts.setdefault(output.request, Text())
                 text.tokens += output.tokens
+                text.logprobs += output.logprobs
                 text.finish_reason = output.finish_reason or text.finish_reason
                 text.stats = output.stats or text.stats
 

@@ -15,7 +15,7 @@ from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, ResourceError
 from ssd_ray.flags import _explanations, from_flags
 from ssd_ray.stats import EngineStats, Stats
-from ssd_ray.wire import Misses, RequestStats
+from ssd_ray.wire import Misses, RequestStats, TokenLogprobs
 
 SUMS = RequestStats(
     rounds=2, tokens=4, prompt_tokens=7, hits=1, misses=Misses(late=3), verify_ms=3.0, host_ms=1.0, prefill_ms=5.0
@@ -29,6 +29,12 @@ class Output:
     token_ids: tuple = (1, 2)
     finish_reason: str = "length"
     stats: Stats = dataclasses.field(default_factory=lambda: Stats(sums=SUMS))
+    n: int = 1
+    logprobs: list | None = None
+
+    @property
+    def outputs(self):
+        return [self] * self.n
 
 
 class Stream:
@@ -69,9 +75,10 @@ class FakeLLM:
 
     def outputs(self, prompts, params, *, timeout=None):
         self.timeout = timeout
+        logprobs = [TokenLogprobs(1, -0.5, 2, {3: -0.25})]
         for prompt, each in zip(prompts, params, strict=True):
             self.params.append(each)
-            yield Output(prompt)
+            yield Output(prompt, n=each.n, logprobs=None if each.logprobs is None else logprobs)
 
     def generate(self, prompts, params, *, timeout=None):
         return list(self.outputs(prompts, [params] * len(prompts), timeout=timeout))
@@ -126,7 +133,10 @@ def test_defaults_are_those_of_the_configuration(llm):
 
 def test_flags_set_fields(llm):
     engine = "--target t --draft d --method sd --num-drafts 2 --lookahead 5 --budget auto --compile --max-model-len 64"
-    sampling = "--temperature 0 --top-k 7 --stop a --stop b --stop-token-ids 3 --seed 9 --ignore-eos"
+    sampling = (
+        "--temperature 0 --top-k 7 --stop a --stop b --stop-token-ids 3 --seed 9 --ignore-eos "
+        "--logit-bias 42=-100 --logit-bias 7=1.5"
+    )
     result = run("generate", *engine.split(), *sampling.split(), "x")
     assert result.exit_code == 0, result.output
     (made,) = llm.made
@@ -134,7 +144,15 @@ def test_flags_set_fields(llm):
         target="t", draft="d", method="sd", num_drafts=2, lookahead=5, compile=True, max_model_len=64
     )
     assert made.params == [
-        SamplingParams(temperature=0.0, top_k=7, stop=("a", "b"), stop_token_ids=(3,), seed=9, ignore_eos=True)
+        SamplingParams(
+            temperature=0.0,
+            top_k=7,
+            stop=("a", "b"),
+            stop_token_ids=(3,),
+            seed=9,
+            ignore_eos=True,
+            logit_bias={42: -100, 7: 1.5},
+        )
     ]
 
 
@@ -156,6 +174,19 @@ def test_one_json_document():
     assert (document["prompt"], document["text"], document["token_ids"]) == ("x", "one two", [1, 2])
     assert document["stats"]["misses"]["late"] == 3
     assert document["seconds"] >= 0
+    assert document.keys().isdisjoint({"logprobs", "others"})
+
+
+def test_log_probabilities_and_further_texts_are_in_the_document():
+    document = json.loads(run("generate", "--json", "--logprobs", 1, "--n", 3, "x").stdout)
+    assert document["logprobs"] == [{"token_id": 1, "logprob": -0.5, "rank": 2, "top": {"3": -0.25}}]
+    assert [other["text"] for other in document["others"]] == ["one two"] * 2
+    assert document["others"][0]["logprobs"] == document["logprobs"]
+
+
+def test_several_texts_are_printed_one_after_the_other(llm):
+    assert run("generate", "--n", 2, "--seed", 5, "x").stdout == "one two\n" * 2
+    assert llm.made[0].params == [SamplingParams(seed=5), SamplingParams(seed=6)]
 
 
 def test_the_prompt_may_come_from_stdin_or_be_a_bundled_one(llm):
@@ -202,6 +233,10 @@ def test_a_bad_line_in_a_file(llm, tmp_path, line, message):
     [
         ["--max-tokens", "0"],
         ["--max-tokens", "many"],
+        ["--logit-bias", "42"],
+        ["--logit-bias", "a=1"],
+        ["--logit-bias", "42=101"],
+        ["--logprobs", "21"],
         ["--lookahead", "8"],
         ["--lookahead", "x"],
         ["--method", "magic"],

@@ -8,7 +8,8 @@ from ssd_ray.progress import track
 from ssd_ray.stats import Stats
 from ssd_ray.wire import Misses, RequestStats
 
-OUTPUT = SimpleNamespace(stats=Stats(sums=RequestStats(tokens=5, rounds=2, hits=1, misses=Misses(late=3))))
+TEXT = SimpleNamespace(stats=Stats(sums=RequestStats(tokens=5, rounds=2, hits=1, misses=Misses(late=3))))
+OUTPUT = SimpleNamespace(outputs=[TEXT, TEXT])
 
 
 @pytest.mark.parametrize("show", [None, False])

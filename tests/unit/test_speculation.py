@@ -160,7 +160,7 @@ class TestRejectionMode:
 
 def target(**params: object) -> TargetSession:
     values = SamplingParams(temperature=0.0, **params)  # type: ignore[arg-type]
-    return TargetSession(1, [1, 2, 3], values, end_tokens=[0], max_length=64, vocab_size=100)
+    return TargetSession(1, [1, 2, 3], values.ending_with([0]), max_length=64, vocab_size=100)
 
 
 class TestTargetSession:

@@ -126,6 +126,25 @@ def test_the_beginning_of_a_stop_string_is_held_back_and_let_go():
     assert not detokenizer.stopped
 
 
+@given(st.lists(st.integers(1, 4), max_size=20), st.lists(st.text(" abc.", min_size=1, max_size=4), max_size=3), cuts)
+def test_stop_strings_cut_the_text_also_inside_of_tokens(tokens, stops, cuts):
+    """Where tokens have several characters, all that the token adds which completes a stop string is looked at."""
+    texts = [WORDS.decode([1, *tokens[:count]])[1:] for count in range(len(tokens) + 1)]
+    count = next((count for count, text in enumerate(texts) if any(stop in text for stop in stops)), len(tokens))
+    end = min((at for stop in stops if (at := texts[count].find(stop)) >= 0), default=len(texts[count]))
+    detokenizer = Detokenizer(WORDS, stops, [1])
+    assert "".join(pieces_of(detokenizer, tokens, cuts)) == texts[count][:end]
+    assert detokenizer.count == count
+
+
+@given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=3), st.integers(0, 10), cuts)
+def test_the_first_tokens_stop_nothing(text, stop, least, cuts):
+    detokenizer = Detokenizer(BYTES, [stop], min_tokens=least)
+    expected, count = cut_text(text[least:], [stop])
+    assert "".join(pieces_of(detokenizer, encode(text), cuts)) == text[:least] + expected
+    assert detokenizer.count == min(least, len(text)) + count
+
+
 def test_nothing_follows_a_stop_string():
     detokenizer = Detokenizer(BYTES, ["b"])
     assert detokenizer.push(encode("abab")) == "a"

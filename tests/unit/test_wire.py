@@ -21,6 +21,16 @@ PARAMS = st.builds(
     top_p=st.floats(0.01, 1),
     seed=st.integers(0, 2**63 - 1),
     stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
+    repetition_penalty=st.floats(0.01, 100),
+    logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
+    logprobs=st.none() | st.integers(0, 20),
+)
+LOGPROBS = st.builds(
+    wire.TokenLogprobs,
+    st.integers(0, 2**31 - 1),
+    st.floats(max_value=0.0, allow_nan=False),
+    NUMBER,
+    st.dictionaries(st.integers(0, 2**31 - 1), st.floats(max_value=0.0), max_size=20),
 )
 MESSAGES = st.one_of(
     st.builds(wire.Hello, st.text(max_size=64)),
@@ -33,7 +43,14 @@ MESSAGES = st.one_of(
     ),
     st.builds(wire.Begin, NUMBER, NUMBER, TOKENS),
     st.builds(wire.Close, NUMBER),
-    st.builds(wire.Output, NUMBER, TOKENS, st.none() | st.text(max_size=64), st.none() | st.just(wire.RequestStats())),
+    st.builds(
+        wire.Output,
+        NUMBER,
+        TOKENS,
+        st.none() | st.text(max_size=64),
+        st.none() | st.just(wire.RequestStats()),
+        logprobs=st.lists(LOGPROBS, max_size=3),
+    ),
 )
 
 
@@ -74,6 +91,8 @@ def test_other_sessions_and_versions_are_refused() -> None:
         ["nodes", 1, 1, 1, [0] * 4097, [1] * 4097, 0.0],
         ["begin", 1, 1, [1] * 65],
         ["open", 1, 1, [1], [], {"temperature": -1.0}],
+        ["open", 1, 1, [1], [], {"logit_bias": [[1, 101.0]]}],
+        ["output", 1, [1], None, None, None, [[1, -0.5, 1, dict.fromkeys(range(21), -1.0)]]],
     ],
     ids=lambda body: body[0],
 )
