@@ -257,6 +257,25 @@ def test_a_replica_is_one_placement_group(address):
     assert list(group["bundles"].values()) == [{"CPU": 1.0}] * 3
 
 
+@pytest.mark.slow
+def test_a_replica_whose_target_has_died_is_replaced(client, complete, expected):
+    """Serve looks every ten seconds and wants to see an error three times."""
+    processes = psutil.Process().children(recursive=True)
+    targets = [process for process in processes if process.name().startswith("ray::TargetProc")]
+    assert targets  # one of them may be the ended one of another engine, still being buried
+    for target in targets:
+        target.kill()
+    with pytest.raises(openai.InternalServerError, match="target died"):
+        [complete() for _ in range(100)]
+    deadline = monotonic() + 120.0
+    while True:
+        with suppress(openai.APIError):
+            assert complete().choices[0].text == expected[0]
+            return
+        assert monotonic() < deadline
+        sleep(0.5)
+
+
 def test_a_port_in_use_is_refused_at_once(address, pair):
     port = int(address.rpartition(":")[2])
     with (
