@@ -23,7 +23,7 @@ from ssd_ray.sampling.noise import gumbel
 from ssd_ray.sampling.penalties import Penalties
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
-from tests.support.pump import Pump, Text, table_pair
+from tests.support.pump import Pump, Text, table_pair, ticking
 from tests.support.tiny import tiny_tokenizer
 
 PROMPT = [1, 2, 3, 4, 5, 3, 3]
@@ -172,7 +172,7 @@ def law_of_texts() -> dict[tuple[int, ...], float]:
 
 def p_value(requests: int, **options: Any) -> float:
     """Chi-square of whole texts, so that what one token does to the next ones counts."""
-    pump = Pump(small_model(), [small_model().perturbed(0.0)], width=2, **options)
+    pump = Pump(small_model(), [small_model().perturbed(0.0)], width=2, clock=ticking(), **options)
     counts = Counter(tuple(pump.run([0], replace(LAW, seed=seed), seed).tokens) for seed in range(requests))
     assert pump.target.stats().tokens_per_round > 1.15
     expected = {text: requests * chance for text, chance in law_of_texts().items()}

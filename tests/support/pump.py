@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from time import perf_counter
 
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.verifying import DRIVER, Target
@@ -29,6 +31,12 @@ class Text:
     finish_reason: str | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+def ticking() -> Callable[[], float]:
+    """A clock on which every look takes a millisecond."""
+    ticks = count()
+    return lambda: 1e-3 * next(ticks)
 
 
 class LossyHub(MemoryHub):
@@ -93,6 +101,7 @@ class Pump:
         draft_turns: how many turns a draft gets during a verification.
         trouble: probability that something happens to a frame.
         proposing: how drafts draw their tokens in rejection mode; None is coupled mode.
+        clock: seconds; with one that is not the machine's a run repeats to the last token.
     """
 
     def __init__(
@@ -105,6 +114,7 @@ class Pump:
         seed: int = 0,
         width: int = 8,
         proposing: Proposing | None = None,
+        clock: Callable[[], float] = perf_counter,
         **options: object,
     ) -> None:
         address = MemoryAddress()
@@ -114,14 +124,21 @@ class Pump:
         if proposing is not None:
             options["sampler"] = "rejection"
         self._proposing = proposing
-        self.target = Target(target, hub, SESSION, **options)  # type: ignore[arg-type]
+        self._clock = clock
+        self.target = Target(target, hub, SESSION, clock=clock, **options)  # type: ignore[arg-type]
         self.address, self._width, self._draft_turns = address, width, draft_turns
         self.drafts = [self._draft(f"draft-{number}", model) for number, model in enumerate(drafts)]
         self.texts: dict[int, Text] = {}
 
     def _draft(self, name: str, model: ModelRunner) -> Draft:
         return Draft(
-            model, MemorySpoke(self.address, name), SESSION, Histogram, width=self._width, proposing=self._proposing
+            model,
+            MemorySpoke(self.address, name),
+            SESSION,
+            Histogram,
+            width=self._width,
+            proposing=self._proposing,
+            clock=self._clock,
         )
 
     def join(self, name: str, model: ModelRunner) -> Draft:
