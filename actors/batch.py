@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
@@ -28,6 +29,7 @@ class Request:
     number: int
     tokens: Sequence[int]
     params: SamplingParams
+    deadline: float = inf
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,7 @@ class Row:
     text: Detokenizer | None
     ngrams: NgramIndex
     arrival: int = 0
+    deadline: float = inf  # when the request ends, however far it has come
     number: int = -1  # of the KV row, while it runs
     lease: Lease | None = None
     filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
@@ -148,6 +151,11 @@ class Batch:
             self.rows.remove(row)
             row.lease.release(self._known(row))
             row.lease, row.filled = None, 0
+
+    @property
+    def all(self) -> list[Row]:
+        """The rows that run or wait."""
+        return [*self.rows, *self.waiting]
 
     @property
     def ready(self) -> list[Row]:

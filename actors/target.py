@@ -63,9 +63,9 @@ class TargetActor:
 
     # From any thread
 
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
         """Queue a request; see :meth:`Target.submit`."""
-        self._target.submit(number, tokens, params)
+        self._target.submit(number, tokens, params, timeout)
 
     def cancel(self, number: int) -> None:
         """End a request early."""

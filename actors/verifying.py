@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
+from math import inf
 from time import perf_counter
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import verifier
 from ssd_ray.sampling.verify import Outcome as Decision
-from ssd_ray.speculation.target import TargetSession
+from ssd_ray.speculation.target import FinishReason, TargetSession
 from ssd_ray.stats import EngineStats, add
 from ssd_ray.text import Detokenizer
 from ssd_ray.transport.channel import Channel
@@ -128,9 +129,12 @@ class Target:
 
     # Called from any thread
 
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number."""
-        self._command(Request(number, tokens, params))
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
+        """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number.
+
+        After ``timeout`` seconds, waiting included, it ends with the reason "timeout" and what has come so far.
+        """
+        self._command(Request(number, tokens, params, inf if timeout is None else self._clock() + timeout))
 
     def cancel(self, number: int) -> None:
         """End a request early, with the reason "cancelled"."""
@@ -147,16 +151,24 @@ class Target:
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
         total = self._done
-        for row in [*self.batch.rows, *self.batch.waiting]:
+        for row in self.batch.all:
             total = add(total, row.session.stats())
         plan = str(self._planner.plan)
-        return EngineStats(sums=total, requests=self._requests, drafts=tuple(self._drafts), plan=plan)
+        return EngineStats(
+            sums=total,
+            requests=self._requests,
+            running=len(self.batch.rows),
+            waiting=len(self.batch.waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
+            drafts=tuple(self._drafts),
+            plan=plan,
+        )
 
     # The loop
 
     def turn(self, idle_seconds: float = IDLE_SECONDS) -> bool:
         """Run one round of what is there; without requests wait for a message. Returns whether there was work."""
         self._take_commands()
+        self._end_late()
         self._receive(0.0)
         self._flush()
         for row in self.batch.admit():
@@ -361,14 +373,21 @@ class Target:
             if isinstance(command, Request):
                 self.batch.add(self._row(command))
             elif isinstance(command, int):
-                self._cancel(command)
+                self._end_early({command}, "cancelled")
             else:
                 self._remove_draft(command)
 
-    def _cancel(self, number: int) -> None:
-        for row in [*self.batch.rows, *self.batch.waiting]:
-            if row.session.sequence == number:
-                row.session.finish("cancelled")
+    def _end_late(self) -> None:
+        now = self._clock()
+        late = {row.session.sequence for row in self.batch.all if row.deadline <= now}
+        if late:
+            self._end_early(late, "timeout")
+
+    def _end_early(self, numbers: Collection[int], reason: FinishReason) -> None:
+        """End requests that run or wait, for a reason from outside."""
+        for row in self.batch.all:
+            if row.session.sequence in numbers:
+                row.session.finish(reason)
                 self._end(row)
 
     def _row(self, request: Request) -> Row:
@@ -385,7 +404,8 @@ class Target:
         study = self._study if self._planner.factors is not None else None
         verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
         text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
-        return Row(session, verify, text, NgramIndex(tokens if self._looks_up else ()))
+        ngrams = NgramIndex(tokens if self._looks_up else ())
+        return Row(session, verify, text, ngrams, deadline=request.deadline)
 
     def _end(self, row: Row) -> None:
         """Say goodbye to a row that has a finish reason."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ssd_ray.cluster.refs import DrainChannel
 from ssd_ray.cluster.runtime import RayRuntime
 from ssd_ray.cluster.supervisor import Supervisor, own_error
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, SsdRayError
+from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, QueueFullError, SsdRayError
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import Channel, Frame
 from ssd_ray.transport.zmq import ZmqSpoke
@@ -34,28 +33,9 @@ _POLL_SECONDS = 0.2
 """How long the pump waits for a frame before it looks whether it shall end."""
 
 
-class Request:
-    """One request under way: an iterator over its :class:`~ssd_ray.wire.Output` messages, the last one included.
-
-    The iterator raises EngineError if the engine fails or is closed before the end.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.done = False
-        self._arrived: SimpleQueue[Output | SsdRayError] = SimpleQueue()
-
-    def put(self, item: Output | SsdRayError) -> None:
-        """Hand over a message or the error that ends the request, from any thread."""
-        self._arrived.put(item)
-
-    def __iter__(self) -> Iterator[Output]:
-        while not self.done:
-            item = self._arrived.get()
-            self.done = isinstance(item, SsdRayError) or item.finish_reason is not None
-            if isinstance(item, SsdRayError):
-                raise item
-            yield item
+Deliver = Callable[[Output | SsdRayError], None]
+"""Takes what comes of a request: its messages, the last one included, or the error that ends it. It is called from
+another thread, and returns at once."""
 
 
 class Driver:
@@ -69,8 +49,10 @@ class Driver:
         self._config = config
         self._session = secrets.randbits(53)
         self._numbers = count()
-        self._requests: dict[int, Request] = {}
-        self._lock = threading.Lock()  # guards _requests and _failure
+        self._requests: dict[int, Deliver] = {}
+        self._hopeful: list[Callable[[], None]] = []  # told when there is room
+        # Guards these and _failure. Garbage collection may cancel a forgotten request wherever its thread is: hence R.
+        self._lock = threading.RLock()
         self._failure: EngineError | None = None
         self._closing = threading.Event()
         with ExitStack() as undo:
@@ -89,26 +71,39 @@ class Driver:
         self._pump.start()
         undo.callback(self._stop_pump)
 
-    def submit(self, tokens: Sequence[int], params: SamplingParams) -> Request:
-        """Hand a request to the target.
+    def submit(
+        self, tokens: Sequence[int], params: SamplingParams, deliver: Deliver, *, timeout: float | None = None
+    ) -> int:
+        """Hand a request to the target, without waiting for anything; its number.
 
         Raises:
+            QueueFullError: as many requests as the configuration allows are under way.
             EngineError: the engine has failed or is closed.
         """
-        request = Request(next(self._numbers))
+        payload = self._payload(tokens)
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            self._requests[request.number] = request
-        self._call("submit", request.number, self._payload(tokens), params)
-        return request
+            self._check()
+            if len(self._requests) >= self._config.max_queue:
+                raise QueueFullError(f"{self._config.max_queue} requests are under way, as many as max_queue allows")
+            number = next(self._numbers)
+            self._requests[number] = deliver
+        self._target.submit.remote(number, payload, params, timeout)  # if it is lost, the target has died
+        return number
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, number: int) -> None:
         """End a request early, unless it has ended: its last message comes soon, with the reason "cancelled"."""
         with self._lock:
-            under_way = request.number in self._requests
+            under_way = number in self._requests
         if under_way:
-            self._target.cancel.remote(request.number)
+            self._target.cancel.remote(number)
+
+    def when_room(self, notify: Callable[[], None]) -> None:
+        """Call ``notify`` once, from any thread, when :meth:`submit` is worth another try."""
+        with self._lock:
+            if self._failure is None and len(self._requests) >= self._config.max_queue:
+                self._hopeful.append(notify)
+                return
+        notify()
 
     def scale_drafts(self, count: int) -> None:
         """Change the number of drafts; returns when the new ones are ready.
@@ -175,15 +170,22 @@ class Driver:
             return
         for message in messages:
             if isinstance(message, Output):
-                self._hand_over(message)
+                self._deliver(message)
 
-    def _hand_over(self, message: Output) -> None:
+    def _deliver(self, message: Output) -> None:
         with self._lock:
-            request = self._requests.get(message.request)
+            deliver = self._requests.get(message.request)
             if message.finish_reason is not None:
                 self._requests.pop(message.request, None)
-        if request is not None:
-            request.put(message)
+            hopeful = self._take_hopeful() if message.finish_reason is not None else []
+        if deliver is not None:
+            deliver(message)
+        for notify in hopeful:
+            notify()
+
+    def _take_hopeful(self) -> list[Callable[[], None]]:
+        hopeful, self._hopeful = self._hopeful, []
+        return hopeful
 
     def _stop_pump(self) -> None:
         self._closing.set()
@@ -196,5 +198,8 @@ class Driver:
             if self._failure is None or isinstance(error, EngineClosedError):
                 self._failure = error
             requests, self._requests = list(self._requests.values()), {}
-        for request in requests:
-            request.put(self._failure)
+            hopeful = self._take_hopeful()
+        for deliver in requests:
+            deliver(self._failure)
+        for notify in hopeful:
+            notify()

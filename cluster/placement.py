@@ -1,7 +1,8 @@
 """Where actors live: each on its own GPU, or on its own cores where there are none.
 
 Every actor has a placement group of one bundle, so that the pool is elastic: a draft that leaves gives its place back
-to whoever comes next, another engine included.
+to whoever comes next, another engine included. An engine inside a placement group that captures what its members start,
+as a Ray Serve replica is, first fills the bundles behind that of its own process.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ssd_ray.errors import ResourceError
@@ -30,26 +37,50 @@ SHARED_GPU = 0.1
 """Each actor's part of the GPU where there is only one; Ray counts parts, it does not enforce them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle of a placement group.
+
+    Attributes:
+        group: the placement group.
+        index: the bundle's number in it.
+        resources: what the bundle has.
+        given: whether the group was there before and stays.
+    """
+
+    group: PlacementGroup
+    index: int
+    resources: Mapping[str, float]
+    given: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Ray options of an actor that takes all of it."""
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.index)
+        amounts = {"num_cpus": self.resources["CPU"], "num_gpus": self.resources.get("GPU", 0.0)}
+        return amounts | {"scheduling_strategy": strategy}
+
+    def node(self) -> str:
+        """Ray's id of the machine."""
+        return str(placement_group_table(self.group)["bundles_to_node_id"][self.index])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Room for one actor.
 
     Attributes:
-        group: its placement group, of one bundle.
-        gpus: GPUs in the bundle.
+        bundle: where in which placement group.
         cores: cores of its own, or None on a GPU.
         node: Ray's id of the machine.
     """
 
-    group: PlacementGroup
-    gpus: float
+    bundle: Bundle
     cores: tuple[int, ...] | None
     node: str
 
     def options(self) -> dict[str, Any]:
         """Ray options that put an actor there."""
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=0)
-        return {"num_cpus": 1, "num_gpus": self.gpus, "scheduling_strategy": strategy}
+        return self.bundle.options()
 
 
 class Placer:
@@ -64,14 +95,12 @@ class Placer:
     """
 
     def __init__(self, device: str, drafts: int) -> None:
-        gpus = ray.cluster_resources().get("GPU", 0.0)
-        if device.startswith("cuda") and not gpus:
-            raise ResourceError("device: 'cuda' needs a GPU, and Ray sees none; use device='cpu'")
-        self._gpus = 0.0 if device == "cpu" or not gpus else 1.0 if gpus > 1 else SHARED_GPU
+        self._gpus = gpus_of_an_actor(device)
         if self._gpus == SHARED_GPU and drafts:
             logger.warning("there is one GPU: target and drafts share it and slow each other down")
         self._drafts = drafts
         self._cores: dict[str, Cores] = {}
+        self._given = [bundle for bundle in _given_bundles() if bundle.resources.get("GPU", 0.0) >= self._gpus]
 
     def place(self, role: Role) -> Place:
         """Wait for room.
@@ -79,21 +108,28 @@ class Placer:
         Raises:
             ResourceError: there is none.
         """
-        bundle = {"CPU": 1.0} | ({"GPU": self._gpus} if self._gpus else {})
-        group = placement_group([bundle])
-        if not group.wait(PLACEMENT_SECONDS):
-            remove_placement_group(group)
-            free = {name: ray.available_resources().get(name, 0.0) for name in bundle}
-            raise ResourceError(f"no room for the {role}: it needs {_words(bundle)}, and free are {_words(free)}")
-        node = placement_group_table(group)["bundles_to_node_id"][0]
+        bundle = self._given.pop(0) if self._given else self._reserve(role)
+        node = bundle.node()
         cores = None if self._gpus else self._cores_of(node).take(role)
-        return Place(group=group, gpus=self._gpus, cores=cores, node=node)
+        return Place(bundle=bundle, cores=cores, node=node)
 
     def release(self, place: Place) -> None:
         """Give a place back; an actor that is still there ends."""
         if place.cores is not None:
             self._cores_of(place.node).give_back(place.cores)
-        remove_placement_group(place.group)
+        if place.bundle.given:
+            self._given.append(place.bundle)
+        else:
+            remove_placement_group(place.bundle.group)
+
+    def _reserve(self, role: Role) -> Bundle:
+        resources = {"CPU": 1.0} | ({"GPU": self._gpus} if self._gpus else {})
+        group = placement_group([resources])
+        if not group.wait(PLACEMENT_SECONDS):
+            remove_placement_group(group)
+            free = {name: ray.available_resources().get(name, 0.0) for name in resources}
+            raise ResourceError(f"no room for the {role}: it needs {_words(resources)}, and free are {_words(free)}")
+        return Bundle(group, 0, resources)
 
     def _cores_of(self, node: str) -> Cores:
         if node not in self._cores:
@@ -128,6 +164,26 @@ class Cores:
 
     def _least_used(self) -> tuple[int, ...]:
         return tuple(sorted(sorted(self._rest, key=self._users.__getitem__)[: self._share]))
+
+
+def gpus_of_an_actor(device: str) -> float:
+    """GPUs that each actor takes: one, its part of the only one, or none.
+
+    Raises:
+        ResourceError: ``device`` is "cuda" and the cluster has no GPU.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if device.startswith("cuda") and not gpus:
+        raise ResourceError("device: 'cuda' needs a GPU, and Ray sees none; use device='cpu'")
+    return 0.0 if device == "cpu" or not gpus else 1.0 if gpus > 1 else SHARED_GPU
+
+
+def _given_bundles() -> list[Bundle]:
+    """Those behind the first one, which is this process's own, of the placement group that captures what it starts."""
+    group = get_current_placement_group()
+    if group is None or not ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
+        return []
+    return [Bundle(group, index, bundle, given=True) for index, bundle in enumerate(group.bundle_specs) if index > 0]
 
 
 def _usable_cores(node: str) -> list[int]:

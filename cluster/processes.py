@@ -56,9 +56,9 @@ class TargetProcess(_Process):
         self._actor.run()
 
     @ray.method(concurrency_group="inbox")
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams) -> None:
+    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
         """Queue a request."""
-        self._actor.submit(number, tokens, params)
+        self._actor.submit(number, tokens, params, timeout)
 
     @ray.method(concurrency_group="inbox")
     def cancel(self, number: int) -> None:

@@ -9,22 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ssd_ray.async_llm import AsyncLLM
     from ssd_ray.config import SamplingParams
     from ssd_ray.errors import SsdRayError
-    from ssd_ray.llm import LLM, EngineStats, RequestOutput
+    from ssd_ray.llm import LLM
+    from ssd_ray.outputs import RequestOutput
+    from ssd_ray.stats import EngineStats
 
 __version__ = "0.1.0"
 
 # A public name goes in three places: here, in __all__, and above for type checkers.
 _HOME_OF = {
     "LLM": "ssd_ray.llm",
-    "EngineStats": "ssd_ray.llm",
-    "RequestOutput": "ssd_ray.llm",
+    "AsyncLLM": "ssd_ray.async_llm",
+    "EngineStats": "ssd_ray.stats",
+    "RequestOutput": "ssd_ray.outputs",
     "SamplingParams": "ssd_ray.config",
     "SsdRayError": "ssd_ray.errors",
 }
 
-__all__ = ["LLM", "EngineStats", "RequestOutput", "SamplingParams", "SsdRayError", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "EngineStats", "RequestOutput", "SamplingParams", "SsdRayError", "__version__"]
 
 
 if not TYPE_CHECKING:  # a type checker would take __getattr__ to mean that every name exists

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import tee
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +23,8 @@ import typer
 from typer.core import TyperGroup
 
 from ssd_ray import __version__
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.batch import Item, ResultFile, count_prompts, read_prompts
+from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
 from ssd_ray.errors import ConfigError, ModelError, RequestError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, with_flags
 
@@ -119,37 +123,99 @@ def generate(
             "and, if need be, sampling fields of its own.",
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="With `--prompt-file`: write results to this file, each as soon as it is there. The same command goes "
+            "on where it was interrupted.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a text ends with what has come so far.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     **values: Any,
 ) -> None:
     """Generate a text and print it as it comes, with the figures of the run after it (on standard error).
 
-    With `--prompt-file`, print one JSON line for each prompt.
+    With `--prompt-file`, print one JSON line for each prompt, or write it to `--output`.
 
     `ssd-ray generate --method ar --max-tokens 64 --seed 7 "import os"` decodes plainly, token by token. With
     `--method sd` or `ssd` the same text comes faster.
 
-    `ssd-ray generate --prompt-file prompts.jsonl > results.jsonl` serves many prompts.
+    `ssd-ray generate --prompt-file prompts.jsonl --output results.jsonl` serves any number of prompts.
     """
     config, params = from_flags(EngineConfig, values), from_flags(SamplingParams, values)
     if prompt_file is not None and prompt is not None:
         raise ConfigError("prompt", "nothing beside --prompt-file", prompt)
-    requests = _read_prompts(prompt_file, params) if prompt_file else [(_prompt(prompt), params)]
+    if output is not None and prompt_file is None:
+        raise ConfigError("output", "--prompt-file beside it", str(output))
+    check_timeout(timeout)
+    if prompt_file is not None:
+        _generate_file(config, params, prompt_file, output, timeout)
+        return
+    text = _prompt(prompt)
     with _engine(config) as llm:
-        if prompt_file is not None:
-            _serve_file(llm, requests)
-        elif as_json:
-            _print_json(llm, *requests[0])
+        if as_json:
+            _print_json(llm, text, params, timeout)
         else:
-            for text in params.texts():
-                _print_text(llm, requests[0][0], text)
+            for each in params.texts():
+                _print_text(llm, text, each, timeout)
 
 
-def _print_text(llm: LLM, prompt: str, params: SamplingParams) -> None:
+def _generate_file(
+    config: EngineConfig, params: SamplingParams, prompts: Path, output: Path | None, timeout: float | None
+) -> None:
+    total = count_prompts(prompts, params)  # a bad line is refused before anything is started
+    items = read_prompts(prompts, params)
+    with ExitStack() as stack:
+        results = stack.enter_context(ResultFile(output, items, config)) if output else None
+        if results is None or results.done != total:
+            llm = stack.enter_context(_engine(config))
+            _serve_file(llm, results.left if results else items, results, total, timeout)
+
+
+@app.command()
+@with_flags(EngineConfig)
+def serve(
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    **values: Any,
+) -> None:
+    """Serve OpenAI's API over HTTP, as a Ray Serve application, until Ctrl-C or SIGTERM.
+
+    `ssd-ray serve --num-drafts 2 --port 9000` takes `/v1/completions`, `/v1/chat/completions`, `/v1/models` and
+    `/health`. The same application on a cluster: `serve run ssd_ray.cluster.serve:build num_drafts=2`.
+    """
+    config = from_flags(EngineConfig, values)
+    if find_spec("fastapi") is None:
+        raise ResourceError("the server needs more packages: pip install 'ssd-ray[serve]'")
+    with _serving(config, host, port) as address:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # not earlier: Ray has set a handler of its own
+        typer.echo(f"serving at {address}", err=True)
+        with suppress(KeyboardInterrupt):
+            Event().wait()
+
+
+@contextmanager
+def _serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
+    """Start the server, with a word on a terminal about what is being done."""
+    with ExitStack() as server:
+        with _stderr().status("loading libraries") as status, _follow(status.update):
+            from ssd_ray.cluster.serve import serving
+
+            level = logging.getLogger("ssd_ray").handlers[0].level
+            logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= level)  # Serve sets the level
+            address = server.enter_context(serving(config, host, port))
+        yield address
+
+
+def _print_text(llm: LLM, prompt: str, params: SamplingParams, timeout: float | None) -> None:
     if sys.stdout.isatty():
         typer.secho(prompt, dim=True, nl=False)
     start = perf_counter()
-    stream = llm.stream(prompt, params)
+    stream = llm.stream(prompt, params, timeout=timeout)
     for piece in stream:
         typer.echo(piece, nl=False)
     seconds = perf_counter() - start
@@ -157,36 +223,41 @@ def _print_text(llm: LLM, prompt: str, params: SamplingParams) -> None:
     _print_figures(stream.wait().stats, seconds)
 
 
-def _print_json(llm: LLM, prompt: str, params: SamplingParams) -> None:
+def _print_json(llm: LLM, prompt: str, params: SamplingParams, timeout: float | None) -> None:
     start = perf_counter()
-    (output,) = llm.generate([prompt], params)
+    (output,) = llm.generate([prompt], params, timeout=timeout)
     typer.echo(json.dumps(_document(output) | {"seconds": perf_counter() - start}))
 
 
-def _serve_file(llm: LLM, requests: list[tuple[str, SamplingParams]]) -> None:
-    from rich.progress import Progress
+def _serve_file(llm: LLM, items: Iterator[Item], results: ResultFile | None, total: int | None, timeout: Any) -> None:
+    """Print the result of each prompt, or write it to the file of results, as soon as it is there."""
+    from ssd_ray.progress import track
 
     start = perf_counter()
-    prompts, params = [prompt for prompt, _ in requests], [each for _, each in requests]
-    with Progress(console=_stderr(), transient=True) as progress:
-        for output in progress.track(llm.outputs(prompts, params), total=len(requests), description="prompts"):
+    prompts, params, items = tee(items, 3)  # they stay as close together as requests are under way
+    outputs = llm.outputs((item.prompt for item in prompts), (item.params for item in params), timeout=timeout)
+    for output in track(outputs, total=total, done=results.done if results else 0):
+        if results is None:
             typer.echo(json.dumps(_document(output)))
+        else:
+            results.write(next(items), _document(output, figures=False))  # they differ from run to run
     _print_figures(llm.stats(), perf_counter() - start)
 
 
-def _document(output: RequestOutput) -> dict[str, Any]:
+def _document(output: RequestOutput, *, figures: bool = True) -> dict[str, Any]:
     """A result as JSON has it: the prompt and its first text, and the others if there are any."""
-    first, *others = [_text_document(completion) for completion in output.outputs]
+    first, *others = [_text_document(completion, figures) for completion in output.outputs]
     return {"prompt": output.prompt} | first | ({"others": others} if others else {})
 
 
-def _text_document(completion: Completion) -> dict[str, Any]:
-    document = {
+def _text_document(completion: Completion, figures: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
-        "stats": completion.stats.as_dict(),
     }
+    if figures:
+        document["stats"] = completion.stats.as_dict()
     if completion.logprobs is not None:
         document["logprobs"] = [msgspec.structs.asdict(entry) for entry in completion.logprobs]
     return document
@@ -223,30 +294,6 @@ def _prompt(prompt: str | None) -> str:
     if not bundled:
         return FALLBACK_PROMPT
     return "".join((folder / bundled[0]).read_text(encoding="utf-8").splitlines(keepends=True)[:BUNDLED_LINES])
-
-
-def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("prompt_file", "a text file", f"{path}: {error}") from None
-    read = _read_json_line if path.suffix == ".jsonl" else lambda line, params: (line, params)
-    return [read(line, params) for line in lines if line.strip()]
-
-
-def _read_json_line(line: str, params: SamplingParams) -> tuple[str, SamplingParams]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ConfigError("prompt_file", f"JSON lines ({error})", line) from None
-    values = dict(entry) if isinstance(entry, dict) else {"prompt": entry}
-    prompt = values.pop("prompt", None)
-    if not isinstance(prompt, str):
-        raise ConfigError("prompt_file", "a string, or an object with a prompt, in each line", line)
-    known = [field.name for field in fields(SamplingParams)]
-    for name in values.keys() - set(known):
-        raise ConfigError(name, "a field of the sampling: " + ", ".join(known), values[name])
-    return prompt, replace(params, **values)
 
 
 @contextmanager

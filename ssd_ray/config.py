@@ -62,6 +62,12 @@ def _choice(name: str, value: object, literal: Any) -> None:
     _require(value in options, name, "one of " + ", ".join(map(repr, options)), value)
 
 
+def check_timeout(timeout: object) -> None:
+    """Refuse what is no time limit: a number of seconds above 0, or None for none."""
+    if timeout is not None:
+        _real("timeout", timeout, 0.0, 1e9, open_low=True)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
@@ -181,6 +187,7 @@ class EngineConfig:
         dtype: "float32", "bfloat16" or "float16"; "auto" is the checkpoint's.
         compile: compile the forwards at their fixed shapes with torch.compile.
         max_num_seqs: sequences that decode at the same time at most.
+        max_queue: requests that wait or run at most; a further one is refused at once.
         max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit.
         kv_memory: GiB for the KV of each model. "auto" is what the longest sequences need together, or else a part of
             the memory that is free. Where it is full, the latest requests wait.
@@ -206,6 +213,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     compile: bool = False
     max_num_seqs: int = 16
+    max_queue: int = 1024
     max_model_len: int | None = None
     kv_memory: float | Literal["auto"] = "auto"
     prefix_cache: bool = True
@@ -228,6 +236,7 @@ class EngineConfig:
         _integer("law_tokens", self.law_tokens, 0, 2**31 - 1)
         _integer("inline_max_bytes", self.inline_max_bytes, 1 << 10, 1 << 24)
         _integer("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _integer("max_queue", self.max_queue, 1, 1 << 20)
         _integer("prefill_chunk", self.prefill_chunk, 8, 1 << 16)
         if self.max_model_len is not None:
             _integer("max_model_len", self.max_model_len, 2, 1 << 24)

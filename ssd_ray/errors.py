@@ -6,7 +6,8 @@
     │   ├── UnsupportedModelError   its architecture cannot work here; the message names the reason
     │   └── VocabularyMismatchError the draft does not share the target's vocabulary
     ├── RequestError           one request cannot be served; the engine goes on
-    │   └── PromptTooLongError      prompt and max_tokens do not fit the context
+    │   ├── PromptTooLongError      prompt and max_tokens do not fit the context
+    │   └── QueueFullError          as many requests as may wait or run are under way; try again later
     ├── ResourceError          the machine or the cluster lacks what the engine needs (memory, cores, GPUs)
     ├── EngineError            the engine failed while it ran
     │   └── EngineClosedError       it was used after close()
@@ -56,6 +57,10 @@ class RequestError(SsdRayError):
 
 class PromptTooLongError(RequestError):
     """The prompt does not fit the context."""
+
+
+class QueueFullError(RequestError):
+    """No more requests may wait: the engine is behind."""
 
 
 class ResourceError(SsdRayError):

@@ -130,17 +130,22 @@ class EngineStats(Stats):
 
     Attributes:
         requests: requests that have ended.
+        running, waiting: requests that decode now, and that wait for their turn.
         drafts: names of the drafts that are connected now.
         draft_restarts: drafts that died and were replaced.
         plan: what a round is planned to be like now, and why.
     """
 
     requests: int = 0
+    running: int = 0
+    waiting: int = 0
     drafts: tuple[str, ...] = ()
     draft_restarts: int = 0
     plan: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""
-        own = {name: getattr(self, name) for name in ("requests", "drafts", "draft_restarts", "plan")}
+        own = {
+            name: getattr(self, name) for name in ("requests", "running", "waiting", "drafts", "draft_restarts", "plan")
+        }
         return Stats.as_dict(self) | own

@@ -242,8 +242,8 @@ class Output(Message, frozen=True, tag="output"):
     """Tokens of one request, with the log-probabilities of each if they were asked for. The last message of a request
     has a ``finish_reason`` and its ``stats``.
 
-    ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled" or "error"
-    (then ``error`` says what happened).
+    ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled",
+    "timeout" or "error" (then ``error`` says what happened).
     """
 
     request: Count

@@ -18,7 +18,7 @@ from ssd_ray.sampling.verify import Outcome
 from ssd_ray.speculation.cache import CachedNode, SampledNode, SpeculationCache
 from ssd_ray.wire import Backups, Misses, Nodes, RequestStats
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 BackupKind = Literal["draft", "ngram", "none"]
 MissCause = Literal["fan_out", "late", "stale", "cold", "no_draft"]
 
@@ -187,7 +187,7 @@ class TargetSession:
         self.tally.preemptions += 1
 
     def finish(self, reason: FinishReason, generated: int | None = None) -> None:
-        """End the sequence for a reason from outside: a stop string, a cancellation, an error.
+        """End the sequence for a reason from outside: a stop string, a cancellation, a deadline, an error.
 
         ``generated`` tokens after the prompt are kept, all if None.
         """

@@ -48,7 +48,7 @@ def expected(llm):
 
 
 def info(engine, name):
-    handle = engine._driver.actors[name]
+    handle = engine._engine.driver.actors[name]
     return ray.get(handle.info.options(concurrency_group="inbox").remote())
 
 
@@ -90,7 +90,7 @@ def test_a_stream_is_the_text_in_pieces(llm, expected):
 
 
 def test_token_ids_are_a_prompt(llm, expected):
-    tokens = llm._models.prompt(PROMPT)
+    tokens = llm._engine.models.prompt(PROMPT)
     assert llm.generate(tokens, PARAMS)[0].token_ids == expected.token_ids
     assert [output.text for output in llm.generate([tokens, PROMPT], PARAMS)] == [expected.text] * 2
 
@@ -107,7 +107,7 @@ def test_no_prompts_no_results(llm):
 
 def test_a_long_prompt_travels_through_the_object_store(llm):
     prompt = "x = 1\n" * 60
-    assert 4 * len(llm._models.prompt(prompt)) > llm.config.inline_max_bytes
+    assert 4 * len(llm._engine.models.prompt(prompt)) > llm.config.inline_max_bytes
     assert len(llm.generate(prompt, PARAMS)[0].token_ids) == 24
 
 
@@ -147,7 +147,7 @@ def test_log_probabilities_are_those_of_transformers(llm, pair, expected):
     assert expected.logprobs is None
     params = replace(PARAMS, logprobs=3, repetition_penalty=1.2, stop=expected.text[10])
     output = llm.generate(PROMPT, params)[0]
-    prompt = llm._models.prompt(PROMPT)
+    prompt = llm._engine.models.prompt(PROMPT)
     model = AutoModelForCausalLM.from_pretrained(pair[0])
     with torch.inference_mode():
         values = model(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -221,7 +221,7 @@ def test_a_bad_prompt_is_refused_before_anything_is_started(llm, prompt, error, 
 
 
 def test_there_is_one_set_of_parameters_for_each_prompt(llm):
-    with pytest.raises(ConfigError, match="one for each of 2 prompts"):
+    with pytest.raises(ConfigError, match="one for each prompt"):
         llm.generate(["a", "b"], [PARAMS])
 
 

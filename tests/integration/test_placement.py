@@ -4,6 +4,8 @@ import os
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ssd_ray import LLM, SamplingParams
 from ssd_ray.cluster import placement
@@ -48,6 +50,7 @@ class TestDevices:
 
     @pytest.fixture
     def cluster_has(self, monkeypatch):
+        monkeypatch.setattr(placement, "_given_bundles", list)
         return lambda **resources: monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0} | resources)
 
     @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def where(place):
 class TestGpus:
     def test_every_actor_of_an_engine_has_its_own(self, pair):
         with LLM(*pair, num_drafts=2) as llm:
-            handles = llm._driver.actors
+            handles = llm._engine.driver.actors
             infos = [handle.info.options(concurrency_group="inbox").remote() for handle in handles.values()]
             assert sorted(entry["gpus"] for entry in ray.get(infos)) == ["0", "1", "2"]
             assert len(llm.generate("x", SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
@@ -126,7 +129,33 @@ class TestGpus:
     def test_the_cpu_can_be_asked_for(self):
         placer = Placer("cpu", drafts=1)
         places = [placer.place("target"), placer.place("draft")]
-        assert [place.gpus for place in places] == [0.0, 0.0]
+        assert [place.options()["num_gpus"] for place in places] == [0.0, 0.0]
         assert all(set(place.cores) <= os.sched_getaffinity(0) for place in places)
         for place in places:
             placer.release(place)
+
+    def test_a_group_that_captures_children_is_filled_first(self):
+        """As in a replica of Ray Serve: bundle 0 is its own, the others are its engine's."""
+        group = placement_group([{"CPU": 0.25}, {"CPU": 0.25}, {"CPU": 0.125}])
+        ray.get(group.ready())
+
+        class Replica:
+            def indices(self):
+                placer = Placer("cpu", drafts=1)
+                places = [placer.place(role) for role in ("target", "draft", "draft")]
+                placer.release(places[1])
+                places.append(placer.place("draft"))
+                for place in (places[0], *places[2:]):
+                    placer.release(place)
+                return [(place.bundle.given, place.bundle.index, place.options()["num_cpus"]) for place in places]
+
+        def indices(capture):
+            strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=capture)
+            replica = ray.remote(num_cpus=0.25)(Replica).options(scheduling_strategy=strategy).remote()
+            found = ray.get(replica.indices.remote())
+            ray.kill(replica)
+            return found
+
+        assert indices(True) == [(True, 1, 0.25), (True, 2, 0.125), (False, 0, 1.0), (True, 2, 0.125)]
+        assert indices(False) == [(False, 0, 1.0)] * 4
+        remove_placement_group(group)

@@ -68,20 +68,20 @@ class FakeLLM:
     def __exit__(self, *_):
         self.closed = True
 
-    def stream(self, prompt, params):
+    def stream(self, prompt, params, *, timeout=None):
+        self.timeout = timeout
         self.params.append(params)
         return Stream(prompt)
 
-    def outputs(self, prompts, params):
-        self.params += params
+    def outputs(self, prompts, params, *, timeout=None):
+        self.timeout = timeout
         logprobs = [TokenLogprobs(1, -0.5, 2, {3: -0.25})]
-        return (
-            Output(prompt, n=each.n, logprobs=None if each.logprobs is None else logprobs)
-            for prompt, each in zip(prompts, params, strict=True)
-        )
+        for prompt, each in zip(prompts, params, strict=True):
+            self.params.append(each)
+            yield Output(prompt, n=each.n, logprobs=None if each.logprobs is None else logprobs)
 
-    def generate(self, prompts, params):
-        return list(self.outputs(prompts, [params] * len(prompts)))
+    def generate(self, prompts, params, *, timeout=None):
+        return list(self.outputs(prompts, [params] * len(prompts), timeout=timeout))
 
     def stats(self):
         return EngineStats(sums=SUMS, requests=1)
@@ -103,7 +103,7 @@ def test_help_teaches():
     assert result.exit_code == 0
     assert "generate" in result.stdout
     assert "Exit code" in result.stdout
-    assert "serve" not in result.stdout
+    assert "serve" in result.stdout
     assert "chat" not in result.stdout
 
 
@@ -287,3 +287,32 @@ def test_help_imports_nothing_heavy(arguments):
     )
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_results_go_to_a_file_without_figures_that_differ_from_run_to_run(llm, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("one\ntwo\n")
+    result = run("generate", "--prompt-file", prompts, "--output", output, "--timeout", 7.5)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "tokens/s" in result.stderr
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["index"], line["prompt"], line["text"]) for line in lines] == [
+        (0, "one", "one two"),
+        (1, "two", "one two"),
+    ]
+    assert "stats" not in lines[0]
+    assert llm.made[0].timeout == 7.5
+
+
+@pytest.mark.parametrize("arguments", [["--output", "x", "a prompt"], ["--timeout", "0"], ["--timeout", "nan"]])
+def test_bad_limits_and_outputs_are_refused_before_anything_starts(llm, arguments):
+    result = run("generate", *arguments)
+    assert result.exit_code == 2
+    assert llm.made == []
+
+
+def test_serve_takes_every_field_of_the_engine():
+    text = run("serve", "--help").stdout
+    for field in dataclasses.fields(EngineConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "--port" in text

@@ -7,7 +7,7 @@ import pytest
 
 import ssd_ray
 
-PUBLIC = {"LLM", "EngineStats", "RequestOutput", "SamplingParams", "SsdRayError", "__version__"}
+PUBLIC = {"LLM", "AsyncLLM", "EngineStats", "RequestOutput", "SamplingParams", "SsdRayError", "__version__"}
 
 
 def test_public_names():

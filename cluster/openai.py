@@ -1,0 +1,311 @@
+"""OpenAI's completions and chat completions as data: requests in, replies and errors out. No I/O.
+
+Fields that :class:`~ssd_ray.config.SamplingParams` has are taken under its names, those that OpenAI does not have
+included (``top_k``, ``min_p``, ``ignore_eos`` and others). Fields that change nothing here, such as ``user``, are
+ignored. Fields that ask for what is not done here may have their neutral value; unknown ones are refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from ssd_ray.chat import chat_prompt
+from ssd_ray.config import SamplingParams
+from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
+from ssd_ray.outputs import Prompt
+
+Document = dict[str, Any]
+"""A JSON object."""
+
+Decode = Callable[[int], str]
+"""The text of one token."""
+
+IGNORED = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+)
+
+NEUTRAL: Document = {
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+}
+"""What fields that are not done here may be, beside null."""
+
+FINISH_REASONS = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "length"}
+"""Ours in OpenAI's words: a text that was cut off ends with "length"."""
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default of ``max_tokens`` for completions. A chat may go on to the end of the context."""
+
+
+def _optional_sampling() -> Any:
+    """Every field of the sampling, none of them required."""
+    hints = get_type_hints(SamplingParams)
+    optional: Any = {each.name: (hints[each.name] | None, None) for each in fields(SamplingParams)}
+    return create_model("Sampling", **optional)
+
+
+Sampling: Any = _optional_sampling()
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+
+
+class Request(Sampling):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: ClassVar[str]  # in ids
+    whole: ClassVar[str]  # the type of a reply
+    part: ClassVar[str]  # the type of a part of one
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @abstractmethod
+    def prompts(self, tokenizer: Any) -> list[Prompt]:
+        """What to go on from."""
+
+    def params(self, max_length: int) -> SamplingParams:
+        """The sampling. Without a seed every request gets another one.
+
+        Raises:
+            ConfigError: a field is unknown, or has a value that it does not take.
+        """
+        _refuse_unknown(self.model_extra or {})
+        given = {each.name: getattr(self, each.name) for each in fields(SamplingParams)} | self._renamed()
+        defaults = {"seed": secrets.randbits(63), "max_tokens": self._default_tokens(max_length)}
+        return SamplingParams(**defaults | {name: value for name, value in given.items() if value is not None})
+
+    @abstractmethod
+    def choice(self, text: str, logprobs: Any, decode: Decode) -> Document:
+        """A text as a reply has it."""
+
+    @abstractmethod
+    def delta(self, text: str | None, logprobs: Any, decode: Decode) -> Document:
+        """A piece of a text as a part has it; None is the empty piece that ends a text."""
+
+    def opening(self) -> Document | None:
+        """What a stream says before the first piece."""
+        return None
+
+    def _renamed(self) -> Document:
+        """Fields of the sampling that have another name here."""
+        return {}
+
+    def _default_tokens(self, max_length: int) -> int:
+        return COMPLETION_TOKENS
+
+
+class CompletionRequest(Request):
+    """``POST /v1/completions``."""
+
+    kind = "cmpl"
+    whole = part = "text_completion"
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+    def prompts(self, tokenizer: Any) -> list[Prompt]:
+        prompt: Any = self.prompt
+        one = isinstance(prompt, str) or all(isinstance(token, int) for token in prompt)
+        return [prompt] if one else prompt
+
+    def choice(self, text: str, logprobs: Any, decode: Decode) -> Document:
+        return {"text": text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs, decode)}
+
+    def delta(self, text: str | None, logprobs: Any, decode: Decode) -> Document:
+        return self.choice(text or "", logprobs, decode)
+
+
+class TextPart(BaseModel):
+    """A part of a message's content; only text is read."""
+
+    type: str = "text"
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """With its content as one string."""
+        parts = self.content
+        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(part.text for part in parts)}
+
+
+class ChatRequest(Request):
+    """``POST /v1/chat/completions``."""
+
+    kind = "chatcmpl"
+    whole = "chat.completion"
+    part = "chat.completion.chunk"
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def prompts(self, tokenizer: Any) -> list[Prompt]:
+        return [chat_prompt(tokenizer, [message.plain() for message in self.messages])]
+
+    def choice(self, text: str, logprobs: Any, decode: Decode) -> Document:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": None if logprobs is None else _chat_logprobs(logprobs, decode)}
+
+    def delta(self, text: str | None, logprobs: Any, decode: Decode) -> Document:
+        content = {} if text is None else {"content": text}
+        return {"delta": content, "logprobs": None if logprobs is None else _chat_logprobs(logprobs, decode)}
+
+    def opening(self) -> Document | None:
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def _renamed(self) -> Document:
+        tokens = {} if self.max_completion_tokens is None else {"max_tokens": self.max_completion_tokens}
+        return tokens | {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def _default_tokens(self, max_length: int) -> int:
+        return max_length
+
+
+class Reply:
+    """The answer to one request, whole or in parts.
+
+    Args:
+        request: what was asked.
+        model: the model's name.
+        decode: the text of a token.
+        texts: texts of each prompt.
+    """
+
+    def __init__(self, request: Request, model: str, decode: Decode, texts: int = 1) -> None:
+        self._request = request
+        self._decode = decode
+        self._texts = texts
+        self._head = {"id": f"{request.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        asked = request.stream_options is not None and request.stream_options.include_usage
+        self._null_usage: Document = {"usage": None} if asked else {}
+
+    def whole(self, outputs: Sequence[Any]) -> Document:
+        """All texts at once."""
+        choices = [
+            self._choice(index, self._request.choice(output.text, output.logprobs, self._decode), output)
+            for index, output in enumerate(outputs)
+        ]
+        return self._head | {"object": self._request.whole, "choices": choices, "usage": self._usage(outputs)}
+
+    def openings(self, count: int) -> list[Document]:
+        """The parts that come before ``count`` texts."""
+        opening = self._request.opening()
+        return [] if opening is None else [self._part(self._choice(index, opening)) for index in range(count)]
+
+    def piece(self, index: int, text: str) -> Document:
+        """A part with a piece of a text."""
+        return self._part(self._choice(index, self._request.delta(text, None, self._decode)))
+
+    def end(self, index: int, output: Any) -> Document:
+        """The last part of a text; it has the log-probabilities of all of it."""
+        return self._part(self._choice(index, self._request.delta(None, output.logprobs, self._decode), output))
+
+    def usage(self, outputs: Sequence[Any]) -> list[Document]:
+        """The part that ends a stream, if it was asked for."""
+        part = self._head | {"object": self._request.part, "choices": [], "usage": self._usage(outputs)}
+        return [part] if self._null_usage else []
+
+    def _part(self, choice: Document) -> Document:
+        return self._head | {"object": self._request.part, "choices": [choice]} | self._null_usage
+
+    def _choice(self, index: int, content: Document, output: Any = None) -> Document:
+        return {"index": index, "finish_reason": output and FINISH_REASONS[output.finish_reason]} | content
+
+    def _usage(self, outputs: Sequence[Any]) -> Document:
+        prompt = sum(output.stats.sums.prompt_tokens for output in outputs[:: self._texts])
+        completion = sum(len(output.token_ids) for output in outputs)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def model_card(name: str, created: int) -> Document:
+    """An entry of the list of models."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "ssd-ray"}
+
+
+class UnknownModelError(RequestError):
+    """There is no such model here."""
+
+
+def error_reply(error: Exception) -> tuple[int, Document]:
+    """The status and the body that tell of an error."""
+    status, kind, code = 500, "server_error", None
+    if isinstance(error, RequestError | ConfigError):
+        status, kind = 400, "invalid_request_error"
+    match error:
+        case QueueFullError():
+            status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+        case UnknownModelError():
+            status, code = 404, "model_not_found"
+        case PromptTooLongError():
+            code = "context_length_exceeded"
+        case ConfigError():
+            code = "invalid_value"
+        case _:
+            pass
+    param = error.field if isinstance(error, ConfigError) else None
+    return status, error_body(str(error), kind, param=param, code=code)
+
+
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> Document:
+    """An error as JSON has it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _refuse_unknown(extra: Document) -> None:
+    for name, value in extra.items():
+        if name in NEUTRAL and value not in (None, NEUTRAL[name]):
+            raise ConfigError(name, f"null or {NEUTRAL[name]!r}, since nothing else is supported", value)
+        if name not in NEUTRAL and name not in IGNORED and value is not None:
+            raise ConfigError(name, "no such field", value)
+
+
+def _completion_logprobs(entries: Any, decode: Decode) -> Document:
+    tokens = [decode(entry.token_id) for entry in entries]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [{decode(token): value for token, value in entry.top.items()} for entry in entries],
+        "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
+    }
+
+
+def _chat_logprobs(entries: Any, decode: Decode) -> Document:
+    def item(token: int, value: float) -> Document:
+        return {"token": decode(token), "logprob": value, "bytes": list(decode(token).encode())}
+
+    return {
+        "content": [
+            item(entry.token_id, entry.logprob) | {"top_logprobs": [item(*pair) for pair in entry.top.items()]}
+            for entry in entries
+        ],
+        "refusal": None,
+    }

@@ -1,0 +1,120 @@
+"""What becomes of a prompt: its result, and how it is put together from the messages of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssd_ray.errors import EngineError, RequestError
+from ssd_ray.stats import Stats
+from ssd_ray.text import Detokenizer
+from ssd_ray.wire import Output, TokenLogprobs
+
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One text.
+
+    Attributes:
+        text: what follows the prompt, without special tokens and without the stop string that ended it.
+        token_ids: the tokens generated, with those that ended the text.
+        finish_reason: "length", "stop", "cancelled" or "timeout".
+        stats: its figures.
+        logprobs: an entry for each token, if ``SamplingParams.logprobs`` asked for them.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What became of one prompt. The first text's attributes can be asked for here.
+
+    Attributes:
+        prompt: as it was given.
+        outputs: its texts, ``SamplingParams.n`` of them.
+    """
+
+    prompt: Prompt
+    outputs: list[Completion]
+
+    @property
+    def text(self) -> str:
+        """See :class:`Completion`, also for the following ones."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason
+
+    @property
+    def stats(self) -> Stats:
+        return self.outputs[0].stats
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.outputs[0].logprobs
+
+
+def join(texts: Sequence[RequestOutput]) -> RequestOutput:
+    """The result of a prompt from those of its texts."""
+    return RequestOutput(prompt=texts[0].prompt, outputs=[text.outputs[0] for text in texts])
+
+
+class Transcript:
+    """One text as it is written: messages go in, pieces of text and in the end the result come out.
+
+    Attributes:
+        output: the result, once the last message was taken.
+    """
+
+    def __init__(self, prompt: Prompt, detokenizer: Detokenizer, *, with_logprobs: bool = False) -> None:
+        self.output: RequestOutput | None = None
+        self._prompt = prompt
+        self._detokenizer = detokenizer
+        self._pieces: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = [] if with_logprobs else None
+
+    def push(self, message: Output) -> str:
+        """Take the next message; return the text that is certain now, possibly none.
+
+        Raises:
+            RequestError: the target could not serve the request.
+        """
+        self._tokens += message.tokens
+        if self._logprobs is not None:
+            self._logprobs += message.logprobs
+        piece = self._detokenizer.push(message.tokens)
+        if message.finish_reason is not None:
+            piece += self._detokenizer.finish()
+        self._pieces.append(piece)
+        if message.finish_reason is not None:
+            self.output = self._result(message)
+        return piece
+
+    def _result(self, last: Output) -> RequestOutput:
+        if last.finish_reason == "error":
+            raise RequestError(last.error or "the target could not serve the request")
+        stats = Stats() if last.stats is None else Stats(sums=last.stats)
+        if last.stats is not None and last.stats.tokens != len(self._tokens):
+            raise EngineError(f"{last.stats.tokens} tokens were generated, {len(self._tokens)} arrived")
+        completion = Completion(
+            text="".join(self._pieces),
+            token_ids=self._tokens,
+            finish_reason=last.finish_reason or "",
+            stats=stats,
+            logprobs=self._logprobs,
+        )
+        return RequestOutput(prompt=self._prompt, outputs=[completion])

@@ -1,0 +1,327 @@
+"""OpenAI's API on a real Ray Serve, through OpenAI's own client; and the command that serves."""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+import openai
+import psutil
+import pytest
+import ray
+
+from ssd_ray import LLM, SamplingParams
+from ssd_ray.cluster.runtime import MARK
+from ssd_ray.cluster.serve import serving
+from ssd_ray.config import EngineConfig
+from ssd_ray.errors import ConfigError
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+PROMPT = "def add(a, b):"
+SHORT = {"max_tokens": 24, "seed": 3, "extra_body": {"ignore_eos": True}}
+LONG = {"max_tokens": 400, "seed": 5, "extra_body": {"ignore_eos": True}}
+MESSAGES = [{"role": "system", "content": "You add."}, {"role": "user", "content": "1 + 1?"}]
+MAX_QUEUE = 4
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(cluster, pair):
+    config = EngineConfig(target=pair[0], draft=pair[1], max_queue=MAX_QUEUE)
+    with serving(config, "127.0.0.1", free_port()) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(client):
+    (model,) = client.models.list().data
+    return model.id
+
+
+@pytest.fixture(scope="module")
+def complete(client, model):
+    return lambda **options: client.completions.create(**{"model": model, "prompt": PROMPT} | SHORT | options)
+
+
+@pytest.fixture(scope="module")
+def chat(client, model):
+    return lambda **options: client.chat.completions.create(**{"model": model, "messages": MESSAGES} | SHORT | options)
+
+
+@pytest.fixture(scope="module")
+def expected(cluster, pair):
+    """What the library makes of it."""
+    with LLM(*pair) as llm:
+        params = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
+        conversation = "system: You add.\nuser: 1 + 1?\nassistant:"
+        return [output.text for output in llm.generate([PROMPT, conversation], params)]
+
+
+def stats(client):
+    return client.get("/../health", cast_to=object)["stats"]
+
+
+def free_rows(client):
+    """The figures once nothing runs or waits."""
+    deadline = monotonic() + 20.0
+    while (now := stats(client))["running"] + now["waiting"]:
+        assert monotonic() < deadline, now
+        sleep(0.02)
+    return now
+
+
+def test_the_model_is_called_as_its_folder(client, model, pair):
+    assert model == pair[0]
+    assert client.models.retrieve(model).id == model
+
+
+def test_a_completion(complete, expected):
+    completion = complete()
+    (choice,) = completion.choices
+    assert (completion.object, choice.index, choice.finish_reason) == ("text_completion", 0, "length")
+    assert choice.text == expected[0]
+    assert completion.usage.prompt_tokens == len(PROMPT)
+    assert completion.usage.completion_tokens == 24
+    assert completion.usage.total_tokens == len(PROMPT) + 24
+
+
+def test_a_completion_of_several_prompts(complete, expected):
+    completion = complete(prompt=["x", PROMPT])
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    assert completion.choices[1].text == expected[0]
+    assert completion.usage.prompt_tokens == 1 + len(PROMPT)
+
+
+def test_a_stop_string_ends_a_completion(complete, expected):
+    stop = expected[0][9:11]
+    (choice,) = complete(stop=stop).choices
+    assert (choice.finish_reason, choice.text) == ("stop", expected[0][: expected[0].index(stop)])
+
+
+def test_a_streamed_completion(complete, expected):
+    chunks = list(complete(stream=True, stream_options={"include_usage": True}))
+    *parts, last = chunks
+    assert len(parts) > 2
+    assert "".join(part.choices[0].text for part in parts) == expected[0]
+    assert [part.choices[0].finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert all(part.usage is None for part in parts)
+    assert (last.choices, last.usage.completion_tokens, last.usage.prompt_tokens) == ([], 24, len(PROMPT))
+    assert len({part.id for part in chunks}) == 1
+
+
+def test_a_stream_of_several_prompts(complete, expected):
+    texts = {0: "", 1: ""}
+    for part in complete(prompt=["x", PROMPT], stream=True):
+        texts[part.choices[0].index] += part.choices[0].text
+    assert texts[1] == expected[0]
+    assert texts[0] == complete(prompt="x").choices[0].text
+
+
+def test_a_chat(chat, expected):
+    reply = chat()
+    (choice,) = reply.choices
+    assert reply.object == "chat.completion"
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected[1], "length")
+    assert reply.usage.completion_tokens == 24
+
+
+def test_a_streamed_chat(chat, expected):
+    parts = list(chat(stream=True))
+    assert all(part.object == "chat.completion.chunk" and part.usage is None for part in parts)
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected[1]
+    assert parts[-1].choices[0].finish_reason == "length"
+
+
+def test_without_a_seed_texts_differ(complete):
+    assert len({complete(seed=None).choices[0].text for _ in range(3)}) == 3
+
+
+def test_several_texts_with_log_probabilities(complete, chat, expected):
+    completion = complete(n=2, logprobs=2)
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    assert completion.choices[0].text == expected[0]
+    assert completion.choices[1].text == complete(seed=4).choices[0].text
+    assert completion.usage.prompt_tokens == len(PROMPT)
+    assert completion.usage.completion_tokens == 48
+    logprobs = completion.choices[0].logprobs
+    assert "".join(logprobs.tokens).replace("<|end|>", "") == expected[0]
+    assert len(logprobs.token_logprobs) == 24
+    assert max(logprobs.top_logprobs[3].values()) >= logprobs.token_logprobs[3]
+    (choice,) = chat(logprobs=True, top_logprobs=1).choices
+    assert "".join(entry.token for entry in choice.logprobs.content).replace("<|end|>", "") == expected[1]
+    *_, last = chat(logprobs=True, stream=True)
+    assert len(last.choices[0].logprobs.content) == 24
+
+
+def test_penalties_and_biases_are_those_of_the_library(complete, expected):
+    text = complete(presence_penalty=2.0, frequency_penalty=2.0).choices[0].text
+    assert len(set(text)) > len(set(expected[0]))
+    assert (
+        complete(logit_bias={"40": 100}, temperature=0).choices[0].text
+        == complete(logit_bias={"40": 100}, temperature=0, seed=9).choices[0].text
+        == 24 * complete(logit_bias={"40": 100}, temperature=0, max_tokens=1).choices[0].text
+    )
+
+
+def test_two_streams_at_the_same_time(complete, chat, expected):
+    def read(stream):
+        return "".join(part.choices[0].text for part in stream)
+
+    streams = [complete(stream=True), complete(stream=True)]
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(read, streams)) == [expected[0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "param", "code"),
+    [
+        ({"model": "gpt-5"}, openai.NotFoundError, None, "model_not_found"),
+        ({"top_p": 3.0}, openai.BadRequestError, "top_p", "invalid_value"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "invalid_value"),
+        ({"temperature": "hot"}, openai.BadRequestError, "temperature", "invalid_type"),
+        ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour", "invalid_value"),
+        ({"echo": True}, openai.BadRequestError, "echo", "invalid_value"),
+        ({"prompt": "x" * 600}, openai.BadRequestError, None, "context_length_exceeded"),
+        ({"prompt": ""}, openai.BadRequestError, None, None),
+        ({"prompt": ["x"] * (MAX_QUEUE + 1)}, openai.RateLimitError, None, "rate_limit_exceeded"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_have_openais_shape(client, complete, options, error, param, code, stream):
+    with pytest.raises(error) as caught:
+        complete(stream=stream, **options)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert caught.value.body["message"]
+    assert free_rows(client)["running"] == 0
+
+
+def test_an_unknown_path_is_an_error_of_the_same_shape(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.embeddings.create(model="x", input="y")
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_the_example(address, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve_client.py", address])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serve_client.py"), run_name="__main__")
+    assert re.match(r"def add\(a, b\):.*\n--- (length|stop) after \d+ tokens\n", capsys.readouterr().out, re.DOTALL)
+
+
+def test_harmless_fields_are_ignored(complete, expected):
+    assert complete(user="me", best_of=1, echo=False).choices[0].text == expected[0]
+
+
+def test_a_client_that_goes_away_in_the_middle_frees_its_row(client, complete):
+    before = free_rows(client)
+    with complete(stream=True, **LONG) as stream:
+        next(iter(stream))
+    after = free_rows(client)
+    assert after["requests"] == before["requests"] + 1
+    assert after["tokens"] - before["tokens"] < LONG["max_tokens"]
+
+
+def test_a_client_that_loses_patience_frees_its_row(client, model):
+    before = free_rows(client)
+    impatient = client.with_options(timeout=0.1)
+    with pytest.raises(openai.APITimeoutError):
+        impatient.completions.create(model=model, prompt=["x"] * MAX_QUEUE, **LONG)
+    after = free_rows(client)
+    assert after["requests"] == before["requests"] + MAX_QUEUE
+    assert after["tokens"] - before["tokens"] < MAX_QUEUE * LONG["max_tokens"]
+
+
+def test_a_replica_is_one_placement_group(address):
+    (group,) = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
+    assert list(group["bundles"].values()) == [{"CPU": 1.0}] * 3
+
+
+@pytest.mark.slow
+def test_a_replica_whose_target_has_died_is_replaced(client, complete, expected):
+    """Serve looks every ten seconds and wants to see an error three times."""
+    processes = psutil.Process().children(recursive=True)
+    targets = [process for process in processes if process.name().startswith("ray::TargetProc")]
+    assert targets  # one of them may be the ended one of another engine, still being buried
+    for target in targets:
+        target.kill()
+    with pytest.raises(openai.InternalServerError, match="target died"):
+        [complete() for _ in range(100)]
+    deadline = monotonic() + 120.0
+    while True:
+        with suppress(openai.APIError):
+            assert complete().choices[0].text == expected[0]
+            return
+        assert monotonic() < deadline
+        sleep(0.5)
+
+
+def test_a_port_in_use_is_refused_at_once(address, pair):
+    port = int(address.rpartition(":")[2])
+    with (
+        pytest.raises(ConfigError, match="port: expected one that is free"),
+        serving(EngineConfig(), "127.0.0.1", port),
+    ):
+        pass
+
+
+class TestCommand:
+    """`ssd-ray serve`, as a user starts and stops it."""
+
+    @pytest.fixture
+    def folder(self):
+        folder = tempfile.mkdtemp(prefix="ssd-", dir="/tmp")  # short: Ray's sockets lie there
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    def left(folder):
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK, "").startswith(folder):
+                    found.append(process)
+        return found
+
+    @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+    def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(self, pair, folder, ending):
+        port = str(free_port())
+        script = "from ssd_ray.cli import main; main()"
+        flags = ["--target", pair[0], "--draft", pair[1], "--port", port]
+        command = [sys.executable, "-c", script, "serve", *flags]
+        environment = os.environ | {"TMPDIR": folder}
+        root = Path(__file__).parents[2]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment) as server:
+            said = server.stderr.readline()
+            assert said == f"serving at http://127.0.0.1:{port}\n"
+            assert self.left(folder)
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+                assert client.completions.create(model=pair[0], prompt=PROMPT, max_tokens=2).choices[0].text
+            server.send_signal(ending)
+            said = server.stderr.read()
+            assert server.wait(60) == 0
+        assert not re.search("Traceback|Error", said), said
+        deadline = monotonic() + 15.0
+        while self.left(folder) or os.listdir(folder):
+            assert monotonic() < deadline
+            sleep(0.1)

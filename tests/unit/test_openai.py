@@ -1,0 +1,152 @@
+"""OpenAI's requests, replies and errors as data."""
+
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from ssd_ray.chat import chat_prompt
+from ssd_ray.cluster.openai import ChatRequest, CompletionRequest, Reply, error_reply
+from ssd_ray.config import SamplingParams
+from ssd_ray.errors import ConfigError, EngineError, PromptTooLongError, QueueFullError, RequestError
+from ssd_ray.stats import Stats
+from ssd_ray.wire import RequestStats
+from tests.support.tiny import tiny_tokenizer
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def completion(**fields):
+    return CompletionRequest.model_validate({"prompt": "x"} | fields)
+
+
+def chat(**fields):
+    return ChatRequest.model_validate({"messages": MESSAGES} | fields)
+
+
+def output(text="ab", reason="stop", logprobs=None):
+    stats = Stats(sums=RequestStats(prompt_tokens=3, tokens=len(text)))
+    return SimpleNamespace(
+        text=text, finish_reason=reason, token_ids=list(range(len(text))), stats=stats, logprobs=logprobs
+    )
+
+
+class TestParameters:
+    def test_openais_defaults(self):
+        params = completion().params(512)
+        assert params == SamplingParams(max_tokens=16, seed=params.seed)
+        assert chat().params(512).max_tokens == 512
+
+    def test_without_a_seed_each_request_has_its_own(self):
+        assert completion().params(512).seed != completion().params(512).seed
+
+    def test_fields_of_the_sampling_go_by_their_names(self):
+        fields = {"temperature": 0, "top_p": 0.5, "max_tokens": 3, "stop": "x", "seed": 7}
+        ours = {"top_k": 4, "min_p": 0.1, "stop_token_ids": [5], "ignore_eos": True}
+        assert completion(**fields, **ours).params(512) == SamplingParams(**fields, **ours)
+
+    def test_the_length_of_a_chat_has_two_names(self):
+        assert chat(max_tokens=5).params(512).max_tokens == 5
+        assert chat(max_completion_tokens=6).params(512).max_tokens == 6
+
+    def test_null_is_as_if_left_out(self):
+        assert completion(temperature=None, stop=None, seed=1, echo=None).params(512) == completion(seed=1).params(512)
+
+    @pytest.mark.parametrize(
+        "field", [{"user": "me"}, {"n": 1}, {"echo": False}, {"best_of": 1}, {"tools": []}, {"logit_bias": {}}]
+    )
+    def test_what_changes_nothing_is_taken(self, field):
+        assert completion(**field, seed=1).params(512) == completion(seed=1).params(512)
+
+    @pytest.mark.parametrize("field", [{"echo": True}, {"tools": [{"type": "function"}]}, {"colour": "red"}])
+    def test_what_is_not_done_is_refused(self, field):
+        (name,) = field
+        with pytest.raises(ConfigError) as caught:
+            completion(**field).params(512)
+        assert caught.value.field == name
+
+    @pytest.mark.parametrize("prompt", [None, 3, {"text": "x"}, [1, "x"]])
+    def test_what_is_no_prompt(self, prompt):
+        with pytest.raises(ValidationError):
+            completion(prompt=prompt)
+
+
+class TestPrompts:
+    @pytest.mark.parametrize(
+        ("prompt", "prompts"),
+        [("x", ["x"]), (["x", "y"], ["x", "y"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+    )
+    def test_one_or_several_in_text_or_tokens(self, prompt, prompts):
+        assert completion(prompt=prompt).prompts(None) == prompts
+
+    def test_a_conversation_without_a_template(self):
+        parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]
+        request = chat(messages=[{"role": "system", "content": "Add."}, {"role": "user", "content": parts}])
+        assert request.prompts(tiny_tokenizer(96)) == ["system: Add.\nuser: 1 + 1?\nassistant:"]
+
+    def test_a_conversation_with_a_template(self):
+        tokenizer = tiny_tokenizer(96)
+        tokenizer.chat_template = TEMPLATE
+        (prompt,) = chat().prompts(tokenizer)
+        assert tokenizer.decode(prompt) == "<user>hi<a>"
+
+    def test_a_template_may_refuse(self):
+        tokenizer = tiny_tokenizer(96)
+        tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+        with pytest.raises(RequestError, match="no system here"):
+            chat_prompt(tokenizer, MESSAGES)
+
+
+class TestReplies:
+    def test_usage_counts_a_prompt_of_several_texts_once(self):
+        reply = Reply(completion(), "m", str, texts=2).whole([output(), output("abc"), output(), output()])
+        assert reply["usage"] == {"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15}
+        assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"), [("stop", "stop"), ("length", "length"), ("timeout", "length"), ("cancelled", "length")]
+    )
+    def test_reasons_are_openais(self, ours, theirs):
+        for request in (completion(), chat()):
+            reply = Reply(request, "m", str)
+            assert reply.whole([output(reason=ours)])["choices"][0]["finish_reason"] == theirs
+            assert reply.end(0, output(reason=ours))["choices"][0]["finish_reason"] == theirs
+
+    def test_only_a_stream_that_asks_for_it_tells_the_usage(self):
+        silent = Reply(completion(stream=True), "m", str)
+        assert silent.usage([output()]) == []
+        assert "usage" not in silent.piece(0, "x")
+        telling = Reply(completion(stream=True, stream_options={"include_usage": True}), "m", str)
+        assert telling.piece(0, "x")["usage"] is None
+        assert telling.usage([output()])[0]["usage"]["total_tokens"] == 5
+
+    def test_log_probabilities(self):
+        entries = [SimpleNamespace(token_id=7, logprob=-0.5, top={7: -0.5, 8: -1.0})] * 2
+        tokens = Reply(completion(), "m", str).whole([output(logprobs=entries)])["choices"][0]["logprobs"]
+        assert tokens["tokens"] == ["7", "7"]
+        assert tokens["token_logprobs"] == [-0.5, -0.5]
+        assert tokens["top_logprobs"][0] == {"7": -0.5, "8": -1.0}
+        assert tokens["text_offset"] == [0, 1]
+        (first, _) = Reply(chat(), "m", str).end(0, output(logprobs=entries))["choices"][0]["logprobs"]["content"]
+        assert (first["token"], first["logprob"], first["bytes"]) == ("7", -0.5, [55])
+        assert first["top_logprobs"][1]["token"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code"),
+    [
+        (QueueFullError("full"), 429, "rate_limit_error", "rate_limit_exceeded"),
+        (PromptTooLongError("long"), 400, "invalid_request_error", "context_length_exceeded"),
+        (RequestError("empty"), 400, "invalid_request_error", None),
+        (ConfigError("top_p", "less", 2), 400, "invalid_request_error", "invalid_value"),
+        (EngineError("dead"), 500, "server_error", None),
+        (ValueError("a mistake"), 500, "server_error", None),
+    ],
+)
+def test_errors(error, status, kind, code):
+    found, body = error_reply(error)
+    assert found == status
+    assert body["error"] | {"message": str(error), "type": kind, "code": code} == body["error"]
