@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers.cache_utils import Cache
@@ -62,6 +64,20 @@ def test_the_rest_of_the_batch_changes_no_bit(dtype: torch.dtype) -> None:
             got = batch.append(rows, torch.tensor([tokens[r] for r in rows]), [lengths[r] + step for r in rows])
             for of_row, row in zip(got, rows, strict=True):
                 assert torch.equal(of_row, want[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cuts", [[64], [128, 192], [8, 9, 100], [32, 33, 290]])
+def test_a_prompt_cut_anywhere_gives_equal_bits(dtype: torch.dtype, cuts: list[int]) -> None:
+    """As where its beginning is shared, or other work comes in between."""
+    model = tiny_model("llama", context=320).to(dtype)
+    runner = HFRunner(model, rows=2, max_length=320, scratch=0, prefill_chunk=128)
+    tokens = text(300)
+    runner.prefill(0, tokens)
+    for start, end in pairwise([0, *cuts, 300]):
+        runner.prefill(1, tokens[start:end], start=start)
+    logits = [runner.append([row], torch.tensor([text(8, seed=1)]), [300]) for row in (0, 1)]
+    assert torch.equal(*logits)
 
 
 def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
