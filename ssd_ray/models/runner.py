@@ -92,9 +92,11 @@ class HFRunner(ModelRunner):
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         table = self._kv.table
         written = self._tensor([table.locate(row, some) for row, some in zip(rows, slots.tolist(), strict=True)])
-        mask = torch.where(visible.to(self.device), self._seen, self._hidden)[:, None]  # [R, 1, T, E]
+        extents = self._extents(visible)
+        visible = visible[..., : max(extents)].to(self.device)
+        mask = torch.where(visible, self._seen, self._hidden)[:, None]  # [R, 1, T, E]
         tokens, positions = tokens.to(self.device), positions.to(self.device)
-        return self._logits(self._decode(rows, self._extents(visible), tokens, positions, written, mask))
+        return self._logits(self._decode(rows, extents, tokens, positions, written, mask))
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
@@ -138,7 +140,7 @@ class HFRunner(ModelRunner):
         )
 
     def _extents(self, visible: Tensor) -> list[int]:
-        """How many slots each row of a mask, bool [R, T, E], reads; E the most."""
+        """How many slots each row of a mask, bool [R, T, E], has to read."""
         rows, _, extent = visible.shape
         if rows == 1:
             return [extent]

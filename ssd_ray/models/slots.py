@@ -82,10 +82,8 @@ class SlotLayer(CacheLayerMixin):
 
     def _read(self, part: Part) -> KeysValues:
         if part.pages is not None:
-            keys, values = (
-                gather(pool, part.pages, self._page_slots, part.extent) for pool in (self.keys, self.values)
-            )
-            return keys, values
+            where = part.pages, self._page_slots, part.extent
+            return gather(self.keys, *where), gather(self.values, *where)
         span = part.first, part.first + part.extent
         if span not in self._views:
             # Kept, since making them costs as much as writing.
