@@ -4,7 +4,7 @@ Transformers' own function repeats K and V for every group of query heads as soo
 are left to the kernel on a CPU, and folded into the query's token dimension elsewhere (CUDA's fused kernels take a mask
 or groups, not both).
 
-K and V may come row by row, each of its own extent. The cost then follows every row's own length, and a row's result is
+K and V may come in parts, rows of one extent each. The cost then follows every row's own length, and a row's result is
 bit for bit what it is without the others.
 """
 
@@ -35,8 +35,8 @@ def masked_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query [R, heads, T, D] over key and value [R, kv_heads, E, D] under an additive mask [., 1, T, E].
-    Without a mask it is causal where the module is. Key and value may be lists of R, [1, kv_heads, at most E, D] each;
-    there is a mask then.
+    Without a mask it is causal where the module is. Key and value may be lists of parts of the rows, each at an extent
+    of its own, at most E; there is a mask then.
 
     Returns ([R, T, heads, D], None), as transformers wants it.
 
@@ -47,7 +47,7 @@ def masked_attention(
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the model's attention needs {name}, which fused attention does not have")
     if isinstance(key, list) and attention_mask is not None:
-        outputs = _by_row(query, key, value, attention_mask, scaling)
+        outputs = _by_parts(query, key, value, attention_mask, scaling)
     else:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -55,10 +55,11 @@ def masked_attention(
     return outputs.transpose(1, 2).contiguous(), None
 
 
-def _by_row(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
-    queries, masks = torch.split(query, 1), torch.split(mask.expand(len(keys), -1, -1, -1), 1)
-    rows = zip(queries, keys, values, masks, strict=True)
-    return torch.cat([_fused(q, k, v, m.narrow(3, 0, k.shape[2]), scaling) for q, k, v, m in rows])
+def _by_parts(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
+    sizes = [len(key) for key in keys]
+    masks = torch.split(mask.expand(len(query), -1, -1, -1), sizes)
+    parts = zip(torch.split(query, sizes), keys, values, masks, strict=True)
+    return torch.cat([_fused(q, k, v, m.narrow(3, 0, k.shape[2]), scaling) for q, k, v, m in parts])
 
 
 def _fused(

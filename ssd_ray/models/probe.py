@@ -98,7 +98,7 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[Te
 
 @torch.inference_mode()
 def takes_rows_apart(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
-    """Whether a model hands K and V on to our attention as it gets them, so that each row can be read by itself."""
+    """Whether a model hands K and V on to our attention as it gets them, so that rows can have extents of their own."""
     if model.device.type != "cpu" or model.config._attn_implementation != NAME:
         return False
     size = {"rows": 2, "slots": 32, "page_slots": 16}

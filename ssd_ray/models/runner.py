@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class HFRunner(ModelRunner):
             CPU its linear layers are packed.
         rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages.
         page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
-        prefill_chunk: tokens in one prefill forward at most; shorter rests are padded to a power of two.
+        prefill_chunk: tokens in one prefill forward at most, which ends at a multiple of it; fewer are padded to a
+            power of two.
         compile: compile the decoding forwards with torch.compile, once for each shape.
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
 
@@ -90,9 +92,11 @@ class HFRunner(ModelRunner):
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         table = self._kv.table
         written = self._tensor([table.locate(row, some) for row, some in zip(rows, slots.tolist(), strict=True)])
-        mask = torch.where(visible.to(self.device), self._seen, self._hidden)[:, None]  # [R, 1, T, E]
+        extents = self._extents(visible)
+        visible = visible[..., : max(extents)].to(self.device)
+        mask = torch.where(visible, self._seen, self._hidden)[:, None]  # [R, 1, T, E]
         tokens, positions = tokens.to(self.device), positions.to(self.device)
-        return self._logits(self._decode(rows, self._extents(visible), tokens, positions, written, mask))
+        return self._logits(self._decode(rows, extents, tokens, positions, written, mask))
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
@@ -105,10 +109,12 @@ class HFRunner(ModelRunner):
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        written = self._kv.table.locate_trunk(row, start, start + len(tokens))
-        for first in range(0, len(tokens), self._chunk):
-            chunk = slice(first, first + self._chunk)
-            self._prefill_chunk(row, tokens[chunk], start + first, written[chunk])
+        end = start + len(tokens)
+        written = self._kv.table.locate_trunk(row, start, end)
+        borders = range((start // self._chunk + 1) * self._chunk, end, self._chunk)
+        for first, last in pairwise([start, *borders, end] if tokens else []):
+            part = slice(first - start, last - start)
+            self._prefill_chunk(row, tokens[part], first, written[part])
 
     @torch.inference_mode()
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
@@ -116,12 +122,12 @@ class HFRunner(ModelRunner):
             self._kv.move(row, source, destination)
 
     def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int, written: list[int]) -> None:
-        # The shape depends on the number of tokens alone, so equal prompts give equal KV, bit for bit.
+        # Chunks end and read at multiples of their length, so KV is the same, bit for bit, however a prompt is cut.
         count = len(tokens)
         padded = min(self._chunk, max(SMALLEST_CHUNK, 1 << (count - 1).bit_length()))
         inputs = torch.zeros(1, padded, dtype=torch.int64)
         inputs[0, :count] = torch.tensor(tokens, dtype=torch.int64)
-        extent = self.extent(start + count)
+        extent = min(self.slots, self.extent((start // self._chunk + 1) * self._chunk))
         positions, mask = self._trunk([start], padded, extent)
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
         self._kv.aim([row], [extent], self._tensor([written]))
@@ -134,7 +140,7 @@ class HFRunner(ModelRunner):
         )
 
     def _extents(self, visible: Tensor) -> list[int]:
-        """How many slots each row of a mask, bool [R, T, E], reads; E the most."""
+        """How many slots each row of a mask, bool [R, T, E], has to read."""
         rows, _, extent = visible.shape
         if rows == 1:
             return [extent]

@@ -4,14 +4,15 @@
 at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
 A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
-they lie; others are gathered. Rows of one forward are read apart, each at its own extent, where the attention takes
-them so (:mod:`~ssd_ray.models.attention`); else they are gathered at the longest.
+they lie; others are gathered. Rows of one forward are read at their own extents where the attention takes them so
+(:mod:`~ssd_ray.models.attention`); else they are gathered at the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssd_ray.models.pages import PageTable
+
+SHORT = 384
+"""Slots up to which neighbours of equal extent are gathered into one tensor: measured on a CPU, copying them then costs
+less than an attention call for each."""
 
 MAX_VIEWS = 1024
 """Views that a layer keeps."""
@@ -54,7 +59,7 @@ class Window:
     """int64 [R * T]: addresses of the leading T tokens of each row; what follows is padding."""
     extent: int = 0
     parts: list[Part] = field(default_factory=list)
-    """All rows as one part, or each row as a part of its own."""
+    """What is read, in the order of the rows; each part becomes one attention call."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -71,8 +76,8 @@ class SlotLayer(CacheLayerMixin):
         self._views: dict[tuple[int, int], KeysValues] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
-        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or a list of
-        [1, heads, extent, dim], one for each row."""
+        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or lists
+        of such parts of the rows."""
         write(self.keys, self._window.written, key_states)
         write(self.values, self._window.written, value_states)
         parts = self._window.parts
@@ -82,10 +87,8 @@ class SlotLayer(CacheLayerMixin):
 
     def _read(self, part: Part) -> KeysValues:
         if part.pages is not None:
-            keys, values = (
-                gather(pool, part.pages, self._page_slots, part.extent) for pool in (self.keys, self.values)
-            )
-            return keys, values
+            where = part.pages, self._page_slots, part.extent
+            return gather(self.keys, *where), gather(self.values, *where)
         span = part.first, part.first + part.extent
         if span not in self._views:
             # Kept, since making them costs as much as writing.
@@ -137,7 +140,7 @@ class SlotCache(Cache):
         shapes: what each layer keeps.
         slots: a whole number of pages.
         pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
-        apart: read rows apart; False gathers them.
+        apart: read rows in parts of equal extents; False gathers all of them.
     """
 
     def __init__(
@@ -184,14 +187,19 @@ class SlotCache(Cache):
         """
         window = self._window
         window.written, window.extent = written.flatten(), max(extents)
-        if self._apart or len(rows) == 1:
-            window.parts = [self._part(row, extent) for row, extent in zip(rows, extents, strict=True)]
-        else:
-            window.parts = [Part(window.extent, pages=self.pages(rows, window.extent))]
+        window.parts = self._parts(rows, extents) if self._apart else [self._part(rows, window.extent)]
 
-    def _part(self, row: int, extent: int) -> Part:
-        first = self.table.run(row, extent)
-        return Part(extent, pages=self.pages([row], extent)) if first is None else Part(extent, first)
+    def _parts(self, rows: Sequence[int], extents: Sequence[int]) -> list[Part]:
+        parts = []
+        for extent, places in groupby(range(len(rows)), extents.__getitem__):
+            group = [rows[place] for place in places]
+            groups = [group] if extent <= SHORT else [[row] for row in group]
+            parts += [self._part(some, extent) for some in groups]
+        return parts
+
+    def _part(self, rows: Sequence[int], extent: int) -> Part:
+        first = self.table.run(rows[0], extent) if len(rows) == 1 else None
+        return Part(extent, pages=self.pages(rows, extent)) if first is None else Part(extent, first)
 
     def pages(self, rows: Sequence[int], extent: int) -> Tensor:
         """The pages behind the first slots of rows, int64 [R, P]."""

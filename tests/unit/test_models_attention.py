@@ -39,16 +39,17 @@ def test_masked(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     torch.testing.assert_close(got, defined(query, key, value, mask, 0.3))
 
 
-def test_rows_apart(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Row r reads 11, 10 and 9 slots, and gets what it gets alone, bit for bit."""
+def test_parts_of_the_rows(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Two rows read 10 slots, one reads 11; each gets what it gets alone, bit for bit."""
     query, key, value, mask = tensors
-    extents = (11, 10, 9)
-    keys, values = ([part[r : r + 1, :, :e] for r, e in enumerate(extents)] for part in (key, value))
+    parts = ((slice(0, 2), 10), (slice(2, 3), 11))
+    keys, values = ([part[rows, :, :extent] for rows, extent in parts] for part in (key, value))
     got, _ = masked_attention(Causal(), query, keys, values, mask, scaling=0.3)
-    for r, extent in enumerate(extents):
-        alone = query[r : r + 1], keys[r], values[r], mask[r : r + 1, ..., :extent]
-        assert torch.equal(got[r : r + 1], masked_attention(Causal(), *alone, scaling=0.3)[0])
-        torch.testing.assert_close(got[r : r + 1], defined(*alone, 0.3))
+    for row, extent in enumerate((10, 10, 11)):
+        r = slice(row, row + 1)
+        alone = query[r], key[r, :, :extent], value[r, :, :extent], mask[r, ..., :extent]
+        assert torch.equal(got[r], masked_attention(Causal(), *alone, scaling=0.3)[0])
+        torch.testing.assert_close(got[r], defined(*alone, 0.3))
 
 
 def test_folded_groups(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers.cache_utils import Cache
@@ -46,22 +48,36 @@ def test_equal_prompts_give_equal_bits(runner: HFRunner, length: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_rest_of_the_batch_changes_no_bit(dtype: torch.dtype) -> None:
     """Rows of other lengths, in another order, on other pages: a row's logits and KV are what they are alone."""
-    size = {"rows": 8, "max_length": 256, "scratch": 0, "page_slots": 16}
-    model = tiny_model("llama", context=256).to(dtype)
-    alone, batch = HFRunner(model, **size), HFRunner(model, pages=100, **size)
-    lengths = [200, 3, 17, 64, 90, 5, 120, 33]
-    pages = iter(torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist())
+    size = {"rows": 8, "max_length": 512, "scratch": 0}
+    model = tiny_model("llama", context=512, head_dim=64).to(dtype)
+    alone, batch = HFRunner(model, **size), HFRunner(model, pages=40, **size)
+    lengths = [400, 3, 117, 64, 290, 5, 220, 233]
+    pages = iter(torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist())
     for row, length in enumerate(lengths):
-        batch.bind(row, 0, [next(pages) for _ in range(batch.extent(length + 16) // 16)])
+        batch.bind(row, 0, [next(pages) for _ in range(batch.extent(length + 16) // 64)])
         for runner in (alone, batch):
             runner.prefill(row, text(length, seed=row))
     for step in (0, 8):
         tokens = [text(8, seed=100 + row + step) for row in range(8)]
         want = [alone.append([row], torch.tensor([tokens[row]]), [lengths[row] + step])[0] for row in range(8)]
-        for rows in ([6, 2, 0, 7, 1], [4, 3, 5]):
+        for rows in ([6, 7, 2, 0, 5, 1], [4, 3, 5]):  # 6 and 7, 5 and 1 read equally many slots
             got = batch.append(rows, torch.tensor([tokens[r] for r in rows]), [lengths[r] + step for r in rows])
             for of_row, row in zip(got, rows, strict=True):
                 assert torch.equal(of_row, want[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cuts", [[300], [64, 310], [8, 9, 290], [256, 257]])
+def test_a_prompt_cut_anywhere_gives_equal_bits(dtype: torch.dtype, cuts: list[int]) -> None:
+    """As where its beginning is shared, or other work comes in between."""
+    model = tiny_model("llama", context=448, head_dim=64).to(dtype)
+    runner = HFRunner(model, rows=2, max_length=448, scratch=0)
+    tokens = text(400)
+    runner.prefill(0, tokens)
+    for start, end in pairwise([0, *cuts, 400]):
+        runner.prefill(1, tokens[start:end], start=start)
+    logits = [runner.append([row], torch.tensor([text(8, seed=1)]), [400]) for row in (0, 1)]
+    assert torch.equal(*logits)
 
 
 def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
