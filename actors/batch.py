@@ -106,18 +106,14 @@ class Batch:
         self.rows.append(row)
         return True
 
-    def prefill(self, most: int) -> Row | None:
-        """Write the KV of up to ``most`` tokens of the row that has waited longest for it; returns that row."""
-        row = next((row for row in self.rows if not row.ready), None)
-        if row is None:
-            return None
-        # Chunks end at multiples of their size, wherever they begin.
-        end = min(row.filled + most - row.filled % most, row.session.position)
-        self._runner.prefill(row.number, row.session.tokens[row.filled : end], row.filled)
-        row.filled = end
+    def prefill(self, row: Row, chunk: int) -> int:
+        """Write the KV of a row's next tokens, up to the next multiple of ``chunk``; returns how many."""
+        start = row.filled
+        row.filled = min(start + chunk - start % chunk, row.session.position)
+        self._runner.prefill(row.number, row.session.tokens[start : row.filled], start)
         if row.ready:
             self._publish(row)
-        return row
+        return row.filled - start
 
     def make_room(self, rows: Iterable[Row]) -> list[Row]:
         """See that each row has pages for its next round, at the cost of those that came last; returns who had to
@@ -156,6 +152,11 @@ class Batch:
     def all(self) -> list[Row]:
         """The rows that run or wait."""
         return [*self.rows, *self.waiting]
+
+    @property
+    def unready(self) -> list[Row]:
+        """The rows that lack KV of their prompts, in the order in which they came to run."""
+        return [row for row in self.rows if not row.ready]
 
     @property
     def ready(self) -> list[Row]:

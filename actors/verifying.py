@@ -182,9 +182,13 @@ class Target:
         return True
 
     def _prefill(self) -> None:
-        start = self._clock()
-        row = self.batch.prefill(self._prefill_chunk)
-        if row is not None:
+        """Prefill a chunk of one prompt, or several that are no more than that together."""
+        left = self._prefill_chunk
+        for row in self.batch.unready:
+            if row.session.position - row.filled > left < self._prefill_chunk:
+                return
+            start = self._clock()
+            left -= self.batch.prefill(row, self._prefill_chunk)
             row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
 
     def _round(self, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ from ssd_ray.transport.inbox import InboxChannel
 
 
 class HybridChannel(Channel):
-    """An endpoint of both channels, whose two halves have the same name.
+    """An endpoint of both channels, whose two halves have the same name. A peer may be on the small one alone.
 
     Order holds among a peer's small frames and among its large ones, not between the two.
     """
@@ -21,8 +21,9 @@ class HybridChannel(Channel):
         large.inbox.on_put = small.wake
 
     def send(self, peer: str, frame: bytes) -> bool:
-        channel = self._small if len(frame) <= self._inline_max_bytes else self._large
-        if channel.send(peer, frame):
+        if len(frame) > self._inline_max_bytes and self._large.send(peer, frame):
+            return True
+        if self._small.send(peer, frame):  # also what the large one does not take: it may not know the peer
             return True
         self.dropped += 1
         return False

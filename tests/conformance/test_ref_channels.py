@@ -13,6 +13,7 @@ from ssd_ray.cluster.refs import CONCURRENCY_GROUPS, DrainChannel, RefChannel
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.hybrid import HybridChannel
 from ssd_ray.transport.inbox import QUEUE_FRAMES, Inbox
+from ssd_ray.transport.memory import MemoryHub, MemorySpoke
 from ssd_ray.transport.zmq import ZmqHub, ZmqSpoke
 from ssd_ray.wire import Nodes, decode, encode
 from tests.conformance.channel_actors import INLINE_MAX_BYTES, HybridNode, RefNode
@@ -167,3 +168,12 @@ class TestDrain(ChannelSuite):
     network_type = DrainNetwork
     load = 100
     flood = 400
+
+
+def test_a_large_frame_reaches_a_peer_that_is_on_the_small_channel_alone():
+    hub = MemoryHub()
+    with HybridChannel(hub, RefChannel(HUB, Inbox()), 1024) as channel, MemorySpoke(hub.address, "driver") as driver:
+        driver.send(HUB, b"here")
+        assert channel.receive(1.0) == ("driver", b"here")
+        assert channel.send("driver", bytes(5000))
+        assert driver.receive(1.0) == (HUB, bytes(5000))
