@@ -75,6 +75,58 @@ def methods(
 
 
 @app.command()
+def batches(
+    target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
+    size: Annotated[list[int] | None, typer.Option(min=1, help="Repeat for several; default: 1, 2, 4, 8, 16.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: ar, sd, ssd.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each prompt.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    repeat: Annotated[int, typer.Option(min=1, help="Times that each batch is served.")] = 3,
+    num_drafts: Annotated[int, typer.Option(min=0)] = 1,
+    dtype: Annotated[str, typer.Option()] = "auto",
+    lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
+    prefix_cache: Annotated[bool, typer.Option(help="Also where a batch has been served before.")] = False,
+) -> None:
+    """Compare ar, sd and ssd with several requests at once: total tokens/s, time per token, and how even it is."""
+    from ssd_ray.bench.batches import LONGEST, compare_batches
+    from ssd_ray.models.loader import load_tokenizer
+
+    sizes = sorted(size or [1, 2, 4, 8, 16])
+    config = EngineConfig.from_kwargs(
+        target=target,
+        draft=draft,
+        num_drafts=num_drafts,
+        dtype=dtype,
+        max_num_seqs=max(sizes),
+        text_lookup=lookup,
+        prefix_cache=prefix_cache,
+    )
+    chosen = held_out_prompts(load_tokenizer(target), count=max(sizes), tokens=LONGEST)
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    with Console(stderr=True).status("starting") as status:
+        figures = compare_batches(
+            config, chosen, params, sizes, methods=method or OWN, repeat=repeat, progress=status.update
+        )
+    table = Table(
+        title=f"temperature {temperature:g}, {max_tokens} tokens each, {repeat} times; medians",
+        caption="ms per token: of one request, after its first tokens. slowest: request against the median one's",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    columns = ("tokens/s", "ms per token", "99th", "slowest", "duty", "hits", "tokens/round")
+    for column in ("at once", "method", *columns):
+        table.add_column(column, justify="right")
+    for each in figures:
+        rows = f"{each.rows} of all lengths" if each.mixed else str(each.rows)
+        values = (each.median_ms, each.p99_ms, each.slowest, each.duty_cycle, each.hit_rate, each.tokens_per_round)
+        table.add_row(rows, each.method, f"{each.tokens_per_s:.1f}", *(f"{value:.2f}" for value in values))
+    _console().print(table)
+    results = [each.as_dict() for each in figures]
+    print(json.dumps({"bench": "batches", "machine": machine(), "results": results}))
+
+
+@app.command()
 def policies(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
