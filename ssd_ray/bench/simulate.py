@@ -81,15 +81,17 @@ class Forecast:
 
 def ar(hardware: Hardware, rows: int = 1) -> Forecast:
     """Autoregressive decoding: a forward for each token of each row."""
-    round_ms = hardware.verify_ms + hardware.host_ms
-    return Forecast(1e3 * rows / round_ms, 1.0, hardware.verify_ms / round_ms)
+    verify_ms = hardware.verify(rows)
+    round_ms = verify_ms + hardware.host_ms
+    return Forecast(1e3 * rows / round_ms, 1.0, verify_ms / round_ms)
 
 
 def sd(hardware: Hardware, pair: Pair, rows: int = 1) -> Forecast:
     """Plain speculative decoding: every round drafts K tokens first."""
     tokens = 1.0 + _mean(pair.after_miss)
-    round_ms = hardware.verify_ms + hardware.host_ms + pair.lookahead * hardware.step_ms
-    return Forecast(1e3 * rows * tokens / round_ms, tokens, hardware.verify_ms / round_ms)
+    verify_ms = hardware.verify(rows)
+    round_ms = verify_ms + hardware.host_ms + pair.lookahead * hardware.step(rows)
+    return Forecast(1e3 * rows * tokens / round_ms, tokens, verify_ms / round_ms)
 
 
 def ssd(
@@ -118,13 +120,14 @@ def ssd(
     cumulative = {hit: list(accumulate(weights)) for hit, weights in ((True, pair.after_hit), (False, pair.after_miss))}
     hits = [True] * rows
     tokens, time = 0.0, 0.0
-    verified = hardware.verify_ms + hardware.host_ms
-    tree_ms = (pair.lookahead + 1) * hardware.step_ms + hardware.message_ms
+    verify_ms, step_ms = hardware.verify(rows), hardware.step(rows)
+    verified = verify_ms + hardware.host_ms
+    tree_ms = (pair.lookahead + 1) * step_ms + hardware.message_ms
     # The first step runs the trunk, after the second a branch has its first token.
-    drawn = max(0, int((verified - hardware.message_ms) / hardware.step_ms) - 1)
+    drawn = max(0, int((verified - hardware.message_ms) / step_ms) - 1)
     longest = pair.lookahead if whole_trees else drawn
     round_ms = max(verified, tree_ms) if whole_trees else verified
-    backup_ms = (len(pair.after_miss) - 1) * hardware.step_ms + hardware.message_ms
+    backup_ms = (len(pair.after_miss) - 1) * step_ms + hardware.message_ms
     drafted = len(pair.after_miss) > 1 and (rows == 1 or lock_step)
     for _ in range(rounds):
         missed = not all(hits)
@@ -135,7 +138,7 @@ def ssd(
                 accepted = dice.choices(range(len(cumulative[hit])), cum_weights=cumulative[hit])[0]
                 tokens += min(accepted, longest) if hit else accepted
             hits[row] = dice.random() < pair.hit_rate
-    return Forecast(1e3 * tokens / time, tokens / rounds / rows, rounds * hardware.verify_ms / time)
+    return Forecast(1e3 * tokens / time, tokens / rounds / rows, rounds * verify_ms / time)
 
 
 def several_drafts(pair: Pair, drafts: int, exponent: float) -> Pair:
