@@ -147,13 +147,16 @@ class Pump:
         return self.drafts[-1]
 
     def turn(self) -> None:
-        """One turn of the target."""
+        """One turn of the target. Afterwards no page of KV is lost or has two owners, whatever happened."""
         if not self.target.turn(0.0):
             self._run_drafts()
         while (received := self.driver.receive()) is not None:
             for output in decode(SESSION, received[1]):
                 if isinstance(output, Output):
                     self._take(output)
+
+        for part in (self.target.batch, *self.drafts):
+            part.pool.validate()
 
     def _take(self, output: Output) -> None:
         text = self.texts.setdefault(output.request, Text())
