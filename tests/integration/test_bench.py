@@ -45,7 +45,7 @@ def test_policies(tmp_path: Path) -> None:
     assert {each["budget"] for each in figures if each["study"] == "fan-out"} == {8, 16, 32}
     samplers = [each for each in figures if each["study"] == "sampler"]
     assert [each["name"] for each in samplers if each["temperature"] == 0.0] == ["coupled"]
-    assert len(samplers) == 1 + 6
+    assert len(samplers) == 1 + 7
     assert all(each["tokens_per_s"] > 0 and 0 <= each["hit_rate"] <= 1 for each in figures)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -104,3 +104,15 @@ def test_shapes(tmp_path: Path) -> None:
     figures = json.loads(result.stdout.splitlines()[-1])
     assert set(figures["ms"]) == {str(tokens) for tokens in range(1, 9)}
     assert figures["same_bits"]["8"] is True
+
+
+def test_batches(tmp_path: Path) -> None:
+    target, draft = tiny_pair(tmp_path, vocab=4096, context=2048)
+    arguments = ["batches", "--target", str(target), "--draft", str(draft), "--size", "1", "--size", "3"]
+    arguments += ["--max-tokens", "12", "--repeat", "1", "--method", "ar", "--method", "ssd"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])["results"]
+    loads = [("ar", 1, False), ("ssd", 1, False), ("ar", 3, False), ("ssd", 3, False), ("ar", 3, True), ("ssd", 3, True)]
+    assert [(each["method"], each["rows"], each["mixed"]) for each in figures] == loads
+    assert all(0.0 < each["median_ms"] <= each["p99_ms"] and each["slowest"] >= 1.0 for each in figures)
+    assert all(each["tokens_per_round"] == 1.0 for each in figures if each["method"] == "ar")
