@@ -23,10 +23,10 @@ import typer
 from typer.core import TyperGroup
 
 from ssd_ray import __version__
-from ssd_ray.batch import Item, ResultFile, count_prompts, read_prompts
 from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
 from ssd_ray.errors import ConfigError, ModelError, RequestError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, with_flags
+from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 
 if TYPE_CHECKING:
     from rich.console import Console
