@@ -30,6 +30,7 @@ class Request:
     tokens: Sequence[int]
     params: SamplingParams
     deadline: float = inf
+    holders: Sequence[str] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +46,7 @@ class Row:
     number: int = -1  # of the KV row, while it runs
     lease: Lease | None = None
     filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
+    holders: set[str] = field(default_factory=set)  # drafts that have the prompt by another way and do not know it yet
     unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
     accepted: int = 0  # tokens of the last speculation
     added: list[int] = field(default_factory=list)  # tokens of the last round

@@ -36,6 +36,10 @@ class DraftActor:
         finally:
             self._channel.close()
 
+    def give(self, sequence: int, prompt: Sequence[int]) -> None:
+        """Have the prompt of a sequence, from any thread; see :meth:`Draft.give`."""
+        self._draft.give(sequence, prompt)
+
     def stop(self) -> None:
         """Let :meth:`run` return, from any thread."""
         self._stopping = True

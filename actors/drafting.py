@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssd_ray.actors.handover import Handover
 from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
@@ -102,6 +103,7 @@ class Draft:
         self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
         self.pool = PagePool(range(runner.num_pages), runner.page_slots)
         self._seats: dict[int, Seat] = {}
+        self._handover = Handover()
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
         self._step_ms, self._shared_by = 0.0, 1  # of the last step: how long it took, and how many sequences it served
@@ -120,11 +122,17 @@ class Draft:
     def turn(self, idle_seconds: float = HELLO_SECONDS) -> bool:
         """Take what has arrived and run one step; without work wait for a message. Returns whether a step ran."""
         self._say_hello()
+        self._open_whole()  # prompts may have come
         self._receive(0.0)
         if self._work():
             return True
         self._receive(min(idle_seconds, max(0.0, self._hello_due - self._clock())))
         return False
+
+    def give(self, sequence: int, prompt: Sequence[int]) -> None:
+        """Have the prompt of a sequence that is opened without it, sooner or later. From any thread."""
+        self._handover.give(sequence, prompt)
+        self._channel.wake()
 
     def leave(self) -> None:
         """Tell the target that this draft goes."""
@@ -156,7 +164,8 @@ class Draft:
     def _handle(self, message: Message) -> None:
         match message:
             case Open():
-                self._open(message)
+                self._handover.put(message)
+                self._open_whole()
             case Outcome():
                 self._advance(message)
             case Begin() if message.sequence in self._seats:
@@ -165,6 +174,10 @@ class Draft:
                 self._close(message.sequence)
             case _:
                 pass
+
+    def _open_whole(self) -> None:
+        for message in self._handover.take():
+            self._open(message)
 
     def _open(self, message: Open) -> None:
         self._asked.pop(message.sequence, None)
@@ -234,6 +247,7 @@ class Draft:
             self._send(Lost(message.sequence))
 
     def _close(self, sequence: int) -> None:
+        self._handover.drop(sequence)
         self._asked.pop(sequence, None)
         seat = self._seats.pop(sequence, None)
         if seat is not None:

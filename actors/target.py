@@ -63,9 +63,11 @@ class TargetActor:
 
     # From any thread
 
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
+    def submit(
+        self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None, holders: Sequence[str]
+    ) -> None:
         """Queue a request; see :meth:`Target.submit`."""
-        self._target.submit(number, tokens, params, timeout)
+        self._target.submit(number, tokens, params, timeout, holders)
 
     def cancel(self, number: int) -> None:
         """End a request early."""

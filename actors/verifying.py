@@ -129,12 +129,21 @@ class Target:
 
     # Called from any thread
 
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
+    def submit(
+        self,
+        number: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None = None,
+        holders: Sequence[str] = (),
+    ) -> None:
         """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number.
 
         After ``timeout`` seconds, waiting included, it ends with the reason "timeout" and what has come so far.
+        ``holders`` are the drafts that are given the prompt by somebody else: this target need not send it to them.
         """
-        self._command(Request(number, tokens, params, inf if timeout is None else self._clock() + timeout))
+        deadline = inf if timeout is None else self._clock() + timeout
+        self._command(Request(number, tokens, params, deadline, holders))
 
     def cancel(self, number: int) -> None:
         """End a request early, with the reason "cancelled"."""
@@ -409,12 +418,12 @@ class Target:
         verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
         text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
         ngrams = NgramIndex(tokens if self._looks_up else ())
-        return Row(session, verify, text, ngrams, deadline=request.deadline)
+        return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
 
     def _end(self, row: Row) -> None:
         """Say goodbye to a row that has a finish reason."""
         session = row.session
-        if row.lease is not None:
+        if row.lease is not None or row.holders:
             self._tell(Close(session.sequence))
         self.batch.remove(row)
         stats = session.stats()
@@ -489,18 +498,21 @@ class Target:
         session = row.session
         share, shares = self._drafts.index(draft), len(self._drafts)
         speculation = session.cache.speculation
+        omitted = session.prompt_tokens if draft in row.holders else 0
+        row.holders.discard(draft)  # should it not have the prompt after all, it asks, and is sent everything
         self._send(
             draft,
             Open(
                 session.sequence,
                 session.round,
-                session.tokens,
+                session.tokens[omitted:],
                 speculation,
                 session.params,
                 self._planner.c or 0.0,
                 share,
                 shares,
                 session.prompt_tokens,
+                omitted,
             ),
         )
 

@@ -87,7 +87,8 @@ class Driver:
                 raise QueueFullError(f"{self._config.max_queue} requests are under way, as many as max_queue allows")
             number = next(self._numbers)
             self._requests[number] = deliver
-        self._target.submit.remote(number, payload, params, timeout)  # if it is lost, the target has died
+        holders = self._supervisor.hand_out(number, payload) if isinstance(payload, ray.ObjectRef) else []
+        self._target.submit.remote(number, payload, params, timeout, holders)  # if it is lost, the target has died
         return number
 
     def cancel(self, number: int) -> None:
@@ -144,7 +145,7 @@ class Driver:
             raise self._failure or own_error(error, "target") from error
 
     def _payload(self, tokens: Sequence[int]) -> Any:
-        """Tokens as an argument: a long prompt travels through the object store."""
+        """Tokens as an argument: a long prompt goes into the object store, once for the target and all drafts."""
         array = np.asarray(tokens, np.int32)
         return ray.put(array) if array.nbytes > self._config.inline_max_bytes else array.tolist()
 

@@ -241,9 +241,17 @@ class Reply:
         return {"index": index, "finish_reason": output and FINISH_REASONS[output.finish_reason]} | content
 
     def _usage(self, outputs: Sequence[Any]) -> Document:
-        prompt = sum(output.stats.sums.prompt_tokens for output in outputs[:: self._texts])
+        prompts = [output.stats.sums for output in outputs[:: self._texts]]
+        prompt = sum(sums.prompt_tokens for sums in prompts)
+        # One that was preempted may have found KV twice, also of its own text.
+        cached = sum(min(sums.cached_tokens, sums.prompt_tokens) for sums in prompts)
         completion = sum(len(output.token_ids) for output in outputs)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
 
 
 def model_card(name: str, created: int) -> Document:

@@ -56,9 +56,11 @@ class TargetProcess(_Process):
         self._actor.run()
 
     @ray.method(concurrency_group="inbox")
-    def submit(self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None = None) -> None:
+    def submit(
+        self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None, holders: Sequence[str]
+    ) -> None:
         """Queue a request."""
-        self._actor.submit(number, tokens, params, timeout)
+        self._actor.submit(number, tokens, params, timeout, holders)
 
     @ray.method(concurrency_group="inbox")
     def cancel(self, number: int) -> None:
@@ -113,6 +115,11 @@ class DraftProcess(_Process):
     def run(self) -> None:
         """Draft until :meth:`stop`."""
         self._actor.run()
+
+    @ray.method(concurrency_group="inbox")
+    def give(self, sequence: int, prompt: Sequence[int]) -> None:
+        """Have the prompt of a sequence, which the target opens without it."""
+        self._actor.give(sequence, prompt)
 
     @ray.method(concurrency_group="inbox")
     def stop(self) -> None:

@@ -127,6 +127,14 @@ class Supervisor:
                     self._stop(added)
                     raise
 
+    def hand_out(self, sequence: int, prompt: Any) -> list[str]:
+        """Give every draft a prompt that is in the object store, without waiting for anything; their names."""
+        with self._changing:
+            drafts = list(self._drafts)
+        for draft in drafts:
+            draft.handle.give.remote(sequence, prompt)
+        return [draft.name for draft in drafts]
+
     def close(self) -> None:
         """Stop all actors; idempotent."""
         with self._scaling:

@@ -23,10 +23,10 @@ import typer
 from typer.core import TyperGroup
 
 from ssd_ray import __version__
-from ssd_ray.batch import Item, ResultFile, count_prompts, read_prompts
 from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
 from ssd_ray.errors import ConfigError, ModelError, RequestError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, with_flags
+from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -271,6 +271,8 @@ def _print_figures(stats: Stats, seconds: float) -> None:
     for name, value in (
         ("tokens/s", f"{stats.tokens / seconds:.1f}  ({stats.tokens} tokens in {seconds:.2f} s)"),
         ("prefill", f"{stats.sums.prefill_ms:.0f} ms for {stats.sums.prompt_tokens} prompt tokens, included above"),
+        ("cached", stats.cached_tokens and f"{stats.cached_tokens} tokens were not prefilled: their KV was there"),
+        ("preemptions", stats.preemptions and f"{stats.preemptions} times a request made room and waited again"),
         ("tokens per round", f"{stats.tokens_per_round:.2f}"),
         ("hit rate", f"{stats.hit_rate:.1%}"),
         ("misses", misses),
@@ -280,7 +282,8 @@ def _print_figures(stats: Stats, seconds: float) -> None:
             f"{stats.tree_use:.1%} of their tokens used, {stats.draft_waste:.1%} of the steps in vain",
         ),
     ):
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     _stderr().print(table, style="dim")
 
 

@@ -182,7 +182,7 @@ class EngineConfig:
         law_tokens: with "rejection", a draft's law is cut to its so many likeliest tokens; 0 keeps the vocabulary.
         text_lookup: heed what followed the same tokens earlier in the text: in the drafts' rankings, and as a backup.
         transport: "zmq" (large payloads ride on Ray object refs), "ray" (all do), "auto" is "zmq".
-        inline_max_bytes: frames above it ride on Ray object refs.
+        inline_max_bytes: prompts and frames above it ride on Ray object refs.
         device: "auto", "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16"; "auto" is the checkpoint's.
         compile: compile the forwards at their fixed shapes with torch.compile.

@@ -73,6 +73,16 @@ class Stats:
         return msgspec.structs.asdict(self.sums.backups)
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens that were not prefilled, because their KV was there."""
+        return self.sums.cached_tokens
+
+    @property
+    def preemptions(self) -> int:
+        """Times that a request gave its memory back to others and waited again."""
+        return self.sums.preemptions
+
+    @property
     def accepted(self) -> tuple[int, ...]:
         """Histogram: entry k counts the rounds that accepted exactly k tokens."""
         return self.sums.accepted

@@ -87,8 +87,8 @@ class Goodbye(Message, frozen=True, tag="goodbye"):
 class Open(Message, frozen=True, tag="open"):
     """A sequence as it stands: all committed tokens, the bonus token of ``round`` last, and what is being verified.
 
-    The first ``prompt_tokens`` tokens are the prompt. ``c`` is the Saguaro's C to draw with from now on, in rejection
-    mode.
+    The first ``prompt_tokens`` tokens are the prompt. ``tokens`` lacks the first ``omitted`` ones, if the driver hands
+    a long prompt to the draft itself. ``c`` is the Saguaro's C to draw with from now on, in rejection mode.
     """
 
     sequence: Count
@@ -100,6 +100,7 @@ class Open(Message, frozen=True, tag="open"):
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
     prompt_tokens: Count = 0
+    omitted: Count = 0
 
 
 class Outcome(Message, frozen=True, tag="outcome"):

@@ -105,10 +105,51 @@ def test_no_prompts_no_results(llm):
     assert llm.generate([]) == []
 
 
-def test_a_long_prompt_travels_through_the_object_store(llm):
+def call(engine, name, function):
+    """Run a function in an actor's process, with the actor."""
+    handle = engine._engine.driver.actors[name]
+    return ray.get(handle.__ray_call__.options(concurrency_group="inbox").remote(function))
+
+
+def test_target_and_drafts_read_one_copy_of_a_long_prompt(cluster, pair):
     prompt = "x = 1\n" * 60
-    assert 4 * len(llm._engine.models.prompt(prompt)) > llm.config.inline_max_bytes
-    assert len(llm.generate(prompt, PARAMS)[0].token_ids) == 24
+
+    def watch(process):
+        process.frames, process.prompts = [], []
+        channel, handover = process._actor._channel, process._actor._draft._handover
+        receive, give = channel.receive, handover.give
+
+        def watched_receive(timeout=0.0):
+            received = receive(timeout)
+            if received is not None:
+                process.frames.append(len(received[1]))
+            return received
+
+        def watched_give(sequence, prompt):
+            process.prompts.append((len(prompt), prompt.flags.writeable, prompt.flags.owndata))
+            give(sequence, prompt)
+
+        channel.receive, handover.give = watched_receive, watched_give
+
+    with LLM(*pair, method="ar") as engine:
+        expected = engine.generate(prompt, PARAMS)[0].token_ids
+        tokens = engine._engine.models.prompt(prompt)
+    with LLM(*pair, num_drafts=2, inline_max_bytes=1024) as engine:
+        assert 4 * len(tokens) > engine.config.inline_max_bytes
+        for name in ("draft-0", "draft-1"):
+            call(engine, name, watch)
+
+        def drafted():
+            output = engine.generate(prompt, PARAMS)[0]
+            assert output.token_ids == expected
+            return output.stats.sums.tree_tokens
+
+        assert any(drafted() for _ in range(30))  # on a busy machine a draft may be late
+        for name in ("draft-0", "draft-1"):
+            wait_until(lambda name=name: not call(engine, name, lambda process: len(process._actor._draft._handover)))
+            frames, prompts = call(engine, name, lambda process: (process.frames, process.prompts))
+            assert set(prompts) == {(len(tokens), False, False)}  # views of memory that is the object store's
+            assert 0 < max(frames) < len(tokens)  # bytes: no message had the prompt
 
 
 def test_threads_may_share_an_engine(llm, expected):

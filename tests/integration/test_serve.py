@@ -106,6 +106,11 @@ def test_a_completion(complete, expected):
     assert completion.usage.total_tokens == len(PROMPT) + 24
 
 
+def test_usage_tells_that_the_beginning_of_a_prompt_was_cached(complete):
+    usages = [complete(prompt="y = 2\n" * 20, max_tokens=2).usage for _ in range(2)]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, 64]
+
+
 def test_a_completion_of_several_prompts(complete, expected):
     completion = complete(prompt=["x", PROMPT])
     assert [choice.index for choice in completion.choices] == [0, 1]

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -167,6 +169,15 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(llm):
     for figure in ("tokens/s", "(4 tokens in", "2.00", "25.0%", "3 late", "75.0%", "5 ms for 7 prompt tokens"):
         assert figure in result.stderr
     assert llm.made[0].closed
+
+
+def test_what_memory_did_is_told_if_it_did_anything(monkeypatch):
+    assert "not prefilled" not in (silent := run("generate", "x").stderr)
+    assert "preemptions" not in silent
+    monkeypatch.setitem(globals(), "SUMS", msgspec.structs.replace(SUMS, cached_tokens=64, preemptions=2))
+    told = run("generate", "x").stderr
+    assert re.search(r"cached +64 tokens were not prefilled", told)
+    assert re.search(r"preemptions +2", told)
 
 
 def test_one_json_document():

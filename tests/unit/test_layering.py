@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chat", "progress"),
     ("outputs",),
     ("stats", "text"),
-    ("sampling", "saguaro", "wire", "flags", "batch"),
+    ("sampling", "saguaro", "wire", "flags", "prompt_files"),
     ("config",),
     ("errors",),
 )

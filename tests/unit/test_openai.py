@@ -27,8 +27,8 @@ def chat(**fields):
     return ChatRequest.model_validate({"messages": MESSAGES} | fields)
 
 
-def output(text="ab", reason="stop", logprobs=None):
-    stats = Stats(sums=RequestStats(prompt_tokens=3, tokens=len(text)))
+def output(text="ab", reason="stop", logprobs=None, cached=0):
+    stats = Stats(sums=RequestStats(prompt_tokens=3, tokens=len(text), cached_tokens=cached))
     return SimpleNamespace(
         text=text, finish_reason=reason, token_ids=list(range(len(text))), stats=stats, logprobs=logprobs
     )
@@ -103,8 +103,14 @@ class TestPrompts:
 class TestReplies:
     def test_usage_counts_a_prompt_of_several_texts_once(self):
         reply = Reply(completion(), "m", str, texts=2).whole([output(), output("abc"), output(), output()])
-        assert reply["usage"] == {"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15}
+        figures = {name: reply["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        assert figures == {"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15}
         assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+
+    def test_usage_tells_how_much_of_the_prompts_was_cached(self):
+        outputs = [output(cached=2), output(cached=3), output(cached=8), output(cached=3)]  # 8: preempted, found again
+        reply = Reply(completion(), "m", str, texts=2).whole(outputs)
+        assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": 2 + 3}
 
     @pytest.mark.parametrize(
         ("ours", "theirs"), [("stop", "stop"), ("length", "length"), ("timeout", "length"), ("cancelled", "length")]

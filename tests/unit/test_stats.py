@@ -64,6 +64,12 @@ def test_what_came_of_the_trees():
     assert (stats.partial_rate, stats.tree_use, stats.draft_waste) == (0.25, 0.25, 0.25)
 
 
+def test_what_memory_did():
+    stats = Stats(sums=RequestStats(cached_tokens=64, preemptions=2))
+    assert (stats.cached_tokens, stats.preemptions) == (64, 2)
+    assert stats.as_dict().items() >= {"cached_tokens": 64, "preemptions": 2}.items()
+
+
 @pytest.mark.parametrize(
     "name", ["hit_rate", "duty_cycle", "tokens_per_round", "tokens_per_s", "partial_rate", "tree_use", "draft_waste"]
 )

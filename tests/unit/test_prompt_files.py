@@ -8,9 +8,9 @@ from itertools import islice
 
 import pytest
 
-from ssd_ray.batch import ResultFile, count_prompts, read_prompts
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError
+from ssd_ray.prompt_files import ResultFile, count_prompts, read_prompts
 
 PARAMS = SamplingParams(max_tokens=8, seed=4)
 CONFIG = EngineConfig(num_drafts=1)
