@@ -112,7 +112,7 @@ def test_batches(tmp_path: Path) -> None:
     arguments += ["--max-tokens", "12", "--repeat", "1", "--method", "ar", "--method", "ssd"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     figures = json.loads(result.stdout.splitlines()[-1])["results"]
-    loads = [("ar", 1, False), ("ssd", 1, False), ("ar", 3, False), ("ssd", 3, False), ("ar", 3, True), ("ssd", 3, True)]
+    loads = [(method, rows, mixed) for rows, mixed in ((1, False), (3, False), (3, True)) for method in ("ar", "ssd")]
     assert [(each["method"], each["rows"], each["mixed"]) for each in figures] == loads
     assert all(0.0 < each["median_ms"] <= each["p99_ms"] and each["slowest"] >= 1.0 for each in figures)
     assert all(each["tokens_per_round"] == 1.0 for each in figures if each["method"] == "ar")
