@@ -160,6 +160,8 @@ class Target:
             running=len(self.batch.rows),
             waiting=len(self.batch.waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
             drafts=tuple(self._drafts),
+            kv_pages=self.batch.pool.size,
+            kv_pages_free=self.batch.pool.available,
             plan=plan,
         )
 
