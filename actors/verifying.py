@@ -353,7 +353,7 @@ class Target:
         steps = max(self._missing(row) for row in rows)
         if steps <= 0:
             return 0.0
-        deadline = start + (3600.0 if self._patient else 1e-3 * self._pace.patience_ms(steps))
+        deadline = start + (inf if self._patient else 1e-3 * self._pace.patience_ms(steps))
         while (short := any(self._missing(row) > 0 for row in rows)) and (left := deadline - self._clock()) > 0:
             if not self._receive(left) and self._patient:
                 break
@@ -445,8 +445,11 @@ class Target:
         match message:
             case Nodes() if peer in self._drafts:
                 self._pace.saw_step(message.step_ms)
-                if (row := self._running(message.sequence)) is not None:
+                row = self._running(message.sequence)
+                if row is not None:
                     row.session.add(peer, message)
+                else:  # it may have missed the end, and would keep a row and memory for ever
+                    self._send(peer, Close(message.sequence))
             case Hello() if message.name == peer and peer not in self._drafts:
                 self._drafts.append(peer)
                 for row in self.batch.rows:
