@@ -131,7 +131,7 @@ def soak(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
     requests: Annotated[int, typer.Option(min=2, help="Requests to serve.")] = 5000,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests before memory counts.")] = 500,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests in which caches fill, before memory counts.")] = 2000,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that decode at the same time.")] = 16,
     num_drafts: Annotated[int, typer.Option(min=0)] = 1,
     seed: Annotated[int, typer.Option(help="Of all that is chosen.")] = 0,

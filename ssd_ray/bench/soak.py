@@ -138,7 +138,7 @@ def soak(
     texts: Sequence[Sequence[int]],
     requests: int,
     *,
-    warm_up: int = 500,
+    warm_up: int = 2000,
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Report:
