@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.transport.channel import Channel, Frame
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub
@@ -29,10 +31,11 @@ class InlineChannel(Channel):
         return self._hub.send(peer, frame) if peer == INLINE else self._outer.send(peer, frame)
 
     def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
+        """A wait without end is one for the draft: it ends when the draft has nothing left to do."""
         received = self._hub.receive() or self._outer.receive()
         while received is None and timeout > 0.0 and self._draft is not None and self._draft.turn(0.0):
             received = self._hub.receive()
-        return received or self._outer.receive(timeout)
+        return received or self._outer.receive(0.0 if timeout == inf else timeout)
 
     def wake(self) -> None:
         self._outer.wake()

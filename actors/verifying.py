@@ -169,6 +169,8 @@ class Target:
             running=len(self.batch.rows),
             waiting=len(self.batch.waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
             drafts=tuple(self._drafts),
+            kv_pages=self.batch.pool.size,
+            kv_pages_free=self.batch.pool.available,
             plan=plan,
         )
 
@@ -360,7 +362,7 @@ class Target:
         steps = max(self._missing(row) for row in rows)
         if steps <= 0:
             return 0.0
-        deadline = start + (3600.0 if self._patient else 1e-3 * self._pace.patience_ms(steps))
+        deadline = start + (inf if self._patient else 1e-3 * self._pace.patience_ms(steps))
         while (short := any(self._missing(row) > 0 for row in rows)) and (left := deadline - self._clock()) > 0:
             if not self._receive(left) and self._patient:
                 break
@@ -452,8 +454,11 @@ class Target:
         match message:
             case Nodes() if peer in self._drafts:
                 self._pace.saw_step(message.step_ms)
-                if (row := self._running(message.sequence)) is not None:
+                row = self._running(message.sequence)
+                if row is not None:
                     row.session.add(peer, message)
+                else:  # it may have missed the end, and would keep a row and memory for ever
+                    self._send(peer, Close(message.sequence))
             case Hello() if message.name == peer and peer not in self._drafts:
                 self._drafts.append(peer)
                 for row in self.batch.rows:

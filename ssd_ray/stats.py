@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -143,6 +143,8 @@ class EngineStats(Stats):
         running, waiting: requests that decode now, and that wait for their turn.
         drafts: names of the drafts that are connected now.
         draft_restarts: drafts that died and were replaced.
+        kv_pages: pages of the target's KV memory, and ``kv_pages_free`` those that no running request holds; some of
+            them keep what has ended for prompts that begin alike.
         plan: what a round is planned to be like now, and why.
     """
 
@@ -151,11 +153,11 @@ class EngineStats(Stats):
     waiting: int = 0
     drafts: tuple[str, ...] = ()
     draft_restarts: int = 0
+    kv_pages: int = 0
+    kv_pages_free: int = 0
     plan: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""
-        own = {
-            name: getattr(self, name) for name in ("requests", "running", "waiting", "drafts", "draft_restarts", "plan")
-        }
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sums"}
         return Stats.as_dict(self) | own

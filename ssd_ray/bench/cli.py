@@ -127,6 +127,38 @@ def batches(
 
 
 @app.command()
+def soak(
+    target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
+    requests: Annotated[int, typer.Option(min=2, help="Requests to serve.")] = 5000,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests in which caches fill, before memory counts.")] = 2000,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that decode at the same time.")] = 16,
+    num_drafts: Annotated[int, typer.Option(min=0)] = 1,
+    seed: Annotated[int, typer.Option(help="Of all that is chosen.")] = 0,
+) -> None:
+    """Serve thousands of short requests, some cancelled, some forgotten: whether memory grows, and all comes back."""
+    from ssd_ray.bench.soak import soak as serve
+    from ssd_ray.models.loader import load_tokenizer
+
+    config = EngineConfig.from_kwargs(target=target, draft=draft, num_drafts=num_drafts, max_num_seqs=max_num_seqs)
+    texts = held_out_prompts(load_tokenizer(target), count=30, tokens=400)
+    warm_up = min(warm_up, requests - 1)
+    with Console(stderr=True).status("") as status:
+        report = serve(config, texts, requests, warm_up=warm_up, seed=seed, progress=status.update)
+    table = Table(
+        title=f"{requests} requests, {report.requests_per_s:.1f} per second, {report.tokens_per_s:.0f} tokens/s",
+        caption=f"{report.kv_pages_held} of {report.kv_pages} KV pages held at the end",
+        box=SIMPLE,
+    )
+    for column in ("MiB resident", f"after {warm_up}", "at the end", "per 1,000 requests"):
+        table.add_column(column, justify="right")
+    for name, each in report.memory.items():
+        table.add_row(name, f"{each.start:.0f}", f"{each.end:.0f}", f"{each.growth:+.2f}")
+    _console().print(table)
+    print(json.dumps({"bench": "soak", "machine": machine(), "results": report.as_dict()}))
+
+
+@app.command()
 def policies(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,

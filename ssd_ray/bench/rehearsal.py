@@ -192,7 +192,7 @@ class Stage(Channel):
 
     def receive(self, timeout: float = 0.0) -> tuple[str, Frame] | None:
         arrival = self._wait(self.now + timeout)
-        if arrival > self.now + timeout:
+        if not self._arriving or arrival > self.now + timeout:
             self.now += timeout if self._meanwhile else 0.0  # else nobody works and nothing will ever come
             return None
         self.now = max(self.now, arrival)

@@ -98,6 +98,20 @@ def test_methods(tmp_path: Path) -> None:
     assert 0.0 < by_method["ssd"]["duty_cycle"] < 1.0
 
 
+@pytest.mark.ray
+def test_soak(tmp_path: Path) -> None:
+    target, draft = tiny_pair(tmp_path, vocab=4096, context=512)
+    arguments = ["soak", "--target", target, "--draft", draft, "--requests", "120", "--warm-up", "40"]
+    result = CliRunner().invoke(app, [*arguments, "--max-num-seqs", "4"], catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert sum(figures["ends"].values()) == figures["requests"] == 120
+    assert figures["ends"]["forgotten"] > 0
+    assert figures["ends"]["cancelled"] > 0
+    assert figures["kv_pages_held"] == 0
+    assert set(figures["memory"]) == {"driver", "target", "draft-0"}
+    assert all(each["end"] > 0 for each in figures["memory"].values())
+
+
 def test_shapes(tmp_path: Path) -> None:
     target, _ = tiny_pair(tmp_path, context=128)
     result = CliRunner().invoke(app, ["shapes", "--target", str(target), "--start", "20"], catch_exceptions=False)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.table import TableModel
 from ssd_ray.speculation.draft import SCRATCH
-from tests.support.pump import Pump, Text
+from ssd_ray.wire import Close, decode
+from tests.support.pump import SESSION, LossyHub, Pump, Text
 
 MODEL = {"vocab_size": 24, "contexts": 256, "order": 2, "max_length": 192, "sharpness": 3.0}
 PREFIX = [5, 4, 3, 2] * 12
@@ -102,8 +103,8 @@ def test_every_text_is_the_one_of_the_request_alone(
             assert text.tokens == expected[: len(text.tokens)]
         else:
             assert text.tokens == expected
-    pool = engine.target.batch.pool
-    assert pool.available == pool.size
+    stats = engine.target.stats()
+    assert stats.kv_pages_free == stats.kv_pages > 0
 
 
 def test_a_full_pool_takes_turns_and_all_end() -> None:
@@ -159,3 +160,25 @@ def test_requests_with_equal_beginnings_share_pages_while_they_run() -> None:
     drain(engine, set(range(4)))
     for number in range(4):
         assert engine.texts[number].tokens == alone([*PREFIX, number + 1], params)
+
+
+class Forgetful(LossyHub):
+    """Loses the first word that a sequence has ended."""
+
+    def __init__(self, hub: LossyHub) -> None:
+        self.__dict__ = hub.__dict__
+        self._ended: set[int] = set()
+
+    def send(self, peer: str, frame: bytes) -> bool:
+        ended = {message.sequence for message in decode(SESSION, frame) if isinstance(message, Close)}
+        lost = ended - self._ended
+        self._ended |= ended
+        return bool(lost) or super().send(peer, frame)
+
+
+def test_a_draft_that_missed_the_end_of_requests_has_room_for_others() -> None:
+    engine = pump(2, 1, None)
+    engine.target._channel = Forgetful(engine.target._channel)  # type: ignore[arg-type]
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    for number in range(6):
+        assert engine.run([number, 3], params, number).stats.tree_tokens > 0

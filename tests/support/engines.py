@@ -19,12 +19,14 @@ from ssd_ray.wire import Output, RequestStats, decode
 SESSION = 11
 
 
-class Generate(Protocol):
-    """Decode prompts one after the other; token ids and figures of each."""
+Params = SamplingParams | Sequence[SamplingParams]
+"""For all prompts, or one for each."""
 
-    def __call__(
-        self, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> tuple[list[list[int]], list[RequestStats]]: ...
+
+class Generate(Protocol):
+    """Decode prompts that come at once; token ids of each, and figures in the order in which they end."""
+
+    def __call__(self, prompts: Sequence[list[int]], params: Params) -> tuple[list[list[int]], list[RequestStats]]: ...
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def engine(config: EngineConfig, channel: str = "zmq") -> Iterator[Generate]:
     fields = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__} | {"transport": channel}
     with LLM(**fields) as llm:
 
-        def run(prompts: Sequence[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[RequestStats]]:
+        def run(prompts: Sequence[list[int]], params: Params) -> tuple[list[list[int]], list[RequestStats]]:
             outputs = llm.generate(prompts, params)
             return [output.token_ids for output in outputs], [output.stats.sums for output in outputs]
 
@@ -57,9 +59,10 @@ def _in_threads(config: EngineConfig) -> Iterator[Generate]:
     for thread in threads:
         thread.start()
 
-    def run(prompts: Sequence[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[RequestStats]]:
-        for number, prompt in enumerate(prompts):
-            target.submit(number, prompt, params)
+    def run(prompts: Sequence[list[int]], params: Params) -> tuple[list[list[int]], list[RequestStats]]:
+        several = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        for number, (prompt, each) in enumerate(zip(prompts, several, strict=True)):
+            target.submit(number, prompt, each)
         texts: list[list[int]] = [[] for _ in prompts]
         stats: list[RequestStats] = []
         while len(stats) < len(prompts):

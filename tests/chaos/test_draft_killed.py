@@ -1,0 +1,168 @@
+"""A draft that is killed or stopped under 16 running requests: no text changes, and no request waits long for it.
+
+How long requests waited is told apart from what a noisy machine does to everybody: `wait_ms` is the time in which the
+target did nothing but wait for drafts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from time import monotonic, sleep
+
+import pytest
+import ray
+
+from ssd_ray import LLM, EngineStats, SamplingParams
+from ssd_ray.bench.batches import Arrivals
+from ssd_ray.bench.prompts import held_out_prompts
+from ssd_ray.errors import SsdRayError
+from ssd_ray.saguaro.backup import MOST_PATIENCE_MS
+from ssd_ray.wire import Output
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+ROWS = 16
+TOKENS = 48
+NOISE_MS = 10_000.0
+"""What a busy machine may add to the time between two messages of a request. Several times as many processes as cores
+made gaps of 4.6 s between rounds of 1.2 s, draft or no draft; a wait without end would last until the test's timeout.
+What the dead draft adds is measured by :func:`check_waits`, which does not depend on others."""
+
+WAITS = 3
+"""Rounds that may wait for a draft that says nothing any more: the running one, the next, and one for good measure."""
+
+
+class Recorded(Arrivals):
+    """Messages with their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
+
+    def __call__(self, item: Output | SsdRayError) -> None:
+        self.tokens += getattr(item, "tokens", [])
+        super().__call__(item)
+
+    @property
+    def longest_gap_ms(self) -> float:
+        """The longest time between two messages."""
+        return 1e3 * max(after - before for (before, _), (after, _) in pairwise(self.times))
+
+
+@pytest.fixture(scope="module")
+def engine(cluster) -> Iterator[LLM]:
+    with LLM(dtype="float32", device="cpu", max_num_seqs=ROWS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def calm(engine) -> list[Recorded]:
+    """What the requests are without a fault."""
+    requests = start(engine)
+    texts(requests)
+    return requests
+
+
+@pytest.fixture(params=[1, 2], ids=["one draft", "two drafts"])
+def llm(request, engine, calm) -> LLM:
+    engine.scale_drafts(request.param)
+    wait_until(lambda: len(engine.stats().drafts) == request.param)
+    return engine
+
+
+def start(llm: LLM) -> list[Recorded]:
+    """16 different requests, half of them greedy, at once."""
+    prompts = held_out_prompts(llm._engine.models.tokenizer, count=ROWS, tokens=48)
+    requests = [Recorded() for _ in prompts]
+    for number, (prompt, recorded) in enumerate(zip(prompts, requests, strict=True)):
+        params = SamplingParams(temperature=number % 2, seed=number, max_tokens=TOKENS, ignore_eos=True)
+        llm._engine.driver.submit(prompt[: 3 * (1 + number)], params, recorded)
+    return requests
+
+
+def texts(requests: Sequence[Recorded]) -> list[list[int]]:
+    for recorded in requests:
+        recorded.wait()
+    return [recorded.tokens for recorded in requests]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = monotonic() + seconds
+    while not condition():
+        assert monotonic() < deadline, "it did not happen in time"
+        sleep(0.005)
+
+
+def in_the_middle(requests: Sequence[Recorded]) -> None:
+    """Wait until all have begun; some may be quick, but most are not near their end then."""
+    wait_until(lambda: all(recorded.tokens for recorded in requests))
+    assert sum(len(recorded.tokens) < TOKENS // 2 for recorded in requests) >= ROWS // 2
+
+
+def pid(llm: LLM, draft: str) -> int:
+    handle = llm._engine.driver.actors[draft]
+    return ray.get(handle.info.options(concurrency_group="inbox").remote())["pid"]
+
+
+@contextmanager
+def stopped(process: int) -> Iterator[None]:
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def check_gaps(calm: Sequence[Recorded], troubled: Sequence[Recorded]) -> None:
+    """No gap is longer than the longest round without a fault, a whole wait, and what the machine may do."""
+    round_ms = max(recorded.longest_gap_ms for recorded in calm)
+    assert max(recorded.longest_gap_ms for recorded in troubled) < round_ms + MOST_PATIENCE_MS + NOISE_MS
+
+
+def check_waits(calm: Sequence[Recorded], before: EngineStats, after: EngineStats) -> None:
+    """The target has waited for no more than the few rounds in which it could not know."""
+    round_ms = max(recorded.longest_gap_ms for recorded in calm)
+    assert after.wait_ms - before.wait_ms < WAITS * (round_ms + MOST_PATIENCE_MS)
+
+
+def test_a_killed_draft(llm: LLM, calm: list[Recorded]) -> None:
+    victim, *others = llm.stats().drafts
+    process = pid(llm, victim)
+    requests = start(llm)
+    in_the_middle(requests)
+    before = llm.stats()
+    os.kill(process, signal.SIGKILL)
+    assert texts(requests) == texts(calm)
+    after = llm.stats()
+    check_gaps(calm, requests)
+    assert after.drafts == tuple(others)
+    if others:
+        assert after.misses["no_draft"] == before.misses["no_draft"]
+        assert after.sums.hits > before.sums.hits
+    else:
+        check_waits(calm, before, after)
+        assert after.misses["no_draft"] > before.misses["no_draft"]
+
+
+def test_a_stopped_draft(llm: LLM, calm: list[Recorded]) -> None:
+    """It is not dead, so it keeps its place; when it goes on, what it slept through is of no matter."""
+    victim, *others = llm.stats().drafts
+    requests = start(llm)
+    in_the_middle(requests)
+    with stopped(pid(llm, victim)):
+        before = llm.stats()
+        assert texts(requests) == texts(calm)
+        after = llm.stats()
+    check_gaps(calm, requests)
+    if not others:
+        check_waits(calm, before, after)
+    assert texts(start(llm)) == texts(calm)
+    again = start(llm)
+    assert texts(again) == texts(calm)
+    assert set(llm.stats().drafts) == {victim, *others}
+    # Of a text that is mostly looked up a draft may see nothing in time.
+    assert sum(recorded.stats.tree_tokens > 0 for recorded in again) >= ROWS // 2
