@@ -64,7 +64,12 @@ class TargetActor:
     # From any thread
 
     def submit(
-        self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None, holders: Sequence[str]
+        self,
+        number: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None = None,
+        holders: Sequence[str] = (),
     ) -> None:
         """Queue a request; see :meth:`Target.submit`."""
         self._target.submit(number, tokens, params, timeout, holders)
