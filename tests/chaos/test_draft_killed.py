@@ -67,7 +67,7 @@ def calm(engine) -> list[Recorded]:
     return requests
 
 
-@pytest.fixture(params=[1, 2], ids=["one draft", "two drafts"])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one draft", "two drafts"])
 def llm(request, engine, calm) -> LLM:
     engine.scale_drafts(request.param)
     wait_until(lambda: len(engine.stats().drafts) == request.param)

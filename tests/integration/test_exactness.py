@@ -120,7 +120,7 @@ class TestBundledPair:
     """Real parts: Ray actors, and each channel."""
 
     @pytest.mark.ray
-    @pytest.mark.parametrize("channel", ["zmq", "ray"])
+    @pytest.mark.parametrize("channel", ["zmq", pytest.param("ray", marks=pytest.mark.slow)])
     def test_a_few_prompts(self, channel: str) -> None:
         prompts = held_out_prompts(load_tokenizer(None), count=2, tokens=96)
         params = [replace(law, max_tokens=32) for law in LAWS]
