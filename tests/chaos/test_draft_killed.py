@@ -148,6 +148,7 @@ def test_a_killed_draft(llm: LLM, calm: list[Recorded]) -> None:
         assert after.misses["no_draft"] > before.misses["no_draft"]
 
 
+@pytest.mark.slow
 def test_a_stopped_draft(llm: LLM, calm: list[Recorded]) -> None:
     """It is not dead, so it keeps its place; when it goes on, what it slept through is of no matter."""
     victim, *others = llm.stats().drafts

@@ -72,6 +72,7 @@ def test_a_picture_needs_a_folder(tmp_path: Path) -> None:
             check_plotting(path)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_methods(tmp_path: Path) -> None:
     target, draft = tiny_pair(tmp_path, vocab=4096, context=128)
@@ -98,6 +99,7 @@ def test_methods(tmp_path: Path) -> None:
     assert 0.0 < by_method["ssd"]["duty_cycle"] < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_soak(tmp_path: Path) -> None:
     target, draft = tiny_pair(tmp_path, vocab=4096, context=512)

@@ -122,6 +122,7 @@ def test_after_an_orderly_end(driver):
     assert_gone(driver, traces)
 
 
+@pytest.mark.slow
 def test_after_an_error_in_the_middle(driver):
     traces = driver.start("error")
     driver.expect("RuntimeError")

@@ -53,6 +53,7 @@ def kill_in_the_middle(arguments, output):
             sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_run_goes_on_to_the_same_file(arguments, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"

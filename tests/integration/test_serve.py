@@ -308,7 +308,7 @@ class TestCommand:
                     found.append(process)
         return found
 
-    @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
     def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(self, pair, folder, ending):
         port = str(free_port())
         script = "from ssd_ray.cli import main; main()"
