@@ -51,6 +51,7 @@ def drain(engine: Pump, numbers: set[int], turns: int = 20_000) -> None:
         if all(engine.texts.get(number, Text()).finish_reason for number in numbers):
             return
         engine.turn()
+        engine.validate()
     raise TimeoutError("some request did not end")
 
 

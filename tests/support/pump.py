@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
 
+from ssd_ray.actors.batch import Batch
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.verifying import DRIVER, Target
 from ssd_ray.bench.rehearsal import Hooked
@@ -147,7 +148,7 @@ class Pump:
         return self.drafts[-1]
 
     def turn(self) -> None:
-        """One turn of the target. Afterwards no page of KV is lost or has two owners, whatever happened."""
+        """One turn of the target. Whenever a text has ended, no page of KV is lost or has two owners."""
         if not self.target.turn(0.0):
             self._run_drafts()
         while (received := self.driver.receive()) is not None:
@@ -155,8 +156,11 @@ class Pump:
                 if isinstance(output, Output):
                     self._take(output)
 
+    def validate(self) -> None:
+        """Check the page pools of all."""
         for part in (self.target.batch, *self.drafts):
-            part.pool.validate()
+            if isinstance(part, Batch | Draft):  # others are no drafts of ours
+                part.pool.validate()
 
     def _take(self, output: Output) -> None:
         text = self.texts.setdefault(output.request, Text())
@@ -164,6 +168,8 @@ class Pump:
         text.logprobs += output.logprobs
         text.finish_reason = output.finish_reason or text.finish_reason
         text.stats = output.stats or text.stats
+        if output.finish_reason is not None:
+            self.validate()
 
     def _run_drafts(self) -> None:
         for draft in self.drafts:
