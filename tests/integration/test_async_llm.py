@@ -58,6 +58,7 @@ async def all_rows_free(llm):
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_it_starts_and_stops_with_its_block(cluster, pair):
     async def use():
         llm = AsyncLLM(*pair, num_drafts=0)

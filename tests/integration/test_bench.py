@@ -122,6 +122,7 @@ def test_shapes(tmp_path: Path) -> None:
     assert figures["same_bits"]["8"] is True
 
 
+@pytest.mark.slow
 def test_batches(tmp_path: Path) -> None:
     target, draft = tiny_pair(tmp_path, vocab=4096, context=2048)
     arguments = ["batches", "--target", str(target), "--draft", str(draft), "--size", "1", "--size", "3"]

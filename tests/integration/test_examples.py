@@ -36,6 +36,7 @@ def test_streaming(run, pair):
     assert re.search(r"\n--- (length|stop), \d\.\d\d tokens per round\n$", out)
 
 
+@pytest.mark.slow
 def test_scale_drafts(run, pair):
     printed = run("scale_drafts.py", *pair)
     assert re.match(r"\d+ texts of \d+ characters, all the same", printed.out)

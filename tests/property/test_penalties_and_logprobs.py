@@ -187,6 +187,7 @@ def test_the_law_of_a_penalised_text_is_the_targets(proposing: Proposing) -> Non
     assert p_value(500, proposing=proposing) > 0.001
 
 
+@pytest.mark.slow
 def test_penalties_that_forget_the_speculated_tokens_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(self: Penalties, logits: torch.Tensor, tokens: Sequence[int], paths: Sequence[Any]) -> torch.Tensor:
         return apply(self, logits, tokens, [[]] * len(paths))
