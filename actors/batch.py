@@ -15,7 +15,7 @@ from math import inf
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.models.leases import Lease, PagePool
+from ssd_ray.models.leases import Lease, PagePool, grow_row
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.sampling.verifier import Verifier
 from ssd_ray.speculation.target import TargetSession
@@ -75,7 +75,6 @@ class Batch:
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
         self.pool = PagePool(range(runner.num_pages), runner.page_slots)
-        self.preemptions = 0
         self._runner = runner
         self._most = min(rows, runner.rows)
         self._margin = margin
@@ -98,8 +97,11 @@ class Batch:
         """Give a row its KV row and the pages for its tokens, if they are there."""
         tokens = row.session.tokens
         lease = self.pool.lease(tokens[:-1] if self._caching else ())
-        if not lease.grow(len(tokens) + self._margin) or self.pool.available < len(self.rows):
-            lease.release()  # those who run may soon need a page each
+        slots = len(tokens) + self._margin
+        spare = self.pool.available - (self.pool.pages_for(slots) - lease.shared)
+        # Those who run may soon need a page each. Looked at first, since taking pages would empty the cache.
+        if spare < len(self.rows) or not lease.grow(slots):
+            lease.release()
             return False
         row.lease, row.filled = lease, lease.shared * self.pool.slots
         row.number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
@@ -127,18 +129,13 @@ class Batch:
         return gone
 
     def _grow(self, row: Row, lease: Lease) -> bool:
-        before = len(lease.pages)
-        grown = lease.grow(len(row.session.tokens) + self._margin)
-        if len(lease.pages) > before:
-            self._runner.bind(row.number, before, lease.pages[before:])
-        return grown
+        return grow_row(self._runner, row.number, lease, len(row.session.tokens) + self._margin)
 
     def _preempt(self, row: Row) -> Row:
         self.remove(row)
         row.session.restart()
         place = sum(other.arrival < row.arrival for other in self.waiting)
         self.waiting.insert(place, row)
-        self.preemptions += 1
         return row
 
     def remove(self, row: Row) -> None:

@@ -16,14 +16,14 @@ from ssd_ray.actors.handover import Handover
 from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.models.leases import Lease, PagePool
+from ssd_ray.models.leases import Lease, PagePool, grow_row
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
 from ssd_ray.sampling.logits import scores, scores_by_row
 from ssd_ray.sampling.noise import NoiseRows
 from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import DraftSession, Item, Ranking
-from ssd_ray.transport.channel import HUB, Channel
+from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
 from ssd_ray.wire import Begin, Close, Goodbye, Hello, Lost, Message, Open, Outcome, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,12 @@ class Draft:
             self._hello_due = now + (HELLO_SECONDS if sent else KNOCK_SECONDS)
 
     def _send(self, *messages: Message) -> bool:
-        return self._channel.send(HUB, encode(self._session, *messages))
+        """Send messages in one frame, or, where that is too long (laws over a whole vocabulary are), one by one."""
+        frame = encode(self._session, *messages)
+        if len(frame) <= MAX_FRAME_BYTES or len(messages) == 1:
+            return self._channel.send(HUB, frame)
+        sent = [self._send(message) for message in messages]
+        return all(sent)
 
     def _receive(self, timeout: float) -> None:
         received = self._channel.receive(timeout)
@@ -224,11 +229,8 @@ class Draft:
 
     def _make_room(self, number: int, seat: Seat) -> None:
         """See that a sequence has pages for its window; without them it is left alone."""
-        before = len(seat.lease.pages)
-        if not seat.lease.grow(seat.session.slots):
+        if not grow_row(self._runner, seat.row, seat.lease, seat.session.slots):
             self._close(number)
-        elif len(seat.lease.pages) > before:
-            self._runner.bind(seat.row, before, seat.lease.pages[before:])
 
     def _advance(self, message: Outcome) -> None:
         seat = self._seats.get(message.sequence)

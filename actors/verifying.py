@@ -196,7 +196,8 @@ class Target:
         """Prefill a chunk of one prompt, or several that are no more than that together."""
         left = self._prefill_chunk
         for row in self.batch.unready:
-            if row.session.position - row.filled > left < self._prefill_chunk:
+            missing = row.session.position - row.filled
+            if left < self._prefill_chunk and missing > left:
                 return
             start = self._clock()
             left -= self.batch.prefill(row, self._prefill_chunk)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 from ssd_ray.bench.methods import OWN, on_cores, target_cores
 from ssd_ray.config import EngineConfig, SamplingParams
@@ -50,10 +49,6 @@ class Figure:
     duty_cycle: float
     hit_rate: float
     tokens_per_round: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Figures for JSON."""
-        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 class Arrivals:

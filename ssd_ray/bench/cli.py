@@ -122,7 +122,7 @@ def batches(
         values = (each.median_ms, each.p99_ms, each.slowest, each.duty_cycle, each.hit_rate, each.tokens_per_round)
         table.add_row(rows, each.method, f"{each.tokens_per_s:.1f}", *(f"{value:.2f}" for value in values))
     _console().print(table)
-    results = [each.as_dict() for each in figures]
+    results = [_rounded(each) for each in figures]
     print(json.dumps({"bench": "batches", "machine": machine(), "results": results}))
 
 
@@ -155,7 +155,7 @@ def soak(
     for name, each in report.memory.items():
         table.add_row(name, f"{each.start:.0f}", f"{each.end:.0f}", f"{each.growth:+.2f}")
     _console().print(table)
-    print(json.dumps({"bench": "soak", "machine": machine(), "results": report.as_dict()}))
+    print(json.dumps({"bench": "soak", "machine": machine(), "results": asdict(report)}))
 
 
 @app.command()
@@ -203,7 +203,7 @@ def policies(
         _console().print(_study_table([figure for figure in figures if figure.study == study], title))
     if plot is not None:
         draw(figures, plot, title)
-    results = [figure.as_dict() for figure in figures]
+    results = [_rounded(figure) for figure in figures]
     print(json.dumps({"bench": "policies", "machine": machine(), "hardware": asdict(hardware), "results": results}))
 
 
@@ -296,6 +296,11 @@ def _study_table(figures: Sequence[Figure], title: str) -> Table:
             )
         table.add_row(name, str(budget), *cells)
     return table
+
+
+def _rounded(figure: Any) -> dict[str, Any]:
+    """The fields of a figure for JSON."""
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(figure).items()}
 
 
 def _console() -> Console:

@@ -7,8 +7,7 @@ they take on this machine, or what one says. So differences are the policies' an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from ssd_ray.bench.rehearsal import Play, Rehearsal
 from ssd_ray.bench.simulate import Hardware
@@ -52,10 +51,6 @@ class Figure:
     tokens_per_round: float
     duty_cycle: float
     tokens_per_s: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Figures for JSON."""
-        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 def variants(*, text_lookup: bool) -> list[Variant]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from time import monotonic, perf_counter, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import EngineError, ResourceError
@@ -73,10 +73,6 @@ class Report:
     kv_pages: int
     kv_pages_held: int
     preemptions: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Figures for JSON."""
-        return asdict(self)
 
 
 class Load:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ssd_ray.models.contract import ModelRunner
+
 
 class CachedPage:
     """A page of the prefix cache.
@@ -201,3 +203,13 @@ class Lease:
     def _hold(self, page: CachedPage) -> None:
         page.users += 1
         self._pool._idle.pop(page, None)
+
+
+def grow_row(runner: ModelRunner, row: int, lease: Lease, slots: int) -> bool:
+    """Give a row that stands on a lease room for so many slots; False, and nothing has changed, if there is none."""
+    before = len(lease.pages)
+    if not lease.grow(slots):
+        return False
+    if len(lease.pages) > before:
+        runner.bind(row, before, lease.pages[before:])
+    return True

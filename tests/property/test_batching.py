@@ -6,14 +6,18 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssd_ray.actors import drafting
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.table import TableModel
+from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.transport import memory
 from ssd_ray.wire import Close, decode
-from tests.support.pump import SESSION, LossyHub, Pump, Text
+from tests.support.pump import SESSION, LossyHub, Pump, Text, ticking
 
 MODEL = {"vocab_size": 24, "contexts": 256, "order": 2, "max_length": 192, "sharpness": 3.0}
 PREFIX = [5, 4, 3, 2] * 12
@@ -115,7 +119,7 @@ def test_a_full_pool_takes_turns_and_all_end() -> None:
     for number in range(6):
         engine.target.submit(number, [number, 7], replace(params, seed=number))
     drain(engine, set(range(6)))
-    assert engine.target.batch.preemptions > 0
+    assert engine.target.stats().preemptions > 0
     for number in range(6):
         text = engine.texts[number]
         assert text.finish_reason == "length"
@@ -183,3 +187,15 @@ def test_a_draft_that_missed_the_end_of_requests_has_room_for_others() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     for number in range(6):
         assert engine.run([number, 3], params, number).stats.tree_tokens > 0
+
+
+def test_laws_of_many_rows_that_no_frame_holds_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = pump(4, 1, None, proposing=Proposing(), clock=ticking())
+    params = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
+    for module in (drafting, memory):
+        monkeypatch.setattr(module, "MAX_FRAME_BYTES", 1500)
+    for number in range(4):
+        engine.target.submit(number, [number, 3], replace(params, seed=number))
+    drain(engine, set(range(4)))
+    assert all(engine.texts[number].stats.tree_tokens > 0 for number in range(4))
+    assert engine.drafts[0]._channel.dropped == 0
