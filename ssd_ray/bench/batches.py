@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 
 from ssd_ray.bench.methods import OWN, on_cores, target_cores
@@ -35,7 +35,9 @@ class Figure:
         tokens_per_s: all tokens over the time from the first request to the last token, prefill included.
         median_ms, p99_ms: time per token after a request's first ones: the time between two messages over the tokens of
             the second.
-        slowest: time per token of the slowest request over the median one's.
+        slowest: time per token of the slowest request over the median one's; some texts are harder to guess.
+        slowest_round: the same of the time per round, which no text changes.
+        same: fraction of texts that are those of the smallest batch and first method with the same prompt.
         duty_cycle, hit_rate, tokens_per_round: see :class:`~ssd_ray.stats.Stats`.
     """
 
@@ -46,6 +48,8 @@ class Figure:
     median_ms: float
     p99_ms: float
     slowest: float
+    slowest_round: float
+    same: float
     duty_cycle: float
     hit_rate: float
     tokens_per_round: float
@@ -55,6 +59,7 @@ class Arrivals:
     """The messages of one request, with the times at which they came."""
 
     def __init__(self) -> None:
+        self.tokens: list[int] = []
         self.times: list[tuple[float, int]] = []  # (seconds, tokens)
         self.stats = RequestStats()
         self._ended = threading.Event()
@@ -66,6 +71,7 @@ class Arrivals:
             self._error = item
         elif item.tokens:
             self.times.append((perf_counter(), len(item.tokens)))
+            self.tokens += item.tokens
         if isinstance(item, SsdRayError) or item.finish_reason is not None:
             self.stats = getattr(item, "stats", None) or self.stats
             self._ended.set()
@@ -90,6 +96,11 @@ class Arrivals:
     def mean_ms(self) -> float:
         """Milliseconds per token over the whole request, after the first message."""
         return sum(self.token_ms) / max(1, len(self.token_ms))
+
+    @property
+    def round_ms(self) -> float:
+        """Milliseconds per message over the whole request, after the first one."""
+        return 1e3 * (self.times[-1][0] - self.times[0][0]) / max(1, len(self.times) - 1)
 
 
 Serve = Callable[[Sequence[Sequence[int]], SamplingParams], tuple[list[Arrivals], float]]
@@ -120,10 +131,18 @@ def compare_batches(
             progress(f"starting {method}")
             servers[method] = stack.enter_context(_server(replace(config, method=method)))  # type: ignore[arg-type]
         figures = []
+        texts: dict[tuple[int, int], list[int]] = {}  # by request and length of its prompt, the first that came
         for size, mixed, load in loads:
             progress(f"{size} at once{', of all lengths' if mixed else ''}")
             turns = [{method: servers[method](load, params) for method in methods} for _ in range(repeat)]
-            figures += [_figure(method, size, mixed, [turn[method] for turn in turns]) for method in methods]
+            for method in methods:
+                runs = [turn[method] for turn in turns]
+                same = [
+                    texts.setdefault((number, len(prompt)), each.tokens) == each.tokens
+                    for requests, _ in runs
+                    for number, (prompt, each) in enumerate(zip(load, requests, strict=True))
+                ]
+                figures.append(_figure(method, size, mixed, runs, fmean(same)))
         return figures
 
 
@@ -158,14 +177,13 @@ def _server(config: EngineConfig) -> Iterator[Serve]:
         engine.close()
 
 
-def _figure(method: str, rows: int, mixed: bool, runs: Sequence[tuple[list[Arrivals], float]]) -> Figure:
+def _figure(method: str, rows: int, mixed: bool, runs: Sequence[tuple[list[Arrivals], float]], same: float) -> Figure:
     total = RequestStats()
     for requests, _ in runs:
         for each in requests:
             total = add(total, each.stats)
     stats = Stats(sums=total)
     times = sorted(ms for requests, _ in runs for each in requests for ms in each.token_ms)
-    means = [[each.mean_ms for each in requests] for requests, _ in runs]
     return Figure(
         method,
         rows,
@@ -173,8 +191,15 @@ def _figure(method: str, rows: int, mixed: bool, runs: Sequence[tuple[list[Arriv
         median(sum(each.stats.tokens for each in requests) / seconds for requests, seconds in runs),
         median(times),
         times[int(0.99 * (len(times) - 1))],
-        median(max(each) / median(each) for each in means),
+        median(_unevenness([each.mean_ms for each in requests]) for requests, _ in runs),
+        median(_unevenness([each.round_ms for each in requests]) for requests, _ in runs),
+        same,
         stats.duty_cycle,
         stats.hit_rate,
         stats.tokens_per_round,
     )
+
+
+def _unevenness(times: Sequence[float]) -> float:
+    """The largest over the median."""
+    return max(times) / (median(times) or 1.0)

@@ -110,17 +110,27 @@ def batches(
         )
     table = Table(
         title=f"temperature {temperature:g}, {max_tokens} tokens each, {repeat} times; medians",
-        caption="ms per token: of one request, after its first tokens. slowest: request against the median one's",
+        caption="ms per token: of one request, after its first tokens. slowest: against the median request, per token\n"
+        "and per round. same: texts that are those of the smallest batch and the first method",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    columns = ("tokens/s", "ms per token", "99th", "slowest", "duty", "hits", "tokens/round")
-    for column in ("at once", "method", *columns):
+    columns = {
+        "ms per token": "median_ms",
+        "99th": "p99_ms",
+        "slowest": "slowest",
+        "by round": "slowest_round",
+        "same": "same",
+        "duty": "duty_cycle",
+        "hits": "hit_rate",
+        "tokens/round": "tokens_per_round",
+    }
+    for column in ("at once", "method", "tokens/s", *columns):
         table.add_column(column, justify="right")
     for each in figures:
         rows = f"{each.rows} of all lengths" if each.mixed else str(each.rows)
-        values = (each.median_ms, each.p99_ms, each.slowest, each.duty_cycle, each.hit_rate, each.tokens_per_round)
-        table.add_row(rows, each.method, f"{each.tokens_per_s:.1f}", *(f"{value:.2f}" for value in values))
+        values = [f"{getattr(each, field):.2f}" for field in columns.values()]
+        table.add_row(rows, each.method, f"{each.tokens_per_s:.1f}", *values)
     _console().print(table)
     results = [_rounded(each) for each in figures]
     print(json.dumps({"bench": "batches", "machine": machine(), "results": results}))

@@ -19,9 +19,8 @@ import ray
 from ssd_ray import LLM, EngineStats, SamplingParams
 from ssd_ray.bench.batches import Arrivals
 from ssd_ray.bench.prompts import held_out_prompts
-from ssd_ray.errors import SsdRayError
 from ssd_ray.saguaro.backup import MOST_PATIENCE_MS
-from ssd_ray.wire import Output
+from tests.support.engines import at_rest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -37,15 +36,7 @@ WAITS = 3
 
 
 class Recorded(Arrivals):
-    """Messages with their tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens: list[int] = []
-
-    def __call__(self, item: Output | SsdRayError) -> None:
-        self.tokens += getattr(item, "tokens", [])
-        super().__call__(item)
+    """Messages with the gaps between them."""
 
     @property
     def longest_gap_ms(self) -> float:
@@ -57,6 +48,12 @@ class Recorded(Arrivals):
 def engine(cluster) -> Iterator[LLM]:
     with LLM(dtype="float32", device="cpu", max_num_seqs=ROWS) as llm:
         yield llm
+
+
+@pytest.fixture(autouse=True)
+def no_page_is_held(engine: LLM) -> Iterator[None]:
+    yield
+    at_rest(engine.stats)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 
 from ssd_ray import LLM, AsyncLLM, SamplingParams
 from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, QueueFullError, RequestError
+from tests.support.engines import at_rest
 
 pytestmark = pytest.mark.ray
 
@@ -41,6 +42,12 @@ def blocking(engines):
 @pytest.fixture
 def expected(engines):
     return engines[2]
+
+
+@pytest.fixture(autouse=True)
+def no_page_is_held(blocking):
+    yield
+    at_rest(blocking.stats)
 
 
 def run(coroutine):

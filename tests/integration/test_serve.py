@@ -19,11 +19,13 @@ import psutil
 import pytest
 import ray
 
-from ssd_ray import LLM, SamplingParams
+from ssd_ray import SamplingParams
 from ssd_ray.cluster.runtime import MARK
 from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
+from ssd_ray.models.loader import load_tokenizer
+from tests.support.engines import target_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -70,12 +72,13 @@ def chat(client, model):
 
 
 @pytest.fixture(scope="module")
-def expected(cluster, pair):
-    """What the library makes of it."""
-    with LLM(*pair) as llm:
-        params = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
-        conversation = "system: You add.\nuser: 1 + 1?\nassistant:"
-        return [output.text for output in llm.generate([PROMPT, conversation], params)]
+def expected(pair):
+    """What the target alone makes of it."""
+    tokenizer = load_tokenizer(pair[0])
+    conversation = "system: You add.\nuser: 1 + 1?\nassistant:"
+    params = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
+    prompts = [tokenizer.encode(text) for text in (PROMPT, conversation)]
+    return tokenizer.batch_decode(target_alone(pair[0], prompts, params), skip_special_tokens=True)
 
 
 def stats(client):
@@ -83,12 +86,19 @@ def stats(client):
 
 
 def free_rows(client):
-    """The figures once nothing runs or waits."""
+    """The figures once nothing runs or waits: nobody holds a page of KV memory then."""
     deadline = monotonic() + 20.0
     while (now := stats(client))["running"] + now["waiting"]:
         assert monotonic() < deadline, now
         sleep(0.02)
+    assert now["kv_pages_free"] == now["kv_pages"] > 0
     return now
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held(client):
+    yield
+    free_rows(client)
 
 
 def test_the_model_is_called_as_its_folder(client, model, pair):

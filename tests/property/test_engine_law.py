@@ -20,7 +20,7 @@ from ssd_ray.speculation.draft import SCRATCH
 from tests.support.pump import Pump, ticking
 
 VOCABULARY = 5
-REQUESTS, LENGTH = 100, 210
+REQUESTS, LENGTH, ROWS = 100, 210, 10
 
 
 def p_value(*, temperature: float, requests: int = REQUESTS, trouble: float = 0.0, **options: object) -> float:
@@ -28,16 +28,17 @@ def p_value(*, temperature: float, requests: int = REQUESTS, trouble: float = 0.
 
     The number of turns that a draft gets varies, so that speculations are whole, partial and missing.
     """
-    model = TableModel(VOCABULARY, contexts=64, order=1, max_length=224, scratch=SCRATCH, sharpness=1.0)
+    model = TableModel(VOCABULARY, contexts=64, order=1, max_length=224, rows=ROWS, scratch=SCRATCH, sharpness=1.0)
     dice = random.Random(0)
     turns = lambda: dice.choice([0, 1, 2, 3, 3, 4])  # noqa: E731
     draft = model.perturbed(0.0)
-    pump = Pump(model, [draft], width=2, draft_turns=turns, trouble=trouble, **options)  # type: ignore[arg-type]
+    options |= {"concurrency": ROWS, "draft_turns": turns, "trouble": trouble}
+    pump = Pump(model, [draft], width=2, **options)  # type: ignore[arg-type]
+    params = [SamplingParams(temperature=temperature, max_tokens=LENGTH, seed=seed) for seed in range(requests)]
+    texts = pump.run_all([([each.seed % VOCABULARY], each) for each in params])
     counts: dict[int, Counter[int]] = defaultdict(Counter)
-    for seed in range(requests):
-        params = SamplingParams(temperature=temperature, max_tokens=LENGTH, seed=seed)
-        tokens = [seed % VOCABULARY, *pump.run([seed % VOCABULARY], params, seed).tokens]
-        for before, token in pairwise(tokens):
+    for each, text in zip(params, texts, strict=True):
+        for before, token in pairwise([each.seed % VOCABULARY, *text.tokens]):
             counts[before][token] += 1
     assert sum(sum(row.values()) for row in counts.values()) == requests * LENGTH
     assert trouble or pump.target.stats().tokens_per_round > 1.15

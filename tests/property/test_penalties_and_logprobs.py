@@ -150,12 +150,12 @@ def test_a_text_does_not_end_early(temperature: float, seed: int, least: int, lo
 
 # The law of a penalised text in rejection mode
 
-VOCABULARY, LENGTH = 3, 4
+VOCABULARY, LENGTH, ROWS = 3, 4, 10
 LAW = SamplingParams(frequency_penalty=1.5, repetition_penalty=1.6, max_tokens=LENGTH)
 
 
 def small_model() -> TableModel:
-    return TableModel(VOCABULARY, contexts=64, order=1, max_length=16, scratch=SCRATCH, sharpness=1.0)
+    return TableModel(VOCABULARY, contexts=64, order=1, max_length=16, rows=ROWS, scratch=SCRATCH, sharpness=1.0)
 
 
 def law_of_texts() -> dict[tuple[int, ...], float]:
@@ -172,8 +172,10 @@ def law_of_texts() -> dict[tuple[int, ...], float]:
 
 def p_value(requests: int, **options: Any) -> float:
     """Chi-square of whole texts, so that what one token does to the next ones counts."""
-    pump = Pump(small_model(), [small_model().perturbed(0.0)], width=2, clock=ticking(), **options)
-    counts = Counter(tuple(pump.run([0], replace(LAW, seed=seed), seed).tokens) for seed in range(requests))
+    options |= {"clock": ticking(), "concurrency": ROWS}
+    pump = Pump(small_model(), [small_model().perturbed(0.0)], width=2, **options)
+    texts = pump.run_all([([0], replace(LAW, seed=seed)) for seed in range(requests)])
+    counts = Counter(tuple(text.tokens) for text in texts)
     assert pump.target.stats().tokens_per_round > 1.15
     expected = {text: requests * chance for text, chance in law_of_texts().items()}
     common = [text for text in expected if expected[text] >= 5]

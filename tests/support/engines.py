@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Thread
+from time import monotonic, sleep
 from typing import Protocol
 
 from ssd_ray.actors.draft import DraftActor
@@ -13,6 +14,7 @@ from ssd_ray.actors.target import TargetActor
 from ssd_ray.actors.verifying import DRIVER
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.llm import LLM
+from ssd_ray.stats import EngineStats
 from ssd_ray.transport.memory import MemoryHub, MemorySpoke
 from ssd_ray.wire import Output, RequestStats, decode
 
@@ -63,17 +65,7 @@ def _in_threads(config: EngineConfig) -> Iterator[Generate]:
         several = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         for number, (prompt, each) in enumerate(zip(prompts, several, strict=True)):
             target.submit(number, prompt, each)
-        texts: list[list[int]] = [[] for _ in prompts]
-        stats: list[RequestStats] = []
-        while len(stats) < len(prompts):
-            received = driver.receive(60.0)
-            if received is None:
-                raise TimeoutError("the engine fell silent")
-            for output in decode(SESSION, received[1]):
-                if isinstance(output, Output):
-                    texts[output.request] += output.tokens
-                    stats += [output.stats] if output.stats is not None else []
-        return texts, stats
+        return _collect(driver, len(prompts))
 
     try:
         yield run
@@ -82,6 +74,39 @@ def _in_threads(config: EngineConfig) -> Iterator[Generate]:
             actor.stop()
         for thread in threads:
             thread.join(10.0)
+    for pool in (target._target.batch.pool, *(draft._draft.pool for draft in drafts)):
+        pool.validate()
+
+
+def _collect(driver: MemorySpoke, requests: int) -> tuple[list[list[int]], list[RequestStats]]:
+    """What comes until all requests have ended."""
+    texts: list[list[int]] = [[] for _ in range(requests)]
+    stats: list[RequestStats] = []
+    while len(stats) < requests:
+        received = driver.receive(60.0)
+        if received is None:
+            raise TimeoutError("the engine fell silent")
+        for output in decode(SESSION, received[1]):
+            if isinstance(output, Output):
+                texts[output.request] += output.tokens
+                stats += [output.stats] if output.stats is not None else []
+    return texts, stats
+
+
+def target_alone(target: str, prompts: Sequence[list[int]], params: Params) -> list[list[int]]:
+    """Token ids that the target writes without any draft."""
+    with engine(EngineConfig(target=target, method="ar"), "memory") as generate:
+        return generate(prompts, params)[0]
+
+
+def at_rest(stats: Callable[[], EngineStats]) -> EngineStats:
+    """The figures of an engine once nothing runs or waits: nobody holds a page of its KV memory then."""
+    deadline = monotonic() + 20.0
+    while (now := stats()).running + now.waiting:
+        assert monotonic() < deadline, now
+        sleep(0.02)
+    assert now.kv_pages_free == now.kv_pages > 0
+    return now
 
 
 def variants(config: EngineConfig, lookaheads: Sequence[int], drafts: Sequence[int]) -> list[EngineConfig]:

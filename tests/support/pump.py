@@ -178,13 +178,20 @@ class Pump:
 
     def run(self, prompt: Sequence[int], params: SamplingParams, number: int = 1) -> Text:
         """Run one request to its end."""
-        self.target.submit(number, prompt, params)
-        text = self.texts[number] = Text()
+        return self.run_all([(prompt, params)], number)[0]
+
+    def run_all(self, requests: Sequence[tuple[Sequence[int], SamplingParams]], number: int = 1) -> list[Text]:
+        """Run requests, which get this number and the next ones, to their ends."""
+        texts = []
+        for each, (prompt, params) in enumerate(requests, number):
+            self.target.submit(each, prompt, params)
+            self.texts[each] = Text()
+            texts.append(self.texts[each])
         for _ in range(10_000):
-            if text.finish_reason is not None:
-                return text
+            if all(text.finish_reason is not None for text in texts):
+                return texts
             self.turn()
-        raise TimeoutError(f"request {number} did not end")
+        raise TimeoutError("some request did not end")
 
 
 def table_pair(agreement: float = 0.8, drafts: int = 1, **options: int) -> tuple[TableModel, list[TableModel]]:
