@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .PHONY: run test check lint types pytest bench clean
-# One thing at a time, whatever MAKEFLAGS says: the tests measure.
+# One thing at a time, whatever MAKEFLAGS says: the tests take all cores.
 .NOTPARALLEL:
 
 run: $(STAMP)  ## generate a text with the bundled pair of models
@@ -23,7 +23,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses=logical --maxprocesses=4 $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## compare ssd, sd and ar on the bundled pair
 	$(BIN)/ssd-ray bench

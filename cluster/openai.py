@@ -12,6 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import accumulate
 from typing import Any, ClassVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
@@ -302,7 +303,7 @@ def _completion_logprobs(entries: Any, decode: Decode) -> Document:
         "tokens": tokens,
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [{decode(token): value for token, value in entry.top.items()} for entry in entries],
-        "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
     }
 
 

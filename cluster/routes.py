@@ -112,20 +112,20 @@ async def _events(reply: Reply, streams: Sequence[AsyncTextStream], stack: Async
                 yield _event(reply.piece(index, piece) if piece else reply.end(index, streams[index].output))
             for part in reply.usage([stream.output for stream in streams]):
                 yield _event(part)
-        except SsdRayError as error:
+        except Exception as error:  # the status has been sent
             yield _event(error_reply(error)[1])
         yield "data: [DONE]\n\n"
 
 
 async def _merge(streams: Sequence[AsyncTextStream]) -> AsyncGenerator[tuple[int, str], None]:
     """The pieces of several texts as they come; an empty one ends a text."""
-    arrived: asyncio.Queue[tuple[int, str] | SsdRayError] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, str] | Exception] = asyncio.Queue()
     readers = [asyncio.create_task(_read(index, stream, arrived)) for index, stream in enumerate(streams)]
     try:
         left = len(readers)
         while left:
             item = await arrived.get()
-            if isinstance(item, SsdRayError):
+            if isinstance(item, Exception):
                 raise item
             left -= not item[1]
             yield item
@@ -134,12 +134,12 @@ async def _merge(streams: Sequence[AsyncTextStream]) -> AsyncGenerator[tuple[int
             reader.cancel()
 
 
-async def _read(index: int, stream: AsyncTextStream, arrived: asyncio.Queue[tuple[int, str] | SsdRayError]) -> None:
+async def _read(index: int, stream: AsyncTextStream, arrived: asyncio.Queue[tuple[int, str] | Exception]) -> None:
     try:
         async for piece in stream:
             arrived.put_nowait((index, piece))
         arrived.put_nowait((index, ""))
-    except SsdRayError as error:
+    except Exception as error:  # whatever it is, somebody waits
         arrived.put_nowait(error)
 
 

@@ -22,9 +22,9 @@ Prompts = Prompt | Iterable[Prompt]
 Params = SamplingParams | Iterable[SamplingParams] | None
 """For all prompts, or one for each."""
 
-WINDOW = 4
-"""Requests that one ``generate`` has under way, as a multiple of ``max_num_seqs``: the target does not run dry, and
-memory does not grow with the number of prompts."""
+WINDOW = 8
+"""Requests that one ``generate`` has under way, as a multiple of ``max_num_seqs``. Results come in order, so it says
+how much longer than others a text may be before the target runs dry. Memory does not grow with their number."""
 
 
 @dataclass(frozen=True, slots=True)

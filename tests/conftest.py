@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 settings.register_profile("patient", deadline=None)  # machines are noisy, and tests do not measure
 settings.load_profile("patient")
@@ -22,6 +23,18 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
 
 # A shell starts background jobs with SIGINT ignored, and Python then leaves it so: tests of Ctrl-C want it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class WholeSystemsTakeTurns(LoadFileScheduling):
+    """Files side by side, but one after the other where they start processes: an engine fills a machine's cores."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return file if file.startswith(("tests/unit/", "tests/property/")) else "whole systems"
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return WholeSystemsTakeTurns(config, log)
 
 
 def pytest_runtest_setup(item):
