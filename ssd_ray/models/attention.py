@@ -5,7 +5,8 @@ are left to the kernel on a CPU, and folded into the query's token dimension els
 or groups, not both).
 
 K and V may come in parts, rows of one extent each. The cost then follows every row's own length, and a row's result is
-bit for bit what it is without the others.
+bit for bit what it is without the others. At steady extents (:func:`steady_extents`) it is also what it is however many
+slots are read that nobody may see.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from transformers.masking_utils import sdpa_mask
 from ssd_ray.errors import UnsupportedModelError
 
 NAME = "ssd_ray"
+
+PERIOD = 512
+"""Slots that torch's kernels read in one go at most."""
+
+PROBE_ROWS, PROBE_TOKENS = 4, 8
 
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
 
@@ -86,6 +92,37 @@ def fold_groups(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tenso
     """Queries [R, kv_heads*groups, T, D] as [R, kv_heads, groups*T, D], and the mask [., 1, T, E] that fits them."""
     rows, heads, tokens, dim = query.shape
     return query.reshape(rows, heads // groups, groups * tokens, dim), mask.repeat(1, 1, groups, 1)
+
+
+@torch.inference_mode()
+def steady_extents(query_heads: int, dim: int, *, step: int, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Find the multiples of ``step`` up to :data:`PERIOD` at which hidden slots beyond them change no bit.
+
+    A kernel sums over all slots that are read, those with weight 0 included, and how it groups the terms may depend on
+    their number. The same token would then have other bits when it is read with more slots after it. Extents repeat
+    after a period, which is checked for the first two. Half precision rounds most differences away, so that a probe
+    would miss some: there float32 has to be steady, too.
+
+    Args:
+        query_heads: that share one head of keys and values.
+        dim: of a head.
+    """
+    random = torch.Generator().manual_seed(0)
+    shapes = (query_heads, PROBE_TOKENS), (1, 3 * PERIOD), (1, 3 * PERIOD)
+    inputs = [torch.randn(PROBE_ROWS, *shape, dim, generator=random).to(device) for shape in shapes]
+
+    def result(seen: int, extent: int, kind: torch.dtype) -> Tensor:
+        mask = torch.zeros(1, 1, PROBE_TOKENS, extent, dtype=kind, device=device)
+        mask[..., seen:] = torch.finfo(kind).min
+        query, key, value = (each.to(kind) for each in inputs)
+        return _fused(query, key[:, :, :extent], value[:, :, :extent], mask, None)
+
+    def steady(extent: int) -> bool:
+        most = 3 * PERIOD
+        return all(torch.equal(result(extent, extent, kind), result(extent, most, kind)) for kind in kinds)
+
+    kinds = {torch.float32, dtype}
+    return [each for each in range(step, PERIOD, step) if steady(each) and steady(PERIOD + each)] + [PERIOD]
 
 
 def choose_attention(model: PreTrainedModel) -> str:

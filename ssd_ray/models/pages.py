@@ -40,13 +40,20 @@ class PageTable:
         of_row[first:end] = [self.spare if page == UNBOUND else page for page in pages]
 
     def of(self, row: int, slots: int) -> list[int]:
-        """The pages behind the first slots of a row."""
-        return self._pages[row][: -(-slots // self.page_slots)]
+        """The pages behind the first slots of a row, and of what is read beyond its end."""
+        count = -(-slots // self.page_slots)
+        pages = self._pages[row][:count]
+        return pages + [self.spare] * (count - len(pages))
 
     def run(self, row: int, slots: int) -> int | None:
-        """The address of a row's slot 0, if those of its first slots follow one another."""
+        """The address of a row's slot 0, if those of its first slots follow one another. Behind the last bound page
+        may be anybody's, since it is read under masks."""
         pages = self.of(row, slots)
-        return pages[0] * self.page_slots if pages == list(range(pages[0], pages[0] + len(pages))) else None
+        first, end = pages[0], pages[0] + len(pages)
+        while pages and pages[-1] == self.spare:
+            pages.pop()
+        in_line = pages == list(range(first, first + len(pages)))
+        return first * self.page_slots if in_line and end <= self.num_pages + 1 else None
 
     def locate(self, row: int, slots: Sequence[int]) -> list[int]:
         """Addresses of slots of a row that are to be written.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssd_ray.models.attention import choose_attention
+from ssd_ray.models.attention import NAME, PERIOD, choose_attention, steady_extents
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
-from ssd_ray.models.slots import SlotCache
+from ssd_ray.models.slots import LayerShape, SlotCache
 
 SMALLEST_CHUNK = 8
 
@@ -63,6 +63,7 @@ class HFRunner(ModelRunner):
         self._body = model.get_decoder()
         shapes = probe_layers(model)
         check_addressing(model, shapes)
+        self._steady = _steady_extents(model, shapes[0], page_slots)
         self._kv = SlotCache(
             shapes,
             rows=rows,
@@ -103,7 +104,7 @@ class HFRunner(ModelRunner):
         length = tokens.shape[1]
         places = [(row, start, start + length) for row, start in zip(rows, starts, strict=True)]
         written = self._tensor([self._kv.table.locate_trunk(*place) for place in places])
-        extents = [self.extent(end) for _, _, end in places]
+        extents = [self._steady_extent(end) for _, _, end in places]
         positions, mask = self._trunk(starts, length, max(extents))
         return self._logits(self._decode(rows, extents, tokens.to(self.device), positions, written, mask))
 
@@ -139,6 +140,11 @@ class HFRunner(ModelRunner):
             use_cache=True,
         )
 
+    def _steady_extent(self, needed: int) -> int:
+        """Slots to read so that tokens get the same bits in whichever forward they come."""
+        start = (needed - 1) // PERIOD * PERIOD
+        return start + next(extent for extent in self._steady if extent >= needed - start)
+
     def _extents(self, visible: Tensor) -> list[int]:
         """How many slots each row of a mask, bool [R, T, E], has to read."""
         rows, _, extent = visible.shape
@@ -159,11 +165,11 @@ class HFRunner(ModelRunner):
         return torch.stack(positions), torch.stack(masks)[:, None]
 
     def _causal_strip(self, length: int) -> Tensor:
-        """Additive mask [length, 2*slots] in which token i sees column j iff ``j <= slots + i``.
+        """Additive mask [length, 2*slots + PERIOD] in which token i sees column j iff ``j <= slots + i``.
 
         Columns from ``slots - start`` on are then the causal mask of tokens that begin at slot ``start``.
         """
-        columns = torch.arange(2 * self.slots, device=self.device)
+        columns = torch.arange(2 * self.slots + PERIOD, device=self.device)
         visible = columns <= self.slots + torch.arange(length, device=self.device)[:, None]
         return torch.where(visible, self._seen, self._hidden)
 
@@ -172,3 +178,11 @@ class HFRunner(ModelRunner):
 
     def _logits(self, logits: Tensor) -> Tensor:
         return logits[..., : self.vocab_size].float()
+
+
+def _steady_extents(model: PreTrainedModel, shape: LayerShape, step: int) -> list[int]:
+    """See :func:`~ssd_ray.models.attention.steady_extents`; of another attention than ours nothing is known."""
+    if model.config._attn_implementation != NAME:
+        return list(range(step, PERIOD + 1, step))
+    query_heads = model.config.get_text_config().num_attention_heads // shape.heads
+    return steady_extents(query_heads, shape.key_dim, step=step, dtype=model.dtype, device=model.device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_ray.errors import UnsupportedModelError
-from ssd_ray.models.attention import NAME, choose_attention, fold_groups, masked_attention
+from ssd_ray.models.attention import NAME, PERIOD, choose_attention, fold_groups, masked_attention, steady_extents
 from tests.support.tiny import tiny_model
 
 
@@ -81,3 +81,21 @@ def test_terms_that_are_lacking_are_refused() -> None:
 def test_capped_attention_is_left_to_the_model() -> None:
     assert choose_attention(tiny_model("llama")) == NAME
     assert choose_attention(tiny_model("gemma2")) == "eager"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_slots_change_no_bit_at_steady_extents(dtype: torch.dtype) -> None:
+    extents = steady_extents(2, 32, step=16, dtype=dtype, device=torch.device("cpu"))
+    assert extents == sorted(set(extents))
+    assert extents[-1] == PERIOD
+    beyond = [*extents, PERIOD + extents[0], PERIOD + extents[-2]]
+    query, key, value = (torch.randn(3, *shape, 32).to(dtype) for shape in ((4, 8), (2, 1024), (2, 1024)))
+    for seen in (1, 15, 100, 193, 250, 300, 365, 500):
+        mask = torch.zeros(1, 1, 8, 1024, dtype=dtype)
+        mask[..., seen:] = torch.finfo(dtype).min
+        results = [
+            masked_attention(nn.Module(), query, key[:, :, :each], value[:, :, :each], mask[..., :each])[0]
+            for each in beyond
+            if each >= seen
+        ]
+        assert all(torch.equal(result, results[0]) for result in results)

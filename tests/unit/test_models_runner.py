@@ -80,6 +80,27 @@ def test_a_prompt_cut_anywhere_gives_equal_bits(dtype: torch.dtype, cuts: list[i
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_how_tokens_are_dealt_into_forwards_changes_no_bit(dtype: torch.dtype) -> None:
+    """One a forward or five, all forwards of one shape: so no speculation changes a text, however close two tokens are.
+
+    The positions pass the extents at which CPU kernels group their sums in another way.
+    """
+    model = tiny_model("llama", context=704, head_dim=64).to(dtype)
+    runner = HFRunner(model, rows=2, max_length=704, scratch=0)
+    tokens, begin, end = text(680), 170, 680
+
+    def logits(row: int, stride: int) -> torch.Tensor:
+        runner.prefill(row, tokens[:begin])
+        parts = []
+        for start in range(begin, end, stride):
+            inputs = [*tokens[start : start + stride], *[0] * (8 - stride)]
+            parts.append(runner.append([row], torch.tensor([inputs]), [start])[0, :stride])
+        return torch.cat(parts)
+
+    assert torch.equal(logits(0, 1), logits(1, 5))
+
+
 def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     tokens = torch.tensor([text(9), text(9, seed=1)])
