@@ -11,6 +11,7 @@ from ssd_ray import LLM, SamplingParams
 from ssd_ray.cluster import placement
 from ssd_ray.cluster.placement import Cores, Placer
 from ssd_ray.errors import ResourceError
+from tests.support.rays import own_ray
 
 
 class TestCores:
@@ -83,9 +84,8 @@ class TestDevices:
 @pytest.fixture(scope="class")
 def gpus():
     """A Ray of the user's own, which believes in three GPUs."""
-    ray.init(num_gpus=3, num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with own_ray(num_gpus=3, num_cpus=4):
+        yield
 
 
 def where(place):
