@@ -25,8 +25,8 @@ SHORT = 384
 """Slots up to which neighbours of equal extent are gathered into one tensor: measured on a CPU, copying them then costs
 less than an attention call for each."""
 
-MAX_VIEWS = 1024
-"""Views that a layer keeps."""
+MAX_VIEWS = 128
+"""Views that a layer keeps: each takes a kilobyte, and a row needs another one every page."""
 
 KeysValues = tuple[Tensor, Tensor]
 
