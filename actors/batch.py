@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
+import torch
+
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
@@ -20,6 +22,9 @@ from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.sampling.verifier import Verifier
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.text import Detokenizer
+
+REWRITING = 8
+"""How much longer than prefilling a token it takes to write its KV as in decoding, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,17 @@ class Batch:
     Args:
         runner: the model; its pages are dealt out here.
         rows: requests that run at the same time at most.
-        margin: slots beyond the tokens of a sequence that a verification writes to.
+        shape: tokens of a verification, which are written to slots beyond those of a sequence.
         caching: keep the KV of what has ended for what begins alike.
     """
 
-    def __init__(self, runner: ModelRunner, rows: int, margin: int, *, caching: bool = True) -> None:
+    def __init__(self, runner: ModelRunner, rows: int, shape: int, *, caching: bool = True) -> None:
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
         self.pool = PagePool(range(runner.num_pages), runner.page_slots)
         self._runner = runner
         self._most = min(rows, runner.rows)
-        self._margin = margin
+        self._shape = shape
         self._caching = caching
         self._arrivals = count()
 
@@ -97,7 +102,7 @@ class Batch:
         """Give a row its KV row and the pages for its tokens, if they are there."""
         tokens = row.session.tokens
         lease = self.pool.lease(tokens[:-1] if self._caching else ())
-        slots = len(tokens) + self._margin
+        slots = len(tokens) + self._shape
         spare = self.pool.available - (self.pool.pages_for(slots) - lease.shared)
         # Those who run may soon need a page each. Looked at first, since taking pages would empty the cache.
         if spare < len(self.rows) or not lease.grow(slots):
@@ -111,13 +116,28 @@ class Batch:
         return True
 
     def prefill(self, row: Row, chunk: int) -> int:
-        """Write the KV of a row's next tokens, up to the next multiple of ``chunk``; returns how many."""
-        start = row.filled
-        row.filled = min(start + chunk - start % chunk, row.session.position)
-        self._runner.prefill(row.number, row.session.tokens[start : row.filled], start)
+        """Write the KV of a row's next tokens: of its prompt up to the next multiple of ``chunk``, of its text what
+        takes no longer. Returns how many tokens of a prompt would have taken as long."""
+        session, start = row.session, row.filled
+        prompt_end = min(session.prompt_tokens - 1, session.position)
+        if start < prompt_end:
+            row.filled = min(start + chunk - start % chunk, prompt_end)
+            self._runner.prefill(row.number, session.tokens[start : row.filled], start)
+            cost = row.filled - start
+        else:
+            row.filled = min(start + max(self._shape, chunk // REWRITING), session.position)
+            self._rewrite(row, start)
+            cost = REWRITING * (row.filled - start)
         if row.ready:
             self._publish(row)
-        return row.filled - start
+        return cost
+
+    def _rewrite(self, row: Row, start: int) -> None:
+        """Write the KV of a text again by forwards of the shape that wrote it first: a prefill rounds otherwise."""
+        for first in range(start, row.filled, self._shape):
+            tokens = row.session.tokens[first : min(first + self._shape, row.filled)]
+            padding = [0] * (self._shape - len(tokens))  # written over later
+            self._runner.append([row.number], torch.tensor([[*tokens, *padding]]), [first])
 
     def make_room(self, rows: Iterable[Row]) -> list[Row]:
         """See that each row has pages for its next round, at the cost of those that came last; returns who had to
@@ -129,7 +149,7 @@ class Batch:
         return gone
 
     def _grow(self, row: Row, lease: Lease) -> bool:
-        return grow_row(self._runner, row.number, lease, len(row.session.tokens) + self._margin)
+        return grow_row(self._runner, row.number, lease, len(row.session.tokens) + self._shape)
 
     def _preempt(self, row: Row) -> Row:
         self.remove(row)

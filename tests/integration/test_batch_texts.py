@@ -1,6 +1,6 @@
 """16 different requests write the same texts, token for token, alone and together, with any memory and drafts.
 
-Real models with random weights, in float32, in threads over memory channels.
+Real models with random weights, in float32 unless a test says otherwise, in threads over memory channels.
 """
 
 from __future__ import annotations
@@ -88,6 +88,16 @@ def test_together(config: EngineConfig, case: Case, drafts: int, kv_memory: floa
     assert texts == case.expected
     assert (sum(each.preemptions for each in stats) > 0) == (kv_memory == SMALL)
     assert (sum(each.tree_tokens for each in stats) > 0) == (drafts > 0)
+
+
+def test_together_in_half_precision(config: EngineConfig) -> None:
+    """Also of requests that gave their memory back: their texts' KV is written again as it was written first."""
+    config = replace(config, dtype="bfloat16")
+    requests = [prompt(number) for number in range(ROWS)], [params(number) for number in range(ROWS)]
+    with engine(replace(config, method="ssd", num_drafts=1, kv_memory=SMALL / 2), "memory") as generate:
+        texts, stats = generate(*requests)
+    assert sum(each.preemptions for each in stats) > 0
+    assert texts == alone(config, requests)
 
 
 def test_alone_with_a_draft(config: EngineConfig, case: Case) -> None:

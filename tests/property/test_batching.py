@@ -4,9 +4,11 @@ the one that the request has alone."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +127,33 @@ def test_a_full_pool_takes_turns_and_all_end() -> None:
         assert text.finish_reason == "length"
         assert len(text.tokens) == 190
         assert text.tokens == alone([number, 7], replace(params, seed=number))
+
+
+def test_what_was_decoded_is_written_again_by_forwards_of_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it has the same bits in half precision, too."""
+    engine = pump(6, 1, 13, prefill_chunk=32, prefix_cache=False)
+    prefill, append = engine.target._runner.prefill, engine.target._runner.append
+    ends, shapes = set(), set()
+
+    def watched_prefill(row: int, tokens: Sequence[int], start: int = 0) -> None:
+        ends.add(start + len(tokens))
+        prefill(row, tokens, start)
+
+    def watched_append(rows: Sequence[int], tokens: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
+        shapes.add(tokens.shape[1])
+        return append(rows, tokens, starts)
+
+    monkeypatch.setattr(engine.target.batch._runner, "prefill", watched_prefill)
+    monkeypatch.setattr(engine.target.batch._runner, "append", watched_append)
+    params = SamplingParams(temperature=1.0, max_tokens=1000, ignore_eos=True)
+    for number in range(6):
+        engine.target.submit(number, [number, *range(20)], replace(params, seed=number))
+    drain(engine, set(range(6)))
+    assert engine.target.stats().preemptions > 0
+    assert max(ends) == 20
+    assert shapes == {8}
+    for number in range(6):
+        assert engine.texts[number].tokens == alone([number, *range(20)], replace(params, seed=number))
 
 
 def test_a_long_prompt_does_not_stall_the_others() -> None:
