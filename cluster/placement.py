@@ -95,7 +95,7 @@ class Placer:
     """
 
     def __init__(self, device: str, drafts: int) -> None:
-        self._gpus = gpus_of_an_actor(device)
+        self._gpus = gpus_of_an_actor(device, ray.cluster_resources())
         if self._gpus == SHARED_GPU and drafts:
             logger.warning("there is one GPU: target and drafts share it and slow each other down")
         self._drafts = drafts
@@ -166,13 +166,13 @@ class Cores:
         return tuple(sorted(sorted(self._rest, key=self._users.__getitem__)[: self._share]))
 
 
-def gpus_of_an_actor(device: str) -> float:
-    """GPUs that each actor takes: one, its part of the only one, or none.
+def gpus_of_an_actor(device: str, resources: Mapping[str, float]) -> float:
+    """GPUs that each actor takes on a cluster with these resources: one, its part of the only one, or none.
 
     Raises:
         ResourceError: ``device`` is "cuda" and the cluster has no GPU.
     """
-    gpus = ray.cluster_resources().get("GPU", 0.0)
+    gpus = resources.get("GPU", 0.0)
     if device.startswith("cuda") and not gpus:
         raise ResourceError("device: 'cuda' needs a GPU, and Ray sees none; use device='cpu'")
     return 0.0 if device == "cpu" or not gpus else 1.0 if gpus > 1 else SHARED_GPU

@@ -14,7 +14,8 @@ target has died.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import floor
@@ -69,8 +70,8 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def application(config: EngineConfig) -> Application:
-    """The application of a configuration, on the cluster that this process is connected to."""
-    group = bundles(config)
+    """The application of a configuration, for the cluster that this process is, or will be, connected to."""
+    group = bundles(config, _cluster_resources())
     deployment = serve.deployment(
         name=NAME,
         max_ongoing_requests=config.max_queue + REFUSALS,
@@ -80,17 +81,29 @@ def application(config: EngineConfig) -> Application:
     return deployment(serve.ingress(_app)(Replica)).bind(config)
 
 
-def bundles(config: EngineConfig) -> list[dict[str, float]]:
+def bundles(config: EngineConfig, resources: Mapping[str, float]) -> list[dict[str, float]]:
     """The placement group of a replica: its own bundle, the target's, and one for each draft.
+
+    Args:
+        resources: of the cluster.
 
     Raises:
         ResourceError: ``device`` is "cuda" and the cluster has no GPU.
     """
     actors = 1 + (config.num_drafts if config.method == "ssd" else 0)
-    share = floor(100 * ray.cluster_resources().get("CPU", 1.0) / (1 + actors)) / 100
+    share = floor(100 * resources.get("CPU", 1.0) / (1 + actors)) / 100
     cpu = {"CPU": max(0.01, min(1.0, share))}
-    gpus = gpus_of_an_actor(config.device)
+    gpus = gpus_of_an_actor(config.device, resources)
     return [cpu, *[cpu | ({"GPU": gpus} if gpus else {}) for _ in range(actors)]]
+
+
+def _cluster_resources() -> Mapping[str, float]:
+    """What the cluster has. `serve run` builds an application before it connects: this does so for a moment then."""
+    if ray.is_initialized():
+        resources: Mapping[str, float] = ray.cluster_resources()
+        return resources
+    with ray.init(log_to_driver=False, logging_level=logging.ERROR):
+        return _cluster_resources()
 
 
 @contextmanager

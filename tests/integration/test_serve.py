@@ -300,6 +300,17 @@ def test_a_port_in_use_is_refused_at_once(address, pair):
         pass
 
 
+def test_serve_run_can_build_before_it_connects():
+    """As it does; nothing stays of the Ray that was asked what there is."""
+    script = """
+import ray
+from ssd_ray.cluster.serve import build
+build({"num_drafts": "2"})
+assert not ray.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=Path(__file__).parents[2])
+
+
 class TestCommand:
     """`ssd-ray serve`, as a user starts and stops it."""
 

@@ -1,7 +1,6 @@
 """From the arguments of a Serve application to an engine's configuration and its placement group."""
 
 import pytest
-import ray
 
 from ssd_ray.cluster import serve
 from ssd_ray.config import EngineConfig
@@ -41,6 +40,5 @@ def test_bad_arguments(built, field, value):
         ({"device": "cpu"}, {"CPU": 8.0, "GPU": 4.0}, [{"CPU": 1.0}] * 3),
     ],
 )
-def test_a_replica_and_each_of_its_actors_have_a_bundle(monkeypatch, fields, cluster, bundles):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    assert serve.bundles(EngineConfig(**fields)) == bundles
+def test_a_replica_and_each_of_its_actors_have_a_bundle(fields, cluster, bundles):
+    assert serve.bundles(EngineConfig(**fields), cluster) == bundles
