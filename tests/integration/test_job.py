@@ -76,7 +76,12 @@ def cluster_environment():
     folder = tempfile.mkdtemp(prefix="ssdj-", dir="/tmp")  # short: Ray's sockets lie there
     (port,) = free_ports(1)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, MARK: folder, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    environment = os.environ | {
+        "PATH": path,
+        "TMPDIR": folder,
+        MARK: folder,
+    }  # Ray leaves a socket there
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     environment.pop("RAY_ADDRESS", None)
     try:
         with running_cluster(environment, folder, port):
