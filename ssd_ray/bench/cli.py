@@ -20,6 +20,7 @@ from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 
 if TYPE_CHECKING:
+    from ssd_ray.bench.batches import Figure as BatchFigure
     from ssd_ray.bench.policies import Figure
 
 SHORT = {"transformers": "hf", "assisted": "hf+draft"}
@@ -108,30 +109,8 @@ def batches(
         figures = compare_batches(
             config, chosen, params, sizes, methods=method or OWN, repeat=repeat, progress=status.update
         )
-    table = Table(
-        title=f"temperature {temperature:g}, {max_tokens} tokens each, {repeat} times; medians",
-        caption="ms per token: of one request, after its first tokens. slowest: against the median request, per token\n"
-        "and per round. same: texts that are those of the smallest batch and the first method",
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    columns = {
-        "ms per token": "median_ms",
-        "99th": "p99_ms",
-        "slowest": "slowest",
-        "by round": "slowest_round",
-        "same": "same",
-        "duty": "duty_cycle",
-        "hits": "hit_rate",
-        "tokens/round": "tokens_per_round",
-    }
-    for column in ("at once", "method", "tokens/s", *columns):
-        table.add_column(column, justify="right")
-    for each in figures:
-        rows = f"{each.rows} of all lengths" if each.mixed else str(each.rows)
-        values = [f"{getattr(each, field):.2f}" for field in columns.values()]
-        table.add_row(rows, each.method, f"{each.tokens_per_s:.1f}", *values)
-    _console().print(table)
+    title = f"temperature {temperature:g}, {max_tokens} tokens each, {repeat} times; medians"
+    _console().print(_batches_table(figures, title))
     results = [_rounded(each) for each in figures]
     print(json.dumps({"bench": "batches", "machine": machine(), "results": results}))
 
@@ -305,6 +284,33 @@ def _study_table(figures: Sequence[Figure], title: str) -> Table:
                 else [""] * 3
             )
         table.add_row(name, str(budget), *cells)
+    return table
+
+
+def _batches_table(figures: Sequence[BatchFigure], title: str) -> Table:
+    table = Table(
+        title=title,
+        caption="ms per token: of one request, after its first tokens. slowest: against the median request, per token\n"
+        "and per round. same: texts that are those of the smallest batch and the first method",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    columns = {
+        "ms per token": "median_ms",
+        "99th": "p99_ms",
+        "slowest": "slowest",
+        "by round": "slowest_round",
+        "same": "same",
+        "duty": "duty_cycle",
+        "hits": "hit_rate",
+        "tokens/round": "tokens_per_round",
+    }
+    for column in ("at once", "method", "tokens/s", *columns):
+        table.add_column(column, justify="right")
+    for each in figures:
+        rows = f"{each.rows} of all lengths" if each.mixed else str(each.rows)
+        values = [f"{getattr(each, field):.2f}" for field in columns.values()]
+        table.add_row(rows, each.method, f"{each.tokens_per_s:.1f}", *values)
     return table
 
 
