@@ -11,6 +11,7 @@ slots are read that nobody may see.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,20 +110,21 @@ def steady_extents(query_heads: int, dim: int, *, step: int, dtype: torch.dtype,
     """
     random = torch.Generator().manual_seed(0)
     shapes = (query_heads, PROBE_TOKENS), (1, 3 * PERIOD), (1, 3 * PERIOD)
-    inputs = [torch.randn(PROBE_ROWS, *shape, dim, generator=random).to(device) for shape in shapes]
-
-    def result(seen: int, extent: int, kind: torch.dtype) -> Tensor:
-        mask = torch.zeros(1, 1, PROBE_TOKENS, extent, dtype=kind, device=device)
-        mask[..., seen:] = torch.finfo(kind).min
-        query, key, value = (each.to(kind) for each in inputs)
-        return _fused(query, key[:, :, :extent], value[:, :, :extent], mask, None)
+    drawn = [torch.randn(PROBE_ROWS, *shape, dim, generator=random) for shape in shapes]
+    inputs = [[tensor.to(device, kind) for tensor in drawn] for kind in {torch.float32, dtype}]
 
     def steady(extent: int) -> bool:
-        most = 3 * PERIOD
-        return all(torch.equal(result(extent, extent, kind), result(extent, most, kind)) for kind in kinds)
+        return all(torch.equal(_among(each, extent, extent), _among(each, extent, 3 * PERIOD)) for each in inputs)
 
-    kinds = {torch.float32, dtype}
     return [each for each in range(step, PERIOD, step) if steady(each) and steady(PERIOD + each)] + [PERIOD]
+
+
+def _among(inputs: Sequence[Tensor], seen: int, extent: int) -> Tensor:
+    """Attention over the first ``seen`` slots where ``extent`` are read."""
+    query, key, value = inputs
+    mask = query.new_zeros(1, 1, query.shape[2], extent)
+    mask[..., seen:] = torch.finfo(query.dtype).min
+    return _fused(query, key[:, :, :extent], value[:, :, :extent], mask, None)
 
 
 def choose_attention(model: PreTrainedModel) -> str:

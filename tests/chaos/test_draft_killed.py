@@ -53,7 +53,7 @@ def engine(cluster) -> Iterator[LLM]:
 @pytest.fixture(autouse=True)
 def no_page_is_held(engine: LLM) -> Iterator[None]:
     yield
-    at_rest(engine.stats)
+    at_rest(lambda: engine.stats().as_dict())
 
 
 @pytest.fixture(scope="module")

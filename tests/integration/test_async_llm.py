@@ -47,7 +47,7 @@ def expected(engines):
 @pytest.fixture(autouse=True)
 def no_page_is_held(blocking):
     yield
-    at_rest(blocking.stats)
+    at_rest(lambda: blocking.stats().as_dict())
 
 
 def run(coroutine):

@@ -45,7 +45,7 @@ def llm(cluster, pair):
 @pytest.fixture(autouse=True)
 def no_page_is_held(llm):
     yield
-    at_rest(llm.stats)
+    at_rest(lambda: llm.stats().as_dict())
 
 
 @pytest.fixture(scope="module")

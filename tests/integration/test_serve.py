@@ -25,7 +25,7 @@ from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.loader import load_tokenizer
-from tests.support.engines import target_alone
+from tests.support.engines import at_rest, target_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -86,13 +86,7 @@ def stats(client):
 
 
 def free_rows(client):
-    """The figures once nothing runs or waits: nobody holds a page of KV memory then."""
-    deadline = monotonic() + 20.0
-    while (now := stats(client))["running"] + now["waiting"]:
-        assert monotonic() < deadline, now
-        sleep(0.02)
-    assert now["kv_pages_free"] == now["kv_pages"] > 0
-    return now
+    return at_rest(lambda: stats(client))
 
 
 @pytest.fixture(autouse=True)
