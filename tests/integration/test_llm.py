@@ -141,7 +141,11 @@ def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair):
     tokens = llm._engine.models.prompt(prompt)
     assert 4 * len(tokens) > llm.config.inline_max_bytes
     (expected,) = target_alone(pair[0], [tokens], PARAMS)
-    call(llm, "draft-0", watch)
+    llm.scale_drafts(2)
+    names = llm.stats().drafts
+    assert len(names) == 2
+    for name in names:
+        call(llm, name, watch)
 
     def drafted():
         output = llm.generate(prompt, PARAMS)[0]
@@ -149,10 +153,13 @@ def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair):
         return output.stats.sums.tree_tokens
 
     assert any(drafted() for _ in range(30))  # on a busy machine a draft may be late
-    wait_until(lambda: not call(llm, "draft-0", lambda process: len(process._actor._draft._handover)))
-    frames, prompts = call(llm, "draft-0", lambda process: (process.frames, process.prompts))
-    assert set(prompts) == {(len(tokens), False, False)}  # views of memory that is the object store's
-    assert 0 < max(frames) < len(tokens)  # bytes: no message had the prompt
+    for name in names:
+        wait_until(lambda name=name: not call(llm, name, lambda process: len(process._actor._draft._handover)))
+        frames, prompts = call(llm, name, lambda process: (process.frames, process.prompts))
+        assert set(prompts) == {(len(tokens), False, False)}  # views of memory that is the object store's
+        assert 0 < max(frames) < len(tokens)  # bytes: no message had the prompt
+    llm.scale_drafts(1)
+    wait_until(lambda: len(llm.stats().drafts) == 1)
 
 
 def test_threads_may_share_an_engine(llm, expected):
@@ -281,7 +288,7 @@ def test_actors_run_at_the_drivers_priority(llm):
 
 
 def test_drafts_come_and_go_while_requests_run(llm, expected):
-    """1 -> 2 -> 1; the next tests go to none and back, and an example further."""
+    """1 -> 2 -> 0 -> 1; an example goes further."""
     texts, stop = [], threading.Event()
 
     def decode():
@@ -291,7 +298,7 @@ def test_drafts_come_and_go_while_requests_run(llm, expected):
     thread = threading.Thread(target=decode)
     thread.start()
     try:
-        for count in (2, 1):
+        for count in (2, 0, 1):
             llm.scale_drafts(count)
             wait_until(lambda count=count: len(llm.stats().drafts) == count)
     finally:
