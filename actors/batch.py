@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
-import torch
-
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
@@ -56,7 +54,9 @@ class Row:
     accepted: int = 0  # tokens of the last speculation
     added: list[int] = field(default_factory=list)  # tokens of the last round
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
-    wanted: int = 0  # tokens to wait for
+    wanted: int = 0  # tokens to wait for; 0: for none
+    length: int = 0  # tokens to verify beside the bonus token
+    said: list[int] = field(default_factory=list)  # what drafts say of the chances of those that are verified
     looked_up: bool = False  # the next speculation was found in the text
     whole: bool = False  # the next speculation was as long as can be when it was looked up
 
@@ -64,6 +64,16 @@ class Row:
     def ready(self) -> bool:
         """Whether its whole prompt has KV, the last token aside, with which the first round begins."""
         return self.filled >= self.session.position
+
+    def look_for_stop(self) -> None:
+        """End the request behind the token that completes a stop string."""
+        if self.text is None:
+            return
+        self.text.push(self.added)
+        if self.text.stopped:
+            surplus = len(self.session.generated) - self.text.count
+            del self.added[len(self.added) - surplus :]
+            self.session.finish("stop", self.text.count)
 
 
 class Batch:
@@ -133,11 +143,10 @@ class Batch:
         return cost
 
     def _rewrite(self, row: Row, start: int) -> None:
-        """Write the KV of a text again by forwards of the shape that wrote it first: a prefill rounds otherwise."""
+        """Write the KV of a text again as verifications wrote it first: a prefill rounds otherwise."""
         for first in range(start, row.filled, self._shape):
             tokens = row.session.tokens[first : min(first + self._shape, row.filled)]
-            padding = [0] * (self._shape - len(tokens))  # written over later
-            self._runner.append([row.number], torch.tensor([[*tokens, *padding]]), [first])
+            self._runner.append([row.number], [tokens], [first])
 
     def make_room(self, rows: Iterable[Row]) -> list[Row]:
         """See that each row has pages for its next round, at the cost of those that came last; returns who had to
@@ -166,6 +175,10 @@ class Batch:
             self.rows.remove(row)
             row.lease.release(self._known(row))
             row.lease, row.filled = None, 0
+
+    def running(self, sequence: int) -> Row | None:
+        """The row of a sequence, if it runs."""
+        return next((row for row in self.rows if row.session.sequence == sequence), None)
 
     @property
     def all(self) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from time import perf_counter
 
@@ -51,6 +51,15 @@ class Seat:
     penalties: Penalties | None
     row: int
     lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How long a step took, how many sequences it served, and how many tokens it ran."""
+
+    step_ms: float = 0.0
+    sequences: int = 1
+    step_tokens: int = 0
 
 
 class Draft:
@@ -106,7 +115,7 @@ class Draft:
         self._handover = Handover()
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
-        self._step_ms, self._shared_by = 0.0, 1  # of the last step: how long it took, and how many sequences it served
+        self._last = Step()
         self.malformed = 0
 
     @property
@@ -282,12 +291,12 @@ class Draft:
         if not work:
             return False
         made = [
-            seat.session.complete(items, rankings, step_ms=self._step_ms, sequences=self._shared_by)
+            seat.session.complete(items, rankings, **asdict(self._last))
             for (seat, items), rankings in zip(work, self._rankings(work), strict=True)
         ]
         if nodes := [each for each in made if each is not None]:
             self._send(*nodes)
-        self._step_ms, self._shared_by = 1e3 * (self._clock() - start), len(work)
+        self._last = Step(1e3 * (self._clock() - start), len(work), sum(len(items) for _, items in work))
         return True
 
     @torch.inference_mode()

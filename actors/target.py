@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ssd_ray.actors.inline import INLINE, InlineChannel
 from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
-from ssd_ray.actors.verifying import SHAPE, Target
+from ssd_ray.actors.verifying import MOST_TOKENS, Target
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.loader import load_tokenizer, model_info
 from ssd_ray.stats import EngineStats
@@ -34,7 +34,7 @@ class TargetActor:
         self._channel = InlineChannel(channel) if config.method == "sd" else channel
         inline = isinstance(self._channel, InlineChannel)
         self._target = Target(
-            load_model(config, "target", SHAPE),
+            load_model(config, "target", MOST_TOKENS),
             self._channel,
             session,
             lookahead=lookahead(config) if config.method != "ar" else 0,

@@ -1,15 +1,9 @@
-"""The loop of the target: requests in, one batched verification after the other, tokens out.
-
-A round is: fix the speculations, one forward, choose, commit, tell the drafts, tell the driver, wait where that pays.
-Nothing in it asks anybody anything: speculations are looked up in the target's own memory.
-"""
+"""The loop of the target: requests in, one batched verification after the other, tokens out."""
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from itertools import islice
 from math import inf
 from time import perf_counter
 from typing import Any, Literal
@@ -17,51 +11,28 @@ from typing import Any, Literal
 import torch
 
 from ssd_ray.actors.batch import Batch, Request, Row
+from ssd_ray.actors.links import Links
+from ssd_ray.actors.rounds import Rounds, Rules
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
-from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.costs import Costs, Measured
 from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner
-from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import verifier
-from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation.target import FinishReason, TargetSession
 from ssd_ray.stats import EngineStats, add
 from ssd_ray.text import Detokenizer
 from ssd_ray.transport.channel import Channel
-from ssd_ray.wire import (
-    Begin,
-    Close,
-    Goodbye,
-    Hello,
-    Lost,
-    Message,
-    Nodes,
-    Open,
-    Outcome,
-    Output,
-    RequestStats,
-    TokenLogprobs,
-    decode,
-    encode,
-)
+from ssd_ray.wire import Close, Output, RequestStats
 
-logger = logging.getLogger(__name__)
-
-SHAPE = MAX_LOOKAHEAD + 1
-"""Tokens of every decoding forward, whatever the method: one shape, one rounding, one text also in bfloat16."""
+MOST_TOKENS = MAX_LOOKAHEAD + 1
+"""Tokens of one row in a verification at most."""
 
 IDLE_SECONDS = 1.0
 """How long a loop without work waits for a message. Whatever else may give it work wakes it."""
-
-MOST_OUTPUTS = 64
-"""Messages of tokens in one frame."""
-
-DRIVER = "driver"
-"""The driver's name on the channel."""
 
 
 class Target:
@@ -71,12 +42,10 @@ class Target:
         runner: the model.
         channel: the hub of the drafts and the driver.
         session: the engine's number on the wire.
-        lookahead: tokens in one speculation at most.
-        exact_lookahead: with ``patient``, wait for ``lookahead`` tokens rather than for the best number of them.
+        lookahead, exact_lookahead, backup, patient: see :class:`~ssd_ray.actors.rounds.Rules`.
         sampler: how speculations are verified.
         saguaro_c: in rejection mode, Saguaro's C, or "auto".
-        backup: what a row does on a miss.
-        patient: wait for drafts however long they take: the draft is in this process and never late.
+        measured: what verifications cost; None: nothing is known yet.
         end_tokens: tokens that end a text.
         tokenizer: needed for stop strings alone.
         concurrency: requests that run at the same time.
@@ -97,6 +66,7 @@ class Target:
         saguaro_c: float | Literal["auto"] = "auto",
         backup: Backup = "draft",
         patient: bool = False,
+        measured: Measured | None = None,
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
         concurrency: int = 1,
@@ -106,26 +76,24 @@ class Target:
     ) -> None:
         self._clock = clock
         self._runner = runner
-        self._channel = channel
-        self._session = session
-        self._lookahead = lookahead
-        self._exact_lookahead = exact_lookahead
         self._sampler: Sampler = sampler
-        self._backup = backup
-        self._patient = patient
+        self._rules = Rules(lookahead=lookahead, exact_lookahead=exact_lookahead, backup=backup, patient=patient)
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
-        self._looks_up = backup in ("ngram", "auto")
-        self.batch = Batch(runner, concurrency, SHAPE, caching=prefix_cache)
+        self.batch = Batch(runner, concurrency, MOST_TOKENS, caching=prefix_cache)
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
-        self._drafts: list[str] = []
-        self._outbox: deque[Output] = deque()
         self._done = RequestStats()
         self._requests = 0
-        self._pace = Pace()
-        self._planner = Planner(self._pace, lookahead, saguaro_c if sampler == "rejection" else None)
-        self.malformed = 0
+        pace, self.costs = Pace(), Costs(measured)
+        self._planner = Planner(pace, self.costs, lookahead, saguaro_c if sampler == "rejection" else None)
+        self._links = Links(channel, session, self.batch, pace)
+        self._rounds = Rounds(runner, self._links, self._rules, self._planner, pace, self.costs, clock)
+
+    @property
+    def malformed(self) -> int:
+        """Frames that were dropped."""
+        return self._links.malformed
 
     # Called from any thread
 
@@ -155,7 +123,7 @@ class Target:
 
     def _command(self, command: Request | int | str) -> None:
         self._commands.append(command)
-        self._channel.wake()
+        self._links.channel.wake()
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
@@ -168,7 +136,7 @@ class Target:
             requests=self._requests,
             running=len(self.batch.rows),
             waiting=len(self.batch.waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
-            drafts=tuple(self._drafts),
+            drafts=tuple(self._links.drafts),
             kv_pages=self.batch.pool.size,
             kv_pages_free=self.batch.pool.available,
             plan=plan,
@@ -180,13 +148,12 @@ class Target:
         """Run one round of what is there; without requests wait for a message. Returns whether there was work."""
         self._take_commands()
         self._end_late()
-        self._receive(0.0)
-        self._flush()
+        self._links.receive(0.0)
+        self._links.flush()
         for row in self.batch.admit():
-            for draft in self._drafts:
-                self._open(draft, row)
+            self._links.open(row, self._planner.c or 0.0)
         if not self.batch.rows:
-            self._receive(idle_seconds)
+            self._links.receive(idle_seconds)
             return False
         self._prefill()
         self._round(self.batch.ready)
@@ -205,181 +172,13 @@ class Target:
 
     def _round(self, rows: Sequence[Row]) -> None:
         for row in self.batch.make_room(rows):
-            self._tell(Close(row.session.sequence))
+            self._links.tell(Close(row.session.sequence))
         rows = [row for row in rows if row.lease is not None]
         if rows:
-            self._run_round(rows)
-
-    def _run_round(self, rows: Sequence[Row]) -> None:
-        start = self._clock()
-        wait_ms = self._wait(rows)
-        self._begin(rows)
-        verify_start = self._clock()
-        logits = self._verify(rows)
-        verify_ms = 1e3 * (self._clock() - verify_start)
-        for row, decision in zip(rows, self._decide(rows, logits), strict=True):
-            self._commit(row, decision, verify_ms)
-        self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
-        self._announce(rows)
-        for row, row_logits in zip(rows, logits, strict=True):
-            self._report(row, row_logits)
-        self._flush()
-        host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
+            self._rounds.run(rows)
         for row in rows:
-            row.session.tally.spent(verify_ms / len(rows), wait_ms / len(rows), host_ms / len(rows))
             if row.session.finish_reason is not None:
                 self._end(row)
-        if (plan := self._planner.update()) is not None:
-            logger.info("plan: %s", plan)
-
-    def _begin(self, rows: Sequence[Row]) -> None:
-        changed = [row for row in rows if row.session.begin(self._lookahead) != row.announced]
-        for share, draft in enumerate(self._drafts):
-            self._send(draft, *(self._begun(row.session, share) for row in changed))
-        for row in rows:
-            for draft in row.unaware:
-                self._open(draft, row)
-            row.unaware.clear()
-
-    def _begun(self, session: TargetSession, share: int) -> Begin:
-        return Begin(session.sequence, session.round, session.cache.speculation, share, len(self._drafts))
-
-    @torch.inference_mode()
-    def _verify(self, rows: Sequence[Row]) -> torch.Tensor:
-        """One forward over the rows; logits, float32 [rows, SHAPE, V]."""
-        tokens = torch.zeros(len(rows), SHAPE, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            inputs = row.session.inputs
-            tokens[index, : len(inputs)] = torch.tensor(inputs)
-        return self._runner.append([row.number for row in rows], tokens, [row.session.position for row in rows])
-
-    @torch.inference_mode()
-    def _decide(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Decision]:
-        decisions = []
-        for row, row_logits in zip(rows, logits, strict=True):
-            session = row.session
-            speculation = session.cache.speculation
-            proposals = session.proposals
-            decisions.append(
-                row.verifier.decide(row_logits[: len(speculation) + 1], session.tokens, speculation, proposals)
-            )
-        return decisions
-
-    def _study(self, p: torch.Tensor, proposal: Proposal) -> None:
-        """Learn what other C's would have done at a position."""
-        if self._planner.factors is not None and proposal.plain is not None:
-            self._planner.factors.saw_position(weigh(p, proposal, FACTORS))
-
-    def _commit(self, row: Row, decision: Decision, verify_ms: float) -> None:
-        session = row.session
-        n = len(session.cache.speculation)
-        self._pace.saw_verification(verify_ms, n, decision.accepted, looked_up=row.looked_up, whole=row.whole)
-        self._pace.saw_outcomes(session.cache.outcomes)
-        row.accepted = decision.accepted
-        row.added = session.commit(decision)
-        row.filled = session.position
-        if self._looks_up:
-            row.ngrams.extend(row.added)
-        self._look_for_stop(row, row.added)
-
-    @torch.inference_mode()
-    def _report(self, row: Row, logits: torch.Tensor) -> None:
-        """Tell the driver the new tokens, which the first rows of the logits decided."""
-        most, wanted = row.session.params.logprobs, []
-        if most is not None:
-            wanted = [TokenLogprobs(*entry) for entry in logprobs(logits, row.added, most)]
-        self._outbox.append(Output(row.session.sequence, row.added, logprobs=wanted))
-
-    def _look_for_stop(self, row: Row, added: list[int]) -> None:
-        """End the request behind the token that completes a stop string."""
-        if row.text is None:
-            return
-        row.text.push(added)
-        if row.text.stopped:
-            surplus = len(row.session.generated) - row.text.count
-            del added[len(added) - surplus :]
-            row.session.finish("stop", row.text.count)
-
-    def _announce(self, rows: Sequence[Row]) -> None:
-        """Tell the drafts the outcomes and what is verified next."""
-        going = [row for row in rows if row.session.finish_reason is None]
-        for row in going:
-            self._look_up(row)
-        self._plan_wait(going)
-        for row in going:
-            row.announced = row.session.cache.speculate(row.session.most(self._lookahead))
-        for share, draft in enumerate(self._drafts):
-            self._send(draft, *(self._outcome(row, share) for row in going if draft not in row.unaware))
-
-    def _look_up(self, row: Row) -> None:
-        """Find what is prepared for the outcome."""
-        session = row.session
-        hit = session.look_up(self._drafts)
-        if self._planner.factors is not None and row.accepted == self._lookahead:
-            self._planner.factors.saw_whole(hit)
-        most = session.most(self._lookahead)
-        row.looked_up = False
-        row.whole = session.cache.available(most) == most
-        if not hit:
-            self._back_up(row, most)
-
-    def _back_up(self, row: Row, most: int) -> None:
-        """After a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
-        session = row.session
-        waits = self._worth_waiting(session)
-        proposal = row.ngrams.propose(most) if self._looks_up else []
-        if proposal and (self._backup == "ngram" or self._pace.prefers_lookup(len(proposal), most, waits=waits)):
-            session.cache.plant(proposal)
-            row.looked_up = True
-        session.back_up("ngram" if row.looked_up else "draft" if waits else "none")
-
-    def _plan_wait(self, rows: Sequence[Row]) -> None:
-        """Set how many tokens each row is to have: more than there are only if that pays for the rows together."""
-        lengths = [self._lengths(row) for row in rows]
-        steps = self._steps(lengths)
-        for row, (available, most) in zip(rows, lengths, strict=True):
-            row.wanted = min(available + steps, most)
-
-    def _lengths(self, row: Row) -> tuple[int, int]:
-        """How many tokens a row has, and how many it could have."""
-        most = row.session.most(self._lookahead)
-        available = row.session.cache.available(most)
-        return available, most if self._worth_waiting(row.session) and not row.looked_up else available
-
-    def _steps(self, lengths: Sequence[tuple[int, int]]) -> int:
-        """Draft steps to wait for."""
-        missing = max((most - available for available, most in lengths), default=0)
-        if self._exact_lookahead or not missing:
-            return missing
-        alone = lengths == [(0, missing)]
-        steps = min(missing, self._planner.plan.wait) if alone else self._pace.best_steps(lengths)
-        empty = self._patient and not all(available for available, most in lengths if most)
-        return max(steps, 1 if empty else 0)  # what is never tried is never known
-
-    def _wait(self, rows: Sequence[Row]) -> float:
-        """Wait for drafts where longer speculations are worth it; returns milliseconds."""
-        self._plan_wait(rows)
-        start = self._clock()
-        steps = max(self._missing(row) for row in rows)
-        if steps <= 0:
-            return 0.0
-        deadline = start + (inf if self._patient else 1e-3 * self._pace.patience_ms(steps))
-        while (short := any(self._missing(row) > 0 for row in rows)) and (left := deadline - self._clock()) > 0:
-            if not self._receive(left) and self._patient:
-                break
-        waited_ms = 1e3 * (self._clock() - start)
-        self._pace.saw_wait(waited_ms, steps, came=not short)
-        return waited_ms
-
-    @staticmethod
-    def _missing(row: Row) -> int:
-        """Tokens that the row is to have and has not."""
-        return row.wanted - row.session.cache.available(row.wanted)
-
-    def _worth_waiting(self, session: TargetSession) -> bool:
-        """Whether some draft is at work on this sequence: it has said something about the round before this one."""
-        at_work = max(session.cache.latest.values(), default=-1) >= max(0, session.round - 1)
-        return self._patient or (self._backup in ("draft", "auto") and at_work)
 
     # Requests
 
@@ -391,7 +190,7 @@ class Target:
             elif isinstance(command, int):
                 self._end_early({command}, "cancelled")
             else:
-                self._remove_draft(command)
+                self._links.remove(command)
 
     def _end_late(self) -> None:
         now = self._clock()
@@ -420,121 +219,21 @@ class Target:
         study = self._study if self._planner.factors is not None else None
         verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
         text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
-        ngrams = NgramIndex(tokens if self._looks_up else ())
+        ngrams = NgramIndex(tokens if self._rules.looks_up else ())
         return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
+
+    def _study(self, p: torch.Tensor, proposal: Proposal) -> None:
+        """Learn what other C's would have done at a position."""
+        if self._planner.factors is not None and proposal.plain is not None:
+            self._planner.factors.saw_position(weigh(p, proposal, FACTORS))
 
     def _end(self, row: Row) -> None:
         """Say goodbye to a row that has a finish reason."""
         session = row.session
         if row.lease is not None or row.holders:
-            self._tell(Close(session.sequence))
+            self._links.tell(Close(session.sequence))
         self.batch.remove(row)
         stats = session.stats()
         self._done = add(self._done, stats)
         self._requests += 1
-        self._outbox.append(Output(session.sequence, [], session.finish_reason, stats))
-
-    # Messages
-
-    def _receive(self, timeout: float) -> bool:
-        """Take what has arrived, waiting for the first frame; returns whether anything came."""
-        received = self._channel.receive(timeout)
-        came = received is not None
-        while received is not None:
-            peer, frame = received
-            try:
-                for message in decode(self._session, frame):
-                    self._handle(peer, message)
-            except ProtocolError as error:
-                self.malformed += 1
-                logger.debug("dropped a frame of %s: %s", peer, error)
-            received = self._channel.receive(0.0)
-        return came
-
-    def _handle(self, peer: str, message: Message) -> None:
-        match message:
-            case Nodes() if peer in self._drafts:
-                self._pace.saw_step(message.step_ms)
-                row = self._running(message.sequence)
-                if row is not None:
-                    row.session.add(peer, message)
-                else:  # it may have missed the end, and would keep a row and memory for ever
-                    self._send(peer, Close(message.sequence))
-            case Hello() if message.name == peer and peer not in self._drafts:
-                self._drafts.append(peer)
-                for row in self.batch.rows:
-                    row.unaware.append(peer)
-            case Lost() if peer in self._drafts:
-                row = self._running(message.sequence)
-                if row is not None and peer not in row.unaware:
-                    row.unaware.append(peer)
-            case Goodbye():
-                self._remove_draft(peer)
-            case _:
-                pass
-
-    def _remove_draft(self, draft: str) -> None:
-        """The guesses are dealt anew with the next outcome."""
-        if draft in self._drafts:
-            self._drafts.remove(draft)
-            for row in self.batch.rows:
-                row.session.cache.forget(draft)
-                row.unaware = [name for name in row.unaware if name != draft]
-
-    def _running(self, sequence: int) -> Row | None:
-        return next((row for row in self.batch.rows if row.session.sequence == sequence), None)
-
-    def _outcome(self, row: Row, share: int) -> Outcome:
-        session = row.session
-        return Outcome(
-            session.sequence,
-            session.round - 1,
-            session.position,
-            row.accepted,
-            session.tokens[-1],
-            row.announced,
-            session.hit,
-            row.wanted,
-            self._planner.c or 0.0,
-            share,
-            len(self._drafts),
-        )
-
-    def _open(self, draft: str, row: Row) -> None:
-        session = row.session
-        share, shares = self._drafts.index(draft), len(self._drafts)
-        speculation = session.cache.speculation
-        omitted = session.prompt_tokens if draft in row.holders else 0
-        row.holders.discard(draft)  # should it not have the prompt after all, it asks, and is sent everything
-        self._send(
-            draft,
-            Open(
-                session.sequence,
-                session.round,
-                session.tokens[omitted:],
-                speculation,
-                session.params,
-                self._planner.c or 0.0,
-                share,
-                shares,
-                session.prompt_tokens,
-                omitted,
-            ),
-        )
-
-    def _tell(self, message: Message) -> None:
-        """Say something to all drafts."""
-        for draft in self._drafts:
-            self._send(draft, message)
-
-    def _send(self, draft: str, *messages: Message) -> None:
-        if messages:
-            self._channel.send(draft, encode(self._session, *messages))
-
-    def _flush(self) -> None:
-        """Tokens must not get lost: what the channel does not take now is sent later, in order."""
-        while outputs := list(islice(self._outbox, MOST_OUTPUTS)):
-            if not self._channel.send(DRIVER, encode(self._session, *outputs)):
-                return
-            for _ in outputs:
-                self._outbox.popleft()
+        self._links.put(Output(session.sequence, [], session.finish_reason, stats))

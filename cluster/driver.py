@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from ssd_ray.actors.verifying import DRIVER
+from ssd_ray.actors.links import DRIVER
 from ssd_ray.cluster.placement import Placer
 from ssd_ray.cluster.refs import DrainChannel
 from ssd_ray.cluster.runtime import RayRuntime

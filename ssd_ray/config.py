@@ -20,8 +20,8 @@ Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-MAX_LOOKAHEAD = 7
-"""Largest lookahead: a verification has one fixed shape of 8 tokens, the bonus token and 7 guesses."""
+MAX_LOOKAHEAD = 15
+"""Largest lookahead. How many tokens are verified is found round by round."""
 
 SEED_MASK = (1 << 63) - 1
 

@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from ssd_ray.config import MAX_LOGPROBS, SamplingParams
 from ssd_ray.errors import ConfigError, ProtocolError
 
-VERSION = 1
+VERSION = 2
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Token = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -28,6 +28,7 @@ Tokens = Annotated[list[Token], Meta(max_length=1 << 22)]
 Speculation = Annotated[list[Token], Meta(max_length=64)]
 Parent = Annotated[int, Meta(ge=-65, le=2**53)]
 Factor = Annotated[float, Meta(ge=0.0, le=1.0)]
+Price = Annotated[float, Meta(ge=0.0)]
 
 
 class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -48,7 +49,9 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
     Node i has the id ``first + i``; ids are unique in (draft, sequence) and never used again. ``parents[i]`` is the id
     of an earlier node, or ``-1 - depth`` for a guess that follows the trunk token at that depth of round ``round``.
-    ``step_ms`` is what the draft's last step took, which served so many ``sequences``.
+    ``step_ms`` is what the draft's last step took, which ran ``step_tokens`` for so many ``sequences``. ``chances`` has
+    a byte for each node: 255 times the probability of being accepted once it is reached, as its draft has it, and 0 where
+    it says nothing (guesses, which are not reached but right or wrong). Empty: it says nothing of any.
 
     In rejection mode node ``sampled[j]`` of the message was drawn from law j: part j of as many equal parts of
     ``law_tokens`` (int32; empty if the laws are over the whole vocabulary, in order) and ``law_weights`` (float32),
@@ -62,6 +65,8 @@ class Nodes(Message, frozen=True, tag="nodes"):
     tokens: Annotated[list[Token], Meta(max_length=4096)]
     step_ms: Annotated[float, Meta(ge=0.0)] = 0.0
     sequences: Annotated[int, Meta(ge=1)] = 1
+    step_tokens: Count = 0
+    chances: Annotated[bytes, Meta(max_length=4096)] = b""
     sampled: Annotated[list[Count], Meta(max_length=4096)] = []
     law_tokens: memoryview = memoryview(b"")
     law_weights: memoryview = memoryview(b"")
@@ -110,6 +115,9 @@ class Outcome(Message, frozen=True, tag="outcome"):
     ``speculation`` is what the verification of ``round + 1`` runs over, unless the target waits for more: until there
     are ``wanted`` tokens. ``hit`` says whether a speculation was prepared.
     Guesses are dealt: this draft takes share ``share`` of ``shares``. ``c`` as in :class:`Open`.
+    What nobody waits for is worth drafting only where a step adds more than ``price`` tokens, expected, to this sequence
+    (infinity: never), and a token only where it is reached and accepted, should its outcome happen, with a probability
+    of ``floor``: the target would not verify it.
     """
 
     sequence: Count
@@ -123,6 +131,8 @@ class Outcome(Message, frozen=True, tag="outcome"):
     c: Factor = 1.0
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+    price: Price = 0.0
+    floor: Factor = 0.0
 
 
 class Begin(Message, frozen=True, tag="begin"):
@@ -193,6 +203,7 @@ class RequestStats(Struct, frozen=True, array_like=True):
         prefill_ms: milliseconds of prefill.
         waits: rounds that waited for a draft.
         backups: misses by what was done about them.
+        verified: tokens that verifications ran, bonus tokens included, padding apart.
         partial: rounds that began with a speculation shorter than could be of use.
         tree_tokens: tokens that drafts sent; ``tree_used`` of them were verified, or guessed right.
         draft_ms: milliseconds of the draft steps that made them, over all drafts; ``draft_used_ms`` those of steps of
@@ -214,6 +225,7 @@ class RequestStats(Struct, frozen=True, array_like=True):
     prefill_ms: float = 0.0
     waits: int = 0
     backups: Backups = Backups()
+    verified: int = 0
     partial: int = 0
     tree_tokens: int = 0
     tree_used: int = 0

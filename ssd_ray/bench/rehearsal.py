@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.process import BUDGET
-from ssd_ray.actors.verifying import DRIVER, Target
+from ssd_ray.actors.links import DRIVER
+from ssd_ray.actors.verifying import Target
 from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.contract import ModelRunner
@@ -62,7 +63,7 @@ class Hooked(ModelRunner):
         self._on_extend(tokens.numel())
         return logits
 
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
+    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         self._on_append(len(rows))
         return self._runner.append(rows, tokens, starts)
 
@@ -324,7 +325,7 @@ class _Timed(Hooked):
         super().__init__(runner)
         self.ms: list[float] = []
 
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
+    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         start = perf_counter()
         logits = super().append(rows, tokens, starts)
         self.ms.append(1e3 * (perf_counter() - start))

@@ -4,14 +4,16 @@ Transformers' own function repeats K and V for every group of query heads as soo
 are left to the kernel on a CPU, and folded into the query's token dimension elsewhere (CUDA's fused kernels take a mask
 or groups, not both).
 
-K and V may come in parts, rows of one extent each. The cost then follows every row's own length, and a row's result is
-bit for bit what it is without the others. At steady extents (:func:`steady_extents`) it is also what it is however many
-slots are read that nobody may see.
+K and V may come in parts, rows of one extent each, whose queries stand in one line of tokens. The cost then follows every
+row's own length, and a row's result is bit for bit what it is without the others. At steady extents
+(:func:`steady_extents`) it is also what it is however many slots are read that nobody may see, and with steady numbers
+of queries (:func:`steady_queries`) however many tokens of a row are run together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +29,57 @@ NAME = "ssd_ray"
 PERIOD = 512
 """Slots that torch's kernels read in one go at most."""
 
-PROBE_ROWS, PROBE_TOKENS = 4, 8
+PROBE_ROWS, PROBE_TOKENS, PROBE_SLOTS = 4, 8, 64
 
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a forward that are read together: G rows, of which T tokens each are asked about E slots.
+
+    Attributes:
+        rows, tokens: G and T.
+        mask: additive, [1 or G, 1, T, E].
+        start: where in the line their tokens begin, if they follow one another there, T to each row.
+        take: int64 [G * T], where in the line each query stands, if they do not; queries may be there twice.
+    """
+
+    rows: int
+    tokens: int
+    mask: Tensor
+    start: int = 0
+    take: Tensor | None = None
+
+    def queries(self, line: Tensor) -> Tensor:
+        """The part's queries, [G, heads, T, D], of a line's, [1, heads, N, D]."""
+        _, heads, _, dim = line.shape
+        taken = line[0, :, self.start : self.start + self.rows * self.tokens]
+        if self.take is not None:
+            taken = line[0].index_select(1, self.take)
+        return taken.view(heads, self.rows, self.tokens, dim).transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All parts of a forward, and the way back.
+
+    Attributes:
+        parts: in any order.
+        restore: int64 [N], where among the queries of all parts, one part after the other, each token of the line
+            stands; None: in this very order.
+    """
+
+    parts: Sequence[Part]
+    restore: Tensor | None = None
+
+
+class Read(list[Tensor]):
+    """Keys or values of the parts of a forward, [G, kv_heads, E, D] each."""
+
+    def __init__(self, tensors: Sequence[Tensor], layout: Parts) -> None:
+        super().__init__(tensors)
+        self.layout = layout
 
 
 def masked_attention(
@@ -42,8 +92,8 @@ def masked_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query [R, heads, T, D] over key and value [R, kv_heads, E, D] under an additive mask [., 1, T, E].
-    Without a mask it is causal where the module is. Key and value may be lists of parts of the rows, each at an extent
-    of its own, at most E; there is a mask then.
+    Without a mask it is causal where the module is. Key and value may be :class:`Read`; the query is a line of tokens
+    then, [1, heads, N, D], and the masks are those of its parts.
 
     Returns ([R, T, heads, D], None), as transformers wants it.
 
@@ -53,20 +103,20 @@ def masked_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the model's attention needs {name}, which fused attention does not have")
-    if isinstance(key, list) and attention_mask is not None:
-        outputs = _by_parts(query, key, value, attention_mask, scaling)
-    else:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        outputs = _fused(query, key, value, attention_mask, scaling, causal)
-    return outputs.transpose(1, 2).contiguous(), None
+    if isinstance(key, Read):
+        return _by_parts(query, key, value, scaling), None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return _fused(query, key, value, attention_mask, scaling, causal).transpose(1, 2).contiguous(), None
 
 
-def _by_parts(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, scaling: float | None) -> Tensor:
-    sizes = [len(key) for key in keys]
-    masks = torch.split(mask.expand(len(query), -1, -1, -1), sizes)
-    parts = zip(torch.split(query, sizes), keys, values, masks, strict=True)
-    return torch.cat([_fused(q, k, v, m.narrow(3, 0, k.shape[2]), scaling) for q, k, v, m in parts])
+def _by_parts(query: Tensor, keys: Read, values: Sequence[Tensor], scaling: float | None) -> Tensor:
+    layout, outputs = keys.layout, []
+    for part, key, value in zip(layout.parts, keys, values, strict=True):
+        output = _fused(part.queries(query), key, value, part.mask, scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [G * T, heads, D]
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (joined if layout.restore is None else joined.index_select(0, layout.restore))[None].contiguous()
 
 
 def _fused(
@@ -95,28 +145,59 @@ def fold_groups(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tenso
     return query.reshape(rows, heads // groups, groups * tokens, dim), mask.repeat(1, 1, groups, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What one layer's attention looks like to its kernel: ``query_heads`` share one head of keys and values of size
+    ``dim``."""
+
+    query_heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def inputs(self, rows: int, queries: int, slots: int) -> list[list[Tensor]]:
+        """Random query, key and value, in float32 and in the dtype: half precision rounds most differences away, so
+        that a probe would miss some. There float32 has to be steady, too."""
+        random = torch.Generator().manual_seed(0)
+        shapes = (self.query_heads, queries), (1, slots), (1, slots)
+        drawn = [torch.randn(rows, *shape, self.dim, generator=random) for shape in shapes]
+        return [[tensor.to(self.device, kind) for tensor in drawn] for kind in {torch.float32, self.dtype}]
+
+
 @torch.inference_mode()
-def steady_extents(query_heads: int, dim: int, *, step: int, dtype: torch.dtype, device: torch.device) -> list[int]:
+def steady_extents(heads: Heads, step: int) -> list[int]:
     """Find the multiples of ``step`` up to :data:`PERIOD` at which hidden slots beyond them change no bit.
 
     A kernel sums over all slots that are read, those with weight 0 included, and how it groups the terms may depend on
     their number. The same token would then have other bits when it is read with more slots after it. Extents repeat
-    after a period, which is checked for the first two. Half precision rounds most differences away, so that a probe
-    would miss some: there float32 has to be steady, too.
-
-    Args:
-        query_heads: that share one head of keys and values.
-        dim: of a head.
+    after a period, which is checked for the first two.
     """
-    random = torch.Generator().manual_seed(0)
-    shapes = (query_heads, PROBE_TOKENS), (1, 3 * PERIOD), (1, 3 * PERIOD)
-    drawn = [torch.randn(PROBE_ROWS, *shape, dim, generator=random) for shape in shapes]
-    inputs = [[tensor.to(device, kind) for tensor in drawn] for kind in {torch.float32, dtype}]
+    inputs = heads.inputs(PROBE_ROWS, PROBE_TOKENS, 3 * PERIOD)
 
     def steady(extent: int) -> bool:
         return all(torch.equal(_among(each, extent, extent), _among(each, extent, 3 * PERIOD)) for each in inputs)
 
     return [each for each in range(step, PERIOD, step) if steady(each) and steady(PERIOD + each)] + [PERIOD]
+
+
+@torch.inference_mode()
+def steady_queries(heads: Heads, most: int) -> list[int]:
+    """Find the numbers of queries of a row, up to ``most``, with which each of them gets the bits that it gets among
+    ``most``."""
+    inputs = heads.inputs(PROBE_ROWS, most, 3 * PROBE_SLOTS)
+
+    def steady(count: int) -> bool:
+        return all(
+            torch.equal(_among(_first(each, count), extent, extent), _among(each, extent, extent)[:, :, :count])
+            for each in inputs
+            for extent in range(PROBE_SLOTS, 3 * PROBE_SLOTS + 1, PROBE_SLOTS)
+        )
+
+    return [count for count in range(1, most) if steady(count)] + [most]
+
+
+def _first(inputs: Sequence[Tensor], queries: int) -> Sequence[Tensor]:
+    return inputs[0][:, :, :queries], *inputs[1:]
 
 
 def _among(inputs: Sequence[Tensor], seen: int, extent: int) -> Tensor:

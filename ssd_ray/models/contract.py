@@ -83,11 +83,12 @@ class ModelRunner(ABC):
         """
 
     @abstractmethod
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        """Run trunk tokens: row r's tokens take positions and slots ``starts[r] + 0 .. T-1`` and see all slots up to
-        their own. The caller pads to a fixed T: what a padding token writes is overwritten or never seen later.
+    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+        """Run trunk tokens, as many of each row as there are: those of row r take positions and slots
+        ``starts[r] + 0, 1, ..`` and see all slots up to their own.
 
-        Returns logits, float32 [R, T, V].
+        Returns logits for each row, float32 [tokens of the row, V]. A token's are the same, bit for bit in half
+        precision, whoever runs beside it.
 
         Raises:
             ValueError: a token would lie beyond the row's slots, or on a page that is not bound.

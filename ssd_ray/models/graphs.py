@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ssd_ray.models.slots import KeysValues, SlotCache, gather, write
+from ssd_ray.models.slots import KeysValues, SlotCache, Stretch, gather, write
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,11 @@ Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Tensor
 """(rows, extents, tokens, positions, written, mask) -> logits: R distinct rows; how many slots each reads, E the most;
 int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; additive mask
 [1 or R, 1, T, E]."""
+
+LineForward = Callable[[Sequence[Stretch], Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+"""(stretches, tokens, positions, written, queries) -> logits [N, V]: tokens and positions int64 [N], of the stretches one
+after the other and then padding, which is computed and not written; addresses int64 [tokens but the padding]; queries as
+in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -43,6 +48,28 @@ def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=True
         )
         logits: Tensor = output.logits
+        return logits
+
+    return forward
+
+
+def line_forward(model: PreTrainedModel, kv: SlotCache) -> LineForward:
+    """The plain forward of a model over a line of tokens of several rows."""
+    # Attention has the masks of its parts. This one only keeps the model from making its own.
+    mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device)
+
+    def forward(
+        stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
+    ) -> Tensor:
+        kv.aim_line(stretches, written, len(tokens), queries)
+        output = model(
+            input_ids=tokens[None],
+            attention_mask=mask,
+            position_ids=positions[None],
+            past_key_values=kv,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits[0]
         return logits
 
     return forward

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import NAME
-from ssd_ray.models.graphs import eager_forward
-from ssd_ray.models.slots import LayerShape, SlotCache
+from ssd_ray.models.graphs import eager_forward, line_forward
+from ssd_ray.models.slots import LayerShape, SlotCache, Stretch
 
 NUM_CHECKED = 6
 
@@ -97,17 +97,18 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[Te
 
 
 @torch.inference_mode()
-def takes_rows_apart(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
-    """Whether a model hands K and V on to our attention as it gets them, so that rows can have extents of their own."""
+def takes_lines(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
+    """Whether a model hands K and V on to our attention as it gets them, so that rows can have as many tokens as they
+    like, and extents of their own."""
     if model.device.type != "cpu" or model.config._attn_implementation != NAME:
         return False
-    size = {"rows": 2, "slots": 32, "page_slots": 16}
-    kv = SlotCache(shapes, **size, apart=True, dtype=model.dtype, device=model.device)
-    zeros, written = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[0], [32]])
-    mask = torch.zeros(1, 1, 1, 32, dtype=model.dtype)
+    kv = SlotCache(shapes, rows=2, slots=32, page_slots=16, dtype=model.dtype, device=model.device)
+    masks = [torch.zeros(count, extent, dtype=model.dtype) for count, extent in ((1, 16), (2, 32))]
+    stretches = [Stretch(row, *mask.shape, mask) for row, mask in enumerate(masks)]
+    zeros, written = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 32, 33])
     try:
-        eager_forward(model, kv)([0, 1], [16, 32], zeros, zeros, written, mask)
-    except (AttributeError, TypeError):  # it does something to them; lists have no shape
+        line_forward(model, kv)(stretches, zeros, zeros, written, [1, 2])
+    except (AttributeError, TypeError):  # it does something to them; what is read has no shape
         return False
     return True
 

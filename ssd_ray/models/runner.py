@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssd_ray.models.attention import NAME, PERIOD, choose_attention, steady_extents
+from ssd_ray.models.attention import PERIOD, choose_attention
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
-from ssd_ray.models.graphs import decoding_forward
+from ssd_ray.models.graphs import decoding_forward, line_forward
 from ssd_ray.models.packing import pack_linears, packable
-from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
-from ssd_ray.models.slots import LayerShape, SlotCache
+from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
+from ssd_ray.models.slots import SlotCache, Stretch
+from ssd_ray.models.steady import steadiness
 
 SMALLEST_CHUNK = 8
+
+FEW_SIZES = (1, 2, 4, 8, 16, 32)
+"""Tokens of a row where every number is a shape of its own, that is compiled or captured."""
 
 
 class HFRunner(ModelRunner):
@@ -63,19 +67,21 @@ class HFRunner(ModelRunner):
         self._body = model.get_decoder()
         shapes = probe_layers(model)
         check_addressing(model, shapes)
-        self._steady = _steady_extents(model, shapes[0], page_slots)
+        self._steady = steadiness(model, shapes[0], page_slots)
         self._kv = SlotCache(
             shapes,
             rows=rows,
             slots=self.slots,
             page_slots=page_slots,
             pages=pages,
-            apart=takes_rows_apart(model, shapes),
             dtype=self.dtype,
             device=self.device,
         )
         self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes
         self._decode = decoding_forward(model, self._kv, compile=compile)
+        in_line = not compile and takes_lines(model, shapes)
+        self._line = line_forward(model, self._kv) if in_line else None
+        self.line_sizes: Sequence[int] = () if in_line else FEW_SIZES
         # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -95,18 +101,64 @@ class HFRunner(ModelRunner):
         written = self._tensor([table.locate(row, some) for row, some in zip(rows, slots.tolist(), strict=True)])
         extents = self._extents(visible)
         visible = visible[..., : max(extents)].to(self.device)
-        mask = torch.where(visible, self._seen, self._hidden)[:, None]  # [R, 1, T, E]
+        mask = torch.where(visible, self._seen, self._hidden)  # [R, T, E]
         tokens, positions = tokens.to(self.device), positions.to(self.device)
-        return self._logits(self._decode(rows, extents, tokens, positions, written, mask))
+        if self._line is None or len(rows) == 1:
+            return self._logits(self._decode(rows, extents, tokens, positions, written, mask[:, None]))
+        count = tokens.shape[1]
+        parts = zip(rows, extents, mask, strict=True)
+        stretches = [Stretch(row, count, extent, of_row[:, :extent]) for row, extent, of_row in parts]
+        line = [each.flatten() for each in (tokens, positions, written)]
+        return self._logits(self._line(stretches, *line, [count])).view(*tokens.shape, -1)
 
     @torch.inference_mode()
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        length = tokens.shape[1]
-        places = [(row, start, start + length) for row, start in zip(rows, starts, strict=True)]
-        written = self._tensor([self._kv.table.locate_trunk(*place) for place in places])
-        extents = [self._steady_extent(end) for _, _, end in places]
+    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+        places = [(row, start, start + len(some)) for row, some, start in zip(rows, tokens, starts, strict=True)]
+        written = [self._kv.table.locate_trunk(*place) for place in places]
+        extents = [self._steady.extent(end) for _, _, end in places]
+        run = self._append_rows if self._line is None else self._append_line
+        logits = self._logits(run(rows, tokens, starts, written, extents))
+        return list(logits.split([len(some) for some in tokens]))
+
+    def _append_line(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        written: Sequence[list[int]],
+        extents: Sequence[int],
+    ) -> Tensor:
+        """Run the tokens of all rows in a line, padded to a number of tokens that leaves their bits alone; logits
+        [tokens, V]."""
+        counts = list(map(len, tokens))
+        padding = self.line_size(sum(counts)) - sum(counts)
+        masks = [self._mask(start, count, extent) for start, count, extent in zip(starts, counts, extents, strict=True)]
+        stretches = list(map(Stretch, rows, counts, extents, masks))
+        positions = [self._counter[start : start + count] for start, count in zip(starts, counts, strict=True)]
+        line = self._tensor([*chain(*tokens), *[0] * padding]), torch.cat([*positions, self._counter[:padding]])
+        logits = self._line(stretches, *line, self._tensor([*chain(*written)]), self._steady.queries)
+        return logits[: sum(counts)]
+
+    def _append_rows(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        written: Sequence[list[int]],
+        extents: Sequence[int],
+    ) -> Tensor:
+        """Run the tokens of each row in a row of a batch, all padded alike; logits [tokens, V]."""
+        length = self.line_size(max(map(len, tokens)))
+        padded = self._tensor([[*some, *[0] * (length - len(some))] for some in tokens])
         positions, mask = self._trunk(starts, length, max(extents))
-        return self._logits(self._decode(rows, extents, tokens.to(self.device), positions, written, mask))
+        # Padding is written after the tokens, where nobody sees it before it is written over.
+        places = [self._kv.table.locate_trunk(row, start, start + length) for row, start in zip(rows, starts, strict=True)]
+        logits = self._decode(rows, extents, padded, positions, self._tensor(places), mask)
+        return torch.cat([of_row[: len(some)] for of_row, some in zip(logits, tokens, strict=True)])
+
+    def line_size(self, count: int) -> int:
+        """How many tokens are run where there are so many."""
+        return next((size for size in self.line_sizes if size >= count), count)
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -140,11 +192,6 @@ class HFRunner(ModelRunner):
             use_cache=True,
         )
 
-    def _steady_extent(self, needed: int) -> int:
-        """Slots to read so that tokens get the same bits in whichever forward they come."""
-        start = (needed - 1) // PERIOD * PERIOD
-        return start + next(extent for extent in self._steady if extent >= needed - start)
-
     def _extents(self, visible: Tensor) -> list[int]:
         """How many slots each row of a mask, bool [R, T, E], has to read."""
         rows, _, extent = visible.shape
@@ -155,14 +202,18 @@ class HFRunner(ModelRunner):
 
     def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, Tensor]:
         """Positions, int64 [1 or R, T], and mask, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
-        if length > len(self._strip):
-            self._strip = self._causal_strip(length)
         common = starts[:1] if len(set(starts)) == 1 else starts
         positions = [self._counter[start : start + length] for start in common]
-        masks = [self._strip[:length, self.slots - start : self.slots - start + extent] for start in common]
+        masks = [self._mask(start, length, extent)[:length] for start in common]
         if len(common) == 1:
             return positions[0][None], masks[0][None, None]
         return torch.stack(positions), torch.stack(masks)[:, None]
+
+    def _mask(self, start: int, count: int, extent: int) -> Tensor:
+        """Additive mask [count or more, extent] of trunk tokens from ``start`` on."""
+        if count > len(self._strip):
+            self._strip = self._causal_strip(count)
+        return self._strip[:, self.slots - start : self.slots - start + extent]
 
     def _causal_strip(self, length: int) -> Tensor:
         """Additive mask [length, 2*slots + PERIOD] in which token i sees column j iff ``j <= slots + i``.
@@ -179,10 +230,3 @@ class HFRunner(ModelRunner):
     def _logits(self, logits: Tensor) -> Tensor:
         return logits[..., : self.vocab_size].float()
 
-
-def _steady_extents(model: PreTrainedModel, shape: LayerShape, step: int) -> list[int]:
-    """See :func:`~ssd_ray.models.attention.steady_extents`; of another attention than ours nothing is known."""
-    if model.config._attn_implementation != NAME:
-        return list(range(step, PERIOD + 1, step))
-    query_heads = model.config.get_text_config().num_attention_heads // shape.heads
-    return steady_extents(query_heads, shape.key_dim, step=step, dtype=model.dtype, device=model.device)

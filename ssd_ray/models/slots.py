@@ -4,21 +4,23 @@
 at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
 A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
-they lie; others are gathered. Rows of one forward are read at their own extents where the attention takes them so
-(:mod:`~ssd_ray.models.attention`); else they are gathered at the longest.
+they lie; others are gathered. Where the attention takes them so (:mod:`~ssd_ray.models.attention`), the tokens of all rows
+stand in one line, however many each row has, and rows are read in parts at their own extents; else rows are gathered at
+the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ssd_ray.models.attention import Part, Parts, Read
 from ssd_ray.models.pages import PageTable
 
 SHORT = 384
@@ -41,7 +43,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Place:
     """What is read of some rows: ``extent`` slots of each."""
 
     extent: int
@@ -51,6 +53,23 @@ class Part:
     """int64 [R, P]: pages to gather, if they do not."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens of one row that follow one another in a line of tokens.
+
+    Attributes:
+        row: KV row.
+        count: tokens.
+        extent: slots that they read.
+        mask: additive, [count or more, extent]: what each of them sees.
+    """
+
+    row: int
+    count: int
+    extent: int
+    mask: Tensor
+
+
 @dataclass(slots=True)
 class Window:
     """Where a forward writes and reads; one object, shared by all layers."""
@@ -58,8 +77,10 @@ class Window:
     written: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """int64 [R * T]: addresses of the leading T tokens of each row; what follows is padding."""
     extent: int = 0
-    parts: list[Part] = field(default_factory=list)
-    """What is read, in the order of the rows; each part becomes one attention call."""
+    places: list[Place] = field(default_factory=list)
+    """What is read; each place becomes one attention call."""
+    layout: Parts | None = None
+    """Whose tokens read what, if they stand in a line."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -76,20 +97,19 @@ class SlotLayer(CacheLayerMixin):
         self._views: dict[tuple[int, int], KeysValues] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
-        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or lists
-        of such parts of the rows."""
+        """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or such
+        parts of a line of tokens."""
         write(self.keys, self._window.written, key_states)
         write(self.values, self._window.written, value_states)
-        parts = self._window.parts
-        if len(parts) == 1:
-            return self._read(parts[0])
-        return tuple(map(list, zip(*map(self._read, parts), strict=True)))
+        pairs = [self._read(place) for place in self._window.places]
+        layout = self._window.layout
+        return pairs[0] if layout is None else [Read(tensors, layout) for tensors in zip(*pairs, strict=True)]
 
-    def _read(self, part: Part) -> KeysValues:
-        if part.pages is not None:
-            where = part.pages, self._page_slots, part.extent
+    def _read(self, place: Place) -> KeysValues:
+        if place.pages is not None:
+            where = place.pages, self._page_slots, place.extent
             return gather(self.keys, *where), gather(self.values, *where)
-        span = part.first, part.first + part.extent
+        span = place.first, place.first + place.extent
         if span not in self._views:
             # Kept, since making them costs as much as writing.
             if len(self._views) >= MAX_VIEWS:
@@ -140,7 +160,6 @@ class SlotCache(Cache):
         shapes: what each layer keeps.
         slots: a whole number of pages.
         pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
-        apart: read rows in parts of equal extents; False gathers all of them.
     """
 
     def __init__(
@@ -151,13 +170,11 @@ class SlotCache(Cache):
         slots: int,
         page_slots: int,
         pages: int | None = None,
-        apart: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.table = PageTable(rows, slots, page_slots, pages)
         self.slots, self.device = slots, device
-        self._apart = apart
         self._window = Window()
         size = self.table.size
         # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
@@ -177,7 +194,7 @@ class SlotCache(Cache):
         super().__init__(layers=layers)
 
     def aim(self, rows: Sequence[int], extents: Sequence[int], written: Tensor) -> None:
-        """Set where the next forward goes.
+        """Set where the next forward goes, whose rows all have as many tokens.
 
         Args:
             rows: R distinct rows.
@@ -186,20 +203,28 @@ class SlotCache(Cache):
                 tokens a row writes its first T.
         """
         window = self._window
-        window.written, window.extent = written.flatten(), max(extents)
-        window.parts = self._parts(rows, extents) if self._apart else [self._part(rows, window.extent)]
+        window.written, window.extent, window.layout = written.flatten(), max(extents), None
+        window.places = [self._place(rows, window.extent)]
 
-    def _parts(self, rows: Sequence[int], extents: Sequence[int]) -> list[Part]:
-        parts = []
-        for extent, places in groupby(range(len(rows)), extents.__getitem__):
-            group = [rows[place] for place in places]
-            groups = [group] if extent <= SHORT else [[row] for row in group]
-            parts += [self._part(some, extent) for some in groups]
-        return parts
+    def aim_line(self, stretches: Sequence[Stretch], written: Tensor, length: int, queries: Sequence[int]) -> None:
+        """Set where the next forward goes, whose tokens stand in a line of ``length``, one stretch after the other and
+        then padding.
 
-    def _part(self, rows: Sequence[int], extent: int) -> Part:
+        Args:
+            stretches: of distinct rows.
+            written: int64 [N], the addresses of all tokens but the padding, on the cache's device.
+            queries: numbers of tokens that attention may be asked about for one row; it is padded to the next one.
+        """
+        window = self._window
+        window.written, window.extent = written, max(each.extent for each in stretches)
+        groups = _groups(stretches)
+        rows = [[stretches[index].row for index in group] for group in groups]
+        window.places = [self._place(some, stretches[group[0]].extent) for some, group in zip(rows, groups, strict=True)]
+        window.layout = lay_out(stretches, groups, length, queries, self.device)
+
+    def _place(self, rows: Sequence[int], extent: int) -> Place:
         first = self.table.run(rows[0], extent) if len(rows) == 1 else None
-        return Part(extent, pages=self.pages(rows, extent)) if first is None else Part(extent, first)
+        return Place(extent, pages=self.pages(rows, extent)) if first is None else Place(extent, first)
 
     def pages(self, rows: Sequence[int], extent: int) -> Tensor:
         """The pages behind the first slots of rows, int64 [R, P]."""
@@ -216,3 +241,45 @@ class SlotCache(Cache):
         origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
         for bank in self.banks:
             bank.index_copy_(2, goal, bank.index_select(2, origin))
+
+
+def _groups(stretches: Sequence[Stretch]) -> list[list[int]]:
+    """Stretches that are read together: those of equal short extents, and every other one alone."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, stretch in enumerate(stretches):
+        groups.setdefault((stretch.extent, -1 if stretch.extent <= SHORT else index), []).append(index)
+    return list(groups.values())
+
+
+def lay_out(
+    stretches: Sequence[Stretch],
+    groups: Sequence[Sequence[int]],
+    length: int,
+    queries: Sequence[int],
+    device: torch.device,
+) -> Parts:
+    """How a line of tokens is cut into the parts that attention is computed for."""
+    starts = [0, *accumulate(stretch.count for stretch in stretches)]
+    parts, order = [], []
+    for group in groups:
+        members = [stretches[index] for index in group]
+        longest = max(stretch.count for stretch in members)
+        size = next((each for each in queries if each >= longest), longest)
+        # Where there are too few of a row, its last one is asked again.
+        take = [starts[index] + min(i, stretches[index].count - 1) for index in group for i in range(size)]
+        masks = [_rows_of(stretch.mask, size) for stretch in members]
+        mask = masks[0][None, None] if len(masks) == 1 else torch.stack(masks)[:, None]
+        in_line = take == list(range(take[0], take[0] + len(take)))
+        parts.append(Part(len(group), size, mask, take[0], None if in_line else torch.tensor(take, device=device)))
+        order += take
+    if order == list(range(length)):
+        return Parts(parts)
+    places = {token: place for place, token in reversed(list(enumerate(order)))}
+    return Parts(parts, torch.tensor([places.get(token, 0) for token in range(length)], device=device))
+
+
+def _rows_of(mask: Tensor, size: int) -> Tensor:
+    """The first rows of a mask [T, E]; its last one again where there are too few."""
+    if len(mask) >= size:
+        return mask[:size]
+    return torch.cat([mask, mask[-1:].expand(size - len(mask), -1)])

@@ -123,16 +123,21 @@ class TableModel(ModelRunner):
         """What pages [R, P] keep, [R, E]."""
         return kept.reshape(-1, self.page_slots)[pages].reshape(len(pages), -1)
 
-    def append(self, rows: Sequence[int], tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        for row, start in zip(rows, starts, strict=True):
-            self._pages.locate_trunk(row, start, start + tokens.shape[1])
-        slots = torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
+    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+        for row, some, start in zip(rows, tokens, starts, strict=True):
+            self._pages.locate_trunk(row, start, start + len(some))
+        longest = max(map(len, tokens))
+        # A row's last token stands for those that it has not: running it again changes nothing.
+        places = torch.tensor([[min(place, len(some) - 1) for place in range(longest)] for some in tokens])
+        padded = torch.tensor([[int(some[place]) for place in at] for some, at in zip(tokens, places, strict=True)])
+        slots = torch.tensor(starts)[:, None] + places
         visible = torch.arange(self.extent(int(slots.max()) + 1)) <= slots[..., None]
-        return self.extend(rows, tokens, slots, slots, visible)
+        logits = self.extend(rows, padded, slots, slots, visible)
+        return [some_logits[: len(some)] for some_logits, some in zip(logits, tokens, strict=True)]
 
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
         if tokens:
-            self.append([row], torch.tensor([list(tokens)]), [start])
+            self.append([row], [tokens], [start])
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         origin, goal = self._pages.locate(row, source), self._pages.locate(row, destination)

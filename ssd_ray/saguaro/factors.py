@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssd_ray.saguaro.backup import Costs
-
 FACTORS = (1.0, 0.7, 0.5, 0.3, 0.0)
 """Values of C to choose from."""
 
@@ -50,15 +48,15 @@ class Factors:
         """Learn from a speculation that was accepted whole."""
         self.whole_hits += _SMOOTHING * (hit - self.whole_hits)
 
-    def rate(self, c: float, most: int, wait: int, costs: Costs) -> float:
-        """Tokens per millisecond with this C: ``most`` tokens verified after a hit, ``wait`` of them after a miss."""
+    def rate(self, c: float, most: int, wait: int, verify_ms: float, wait_ms: float) -> float:
+        """Tokens per millisecond with this C: ``most`` tokens verified after a hit, ``wait`` of them after a miss, for
+        which a round waits ``wait_ms``."""
         index = FACTORS.index(c)
         accepted = self.acceptance[index]
         whole = accepted**most
         misses = 1.0 - whole * self.whole_hits - (1.0 - whole) * self.hits[index]
         tokens = (1.0 - misses) * _tokens(accepted, most) + misses * _tokens(accepted, wait)
-        delay = costs.delay_ms + wait * costs.step_ms if wait else 0.0
-        return tokens / (costs.verify_ms + misses * delay)
+        return tokens / (verify_ms + misses * wait_ms)
 
 
 def _tokens(acceptance: float, length: int) -> float:

@@ -1,16 +1,22 @@
-"""The plan: what a round should be like, from what was measured, with a reason that can be read.
+"""The plan that a target's rounds follow, from what was measured.
 
-Estimates are noisy, and a plan that follows every twitch is worth less than one that is a little off. So a new plan has
-to promise clearly more than the old one, by the same estimates, for several rounds in a row.
+Every round verifies and waits for what pays at that moment (:mod:`~ssd_ray.saguaro.budget`), and drafting beside it has
+a price: what a step costs the verification. So speculative speculation turns into plain speculation, or none, where
+these are better, step by step and without a switch. What is kept from round to round is Saguaro's C, which changes when
+another one promises clearly more for many rounds in a row, and what drafting costs, which trials find out: now and then
+drafts rest for a round, ever more rarely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, TypeVar
 
 from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.budget import Budget, Prospect, best_budget
+from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.factors import FACTORS, FIRST, Factors
 
 CLEARLY = 1.03
@@ -18,6 +24,13 @@ CLEARLY = 1.03
 
 PATIENCE = 16
 """Rounds in a row in which it must be."""
+
+FREE = 0.02
+"""What a draft's time is worth against the target's where it costs the target nothing: somebody may need the processor,
+and the power."""
+
+FIRST_TRIAL, RAREST_TRIAL = 12, 192
+"""Rounds before the first trial of resting drafts, and between two once it is known what drafting costs."""
 
 T = TypeVar("T")
 
@@ -29,7 +42,8 @@ class Plan:
     Attributes:
         lookahead: tokens of a speculation at most.
         wait: tokens to wait for when nothing was prepared; 0 goes on at once.
-        steps: draft steps that there is time for while the target verifies.
+        ahead: draft steps that there is time for while the target verifies and that are worth their price; 0: drafts
+            work when they are waited for.
         budget: outcomes that these steps prepare for, as it has turned out.
         c: Saguaro's C to draw with; None in coupled mode, which has none.
         why: the estimates behind it, in words.
@@ -37,7 +51,7 @@ class Plan:
 
     lookahead: int
     wait: int
-    steps: int = 0
+    ahead: int = 0
     budget: int = 0
     c: float | None = None
     why: str = "nothing is measured yet"
@@ -45,10 +59,10 @@ class Plan:
     def __str__(self) -> str:
         what = f"wait for {self.wait} tokens" if self.wait else "go on at once"
         drawn = "" if self.c is None else f", draw with C = {self.c:g}"
-        planned = (
-            f"speculate up to {self.lookahead} tokens, draft {self.steps} steps a round for {self.budget} outcomes"
-        )
-        return f"{planned}{drawn}, on a miss {what}: {self.why}"
+        ahead = f"draft {self.ahead} steps a round ahead for {self.budget} outcomes" if self.ahead else "draft when asked"
+        if not (self.ahead or self.wait):
+            ahead = "draft nothing"
+        return f"verify up to {self.lookahead} speculated tokens, {ahead}{drawn}, on a miss {what}: {self.why}"
 
 
 class Choice(Generic[T]):
@@ -76,19 +90,26 @@ class Planner:
     """Keeps the plan of a target.
 
     Args:
-        pace: the estimates.
+        pace, costs: the estimates.
         lookahead: tokens in one speculation at most.
         c: Saguaro's C; "auto" finds it, None is coupled mode.
+
+    Attributes:
+        floor: probability of being reached and accepted below which tokens have not been worth verifying lately.
+        trial: in the coming round drafts rest, or work for nothing if they have rested, to see what they cost.
     """
 
-    def __init__(self, pace: Pace, lookahead: int, c: float | str | None = None) -> None:
-        self._pace = pace
+    def __init__(self, pace: Pace, costs: Costs, lookahead: int, c: float | str | None = None) -> None:
+        self._pace, self._costs = pace, costs
         self._most = lookahead
         self._wait = Choice(lookahead)
         self._factor = Choice(c if isinstance(c, float | int) else FIRST)
         self.factors = Factors() if c == "auto" else None
         self._sampled = c is not None
         self._measured = False
+        self._until_trial, self._period = FIRST_TRIAL, FIRST_TRIAL
+        self.floor, self.trial = 0.0, False
+        self._at_work = 1.0  # share of the rounds lately with drafts at work
         self.plan = Plan(lookahead, lookahead, c=self.c)
 
     @property
@@ -96,17 +117,56 @@ class Planner:
         """The C of the plan."""
         return self._factor.value if self._sampled else None
 
-    def update(self) -> Plan | None:
-        """Reconsider after a round; the new plan if there is one."""
-        pace = self._pace
-        if not pace.verify_ms or not pace.step_ms:
+    @property
+    def price(self) -> float:
+        """Tokens that a draft step must add, expected, to be worth what it costs the target; infinity: none is."""
+        if self.trial:
+            return inf if self._at_work > 0.5 else 0.0
+        drag = self._costs.drag
+        return (FREE + drag / (1.0 + drag)) * self._pace.wide_ms * self._pace.rate
+
+    def budget(self, rows: Sequence[Prospect], load: Load) -> Budget:
+        """What the coming round verifies and waits for."""
+        budget = best_budget(rows, self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
+        count = len(rows) + sum(budget.lengths)
+        floor = min(1.0, budget.rate * self._costs.per_token_ms(count, load))
+        self.floor += 0.2 * (floor - self.floor)
+        return budget
+
+    def prefers_lookup(self, proposal: Sequence[float], coming: Sequence[float], load: Load) -> bool:
+        """Whether, with nothing drafted, tokens from the text earn more than waiting for a draft, if there is one to
+        wait for."""
+        if not coming or not self._pace.known:
+            return True
+        looked_up, waited = (self._alone(row, load) for row in (Prospect(proposal), Prospect((), coming)))
+        return looked_up.rate >= waited.rate
+
+    def _alone(self, row: Prospect, load: Load) -> Budget:
+        return best_budget([row], self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
+
+    def _verify_ms(self, load: Load) -> Callable[[int], float]:
+        return lambda tokens: self._costs.verify_ms(tokens, load)
+
+    def update(self, *, beside: bool = True) -> Plan | None:
+        """Reconsider after a round, with drafts at work ``beside`` it or not; the new plan if there is one."""
+        self._at_work += 0.0 if self.trial else 0.1 * (beside - self._at_work)
+        if not self._pace.known or not self._costs.known:
             return None
-        changed = self._consider_wait(pace.best_length(0, self._most))
+        self._schedule_trial()
+        best = self._alone(Prospect((), self._pace.acceptance[: self._most]), Load()).steps
+        changed = self._consider_wait(best)
         changed |= self.factors is not None and self._consider_factor(self.factors)
         if not changed:
             return None
         self.plan = self._plan()
         return self.plan
+
+    def _schedule_trial(self) -> None:
+        self._until_trial -= 1
+        self.trial = self._until_trial == 0
+        if self.trial:
+            self._period = min(2 * self._period, RAREST_TRIAL)
+            self._until_trial = self._period
 
     def _consider_wait(self, best: int) -> bool:
         if self._measured:
@@ -116,22 +176,30 @@ class Planner:
         return True
 
     def _consider_factor(self, factors: Factors) -> bool:
-        wait, costs = self._wait.value, self._pace.costs
+        wait = self._wait.value
+        verify_ms, wait_ms = self._costs.verify_ms(1 + self._most), self._pace.wait_ms(wait)
 
         def rate(c: float) -> float:
-            return factors.rate(c, self._most, wait, costs)
+            return factors.rate(c, self._most, wait, verify_ms, wait_ms)
 
         return factors.positions > 0 and self._factor.consider(max(FACTORS, key=rate), rate)
 
     def _plan(self) -> Plan:
-        pace = self._pace
+        pace, costs = self._pace, self._costs
+        one, all_ms = costs.verify_ms(1), costs.verify_ms(1 + self._most)
         why = (
-            f"verification {pace.verify_ms:.1f} ms, draft step {pace.step_ms:.1f} ms, "
+            f"verification {one:.1f} ms for one token and {all_ms:.1f} for {1 + self._most}, "
+            f"{costs.drag:.0%} more beside drafts, draft step {pace.step_ms:.1f} ms, "
             f"waiting costs {pace.delay_ms:.1f} ms more, first token accepted {pace.acceptance[0]:.0%}"
         )
-        steps = round(pace.verify_ms / pace.step_ms)
-        return Plan(self._most, self._wait.value, steps, round(pace.outcomes), self.c, why)
+        ahead = round(one / pace.wide_ms) if self.price < 1.0 else 0
+        return Plan(self._most, self._wait.value, ahead, round(pace.outcomes), self.c, why)
 
     def _rate(self, wait: int) -> float:
-        """Tokens per millisecond of a round after a miss; after a hit all plans are the same."""
-        return self._pace.costs.rate(wait, wait, self._pace.acceptance)
+        """Tokens per millisecond of a round after a miss that waits for so many tokens; after a hit all plans are the
+        same."""
+        pace, gain, reach = self._pace, 1.0, 1.0
+        for chance in pace.acceptance[:wait]:
+            reach *= chance
+            gain += reach
+        return gain / (self._costs.verify_ms(1 + wait) + pace.host_ms + pace.wait_ms(wait))

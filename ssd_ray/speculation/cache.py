@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ssd_ray.saguaro.calibration import UNSAID
 from ssd_ray.sampling.laws import Law, Packed, unpack_laws
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Nodes
@@ -32,13 +33,14 @@ class DraftStep:
 
 
 class CachedNode(Node):
-    """A node, the (draft, id) pairs under which drafts know it, in rejection mode what it was drawn from, and the step
-    that made it, until it is used."""
+    """A node, the (draft, id) pairs under which drafts know it, what the first of them that says anything says of its
+    chance, in rejection mode what it was drawn from, and the step that made it, until it is used."""
 
-    __slots__ = ("known_as", "law", "step")
+    __slots__ = ("known_as", "law", "said", "step")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
+        self.said = UNSAID
         self.known_as: list[tuple[str, int]] = []
         self.law: Law | None = None
         self.step: DraftStep | None = None
@@ -97,6 +99,10 @@ class SpeculationCache:
         """How many tokens a speculation after the bonus token could have now."""
         return len(self.tree.root.chain(limit))
 
+    def said(self, limit: int) -> list[int]:
+        """What drafts say of each token that a speculation could have now, a byte each."""
+        return [node.said for node in self.tree.root.chain(limit)]
+
     def speculate(self, limit: int) -> list[int]:
         """Fix the speculation of this round: at most ``limit`` tokens of what is there."""
         self.tree.trunk = [self.tree.root, *self.tree.root.chain(limit)]
@@ -154,7 +160,7 @@ class SpeculationCache:
 
     def add(self, draft: str, message: Nodes) -> int:
         """Take nodes of a draft; returns how many are of use now."""
-        if message.round > self.round or len(message.parents) != len(message.tokens):
+        if message.round > self.round or not _well_formed(message):
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
         laws = unpack_laws(packed_laws(message))
@@ -164,6 +170,7 @@ class SpeculationCache:
             node = self._place(draft, message.round, parent, token, laws.get(offset))
             if node is not None:
                 used += 1
+                node.said = node.said or (message.chances[offset] if message.chances else UNSAID)
                 name = (draft, message.first + offset)
                 if name not in self._nodes and len(self._nodes) < MAX_NODES:
                     self._nodes[name] = node
@@ -202,6 +209,11 @@ class SpeculationCache:
             return None
         self.guessed = True
         return self.tree.root
+
+
+def _well_formed(message: Nodes) -> bool:
+    count = len(message.tokens)
+    return len(message.parents) == count and len(message.chances) in (0, count)
 
 
 def packed_laws(message: Nodes) -> Packed:

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
+from ssd_ray.saguaro.calibration import UNSAID, to_byte
 from ssd_ray.saguaro.fanout import FanOutPolicy, Situation, Source, shape
 from ssd_ray.saguaro.ngram import LONGEST, NgramIndex
 from ssd_ray.sampling.laws import Law, pack_laws
@@ -81,12 +83,14 @@ class DraftNode(Node):
         ranking: what the draft said after it; nothing before it ran.
         depth: tokens of its branch up to it, the guess being 1.
         chance: probability that its outcome happens and that it is accepted then.
+        reach: the latter alone: that it is reached and accepted, given its outcome.
+        sure: probability that it is accepted once it is reached; 0 for a guess, of which that is not known.
         law: in rejection mode what it was drawn from.
         sampled: in rejection mode the child that was drawn.
         tail: the last tokens of the text up to it.
     """
 
-    __slots__ = ("chance", "depth", "id", "law", "path", "ranking", "sampled", "slot", "tail")
+    __slots__ = ("chance", "depth", "id", "law", "path", "ranking", "reach", "sampled", "slot", "sure", "tail")
 
     def __init__(self, token: int) -> None:
         super().__init__(token)
@@ -96,6 +100,8 @@ class DraftNode(Node):
         self.ranking = NOTHING
         self.depth = 0
         self.chance = 0.0
+        self.reach = 1.0
+        self.sure = 0.0
         self.law: Law | None = None
         self.sampled: DraftNode | None = None
         self.tail: tuple[int, ...] = ()
@@ -206,6 +212,7 @@ class DraftSession:
         self.tokens = list(opened.tokens)
         self.round = opened.round
         self.c = opened.c
+        self._price, self._floor = 0.0, 0.0
         self._wanted = 0
         self._after_hit = True
         self._base = window_base(self.position)
@@ -257,6 +264,7 @@ class DraftSession:
         self.round += 1
         moves = self._move_kv(committed, start)
         self.c = outcome.c
+        self._price, self._floor = outcome.price, outcome.floor
         self._wanted = outcome.wanted
         self._after_hit = outcome.hit
         self._follow(outcome)
@@ -301,19 +309,35 @@ class DraftSession:
         """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches.
 
         While the target waits, nothing but the chain that it waits for: a narrow step is a quick one. Empty when the
-        tree is complete. Otherwise :meth:`complete` must follow.
+        tree is complete, or what is left of it not worth its price. Otherwise :meth:`complete` must follow.
         """
+        waited_for = len(self._tree.trunk) - 1 < self._wanted
+        if self._price == inf and not waited_for:
+            return []
         items = [*self._missing_tokens(), *self._missing_trunk()]
-        if len(self._tree.trunk) - 1 < self._wanted:
+        if waited_for:
             end = None if items else self._chain_end()
             if items or end is not None:
                 return items if end is None else [self._item(*end)]
-        for _ in range(width):
-            candidate = self._pop() if len(self._free) > RESERVE else None
-            if candidate is None:
-                break
-            items.append(self._item(*candidate))
-        return items
+        branches = self._branches(width)
+        if not items and sum(item.node.chance for _, item in branches if item.node) < self._price:
+            self._put_back(branches)
+            return []
+        return [*items, *(item for _, item in branches)]
+
+    def _branches(self, width: int) -> list[tuple[DraftNode, Item]]:
+        """The best to run of the branches, up to ``width``, each with its stem."""
+        branches: list[tuple[DraftNode, Item]] = []
+        while len(branches) < width and len(self._free) > RESERVE and (candidate := self._pop()) is not None:
+            branches.append((candidate[0], self._item(*candidate)))
+        return branches
+
+    def _put_back(self, branches: Sequence[tuple[DraftNode, Item]]) -> None:
+        for stem, item in branches:
+            if item.node is not None:
+                self._free.append(item.slot)
+                item.node.slot, item.node.path = -1, ()
+                heappush(self._frontier, (-item.node.chance, next(self._tie), Candidate(stem, item.node)))
 
     def complete(
         self,
@@ -322,10 +346,11 @@ class DraftSession:
         *,
         step_ms: float = 0.0,
         sequences: int = 1,
+        step_tokens: int = 0,
     ) -> Nodes | None:
         """Take what the model says after each item; returns what to push, if anything.
 
-        ``step_ms`` is what a step of this draft takes, and ``sequences`` how many share it.
+        ``step_ms`` is what this draft's last step took, how many ``sequences`` shared it and how many tokens it ran.
         """
         for item, ranking in zip(items, rankings, strict=True):
             if item.node is not None:
@@ -334,7 +359,7 @@ class DraftSession:
         for item in items:
             if item.node is not None and item.node.depth > 0:
                 self._extend(item.node)
-        return self._push(step_ms, sequences)
+        return self._push(step_ms, sequences, step_tokens)
 
     def paths(self, items: Sequence[Item]) -> list[list[int]]:
         """The tokens between the committed ones and what follows each item, which is the last of them."""
@@ -374,7 +399,9 @@ class DraftSession:
             return
         while node.depth <= self._lookahead and (said := self._ngrams.follows(node.tail)) is not None:
             child = self._make(node, said, node.id)
+            child.sure = self._text_right
             child.depth, child.chance = node.depth + 1, node.chance * self._text_right
+            child.reach = node.reach * self._text_right
             node = child
 
     def _judge(self, ranking: Ranking, token: int) -> None:
@@ -491,7 +518,7 @@ class DraftSession:
         return node
 
     def _start_branch(self, node: DraftNode, depth: int, rank: int) -> None:
-        node.depth, node.chance = 1, self._chance(depth, rank)
+        node.depth, node.chance, node.reach = 1, self._chance(depth, rank), 1.0
         self._unroll(node)
 
     def _extend(self, node: DraftNode) -> None:
@@ -500,8 +527,9 @@ class DraftSession:
             return
         child = self._draft(node, node.id)
         child.depth = node.depth + 1
-        scores = node.ranking.scores
-        child.chance = node.chance * self._policy.acceptance(scores[0] - scores[1], node.ranking.source)
+        child.chance, child.reach = node.chance * child.sure, node.reach * child.sure
+        if child.reach < self._floor:
+            return  # it would not be verified
         value = child.chance if child.depth <= self._lookahead else child.chance * _BEYOND
         heappush(self._frontier, (-value, next(self._tie), Candidate(node, child)))
 
@@ -521,9 +549,17 @@ class DraftSession:
         if law is not None and stem.sampled is None:
             node = stem.sampled = self._tree.grow(stem, drafted)
             node.id, node.law = -1, law
-        return self._make(stem, drafted, parent)
+        node = self._make(stem, drafted, parent)
+        node.sure = self._sure(stem.ranking)
+        return node
 
-    def _push(self, step_ms: float, sequences: int) -> Nodes | None:
+    def _sure(self, ranking: Ranking) -> float:
+        """Probability that the token that is drafted after another one is accepted. Whether a token that was drawn from
+        a law is verified must not depend on the draw; so neither may this, and only the law is looked at."""
+        source = Source.MODEL if ranking.law is not None else ranking.source
+        return self._policy.acceptance(ranking.scores[0] - ranking.scores[1], source)
+
+    def _push(self, step_ms: float, sequences: int, step_tokens: int) -> Nodes | None:
         if not self._unpushed:
             return None
         nodes, self._unpushed = self._unpushed, []
@@ -535,6 +571,8 @@ class DraftSession:
             [node.token for node, _ in nodes],
             step_ms,
             sequences,
+            step_tokens,
+            bytes(to_byte(node.sure) if node.sure else UNSAID for node, _ in nodes),
             *pack_laws([node.law for node, _ in nodes]),
         )
 

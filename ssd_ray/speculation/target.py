@@ -38,6 +38,7 @@ class Tally:
     prefill_ms: float = 0.0
     waits: int = 0
     backups: dict[BackupKind, int] = field(default_factory=dict)
+    verified: int = 0
     partial: int = 0
     tree_tokens: int = 0
     tree_used: int = 0
@@ -118,12 +119,13 @@ class TargetSession:
         """How long a speculation can be of use: a round yields one token more than it accepts."""
         return max(0, min(lookahead, self.remaining - 1))
 
-    def begin(self, lookahead: int) -> list[int]:
-        """Fix the speculation of the round that starts now: what has arrived, at most ``lookahead`` tokens."""
-        most = self.most(lookahead)
-        speculation = self.cache.speculate(most)
+    def begin(self, length: int, lookahead: int = MAX_LOOKAHEAD) -> list[int]:
+        """Fix the speculation of the round that starts now: at most ``length`` tokens of what has arrived. As many as
+        ``lookahead`` could be of use."""
+        speculation = self.cache.speculate(min(length, self.most(lookahead)))
         self.tally.speculated[len(speculation)] += 1
-        self.tally.partial += 0 < len(speculation) < most
+        self.tally.verified += 1 + len(speculation)
+        self.tally.partial += 0 < len(speculation) < self.most(lookahead)
         self._count_used()
         return speculation
 

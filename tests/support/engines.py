@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ssd_ray.actors.draft import DraftActor
 from ssd_ray.actors.target import TargetActor
-from ssd_ray.actors.verifying import DRIVER
+from ssd_ray.actors.links import DRIVER
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.llm import LLM
 from ssd_ray.transport.memory import MemoryHub, MemorySpoke

@@ -10,7 +10,8 @@ from time import perf_counter
 
 from ssd_ray.actors.batch import Batch
 from ssd_ray.actors.drafting import Draft
-from ssd_ray.actors.verifying import DRIVER, Target
+from ssd_ray.actors.links import DRIVER
+from ssd_ray.actors.verifying import Target
 from ssd_ray.bench.rehearsal import Hooked
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner

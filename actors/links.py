@@ -1,0 +1,200 @@
+"""What a target says to its drafts and to the driver, and what it hears from them.
+
+Nothing in it asks anybody anything: drafts push, and what they have pushed is looked up in the target's own memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+
+from ssd_ray.actors.batch import Batch, Row
+from ssd_ray.errors import ProtocolError
+from ssd_ray.saguaro.backup import NARROW, Pace
+from ssd_ray.saguaro.planner import Planner
+from ssd_ray.transport.channel import Channel
+from ssd_ray.wire import (
+    Begin,
+    Close,
+    Goodbye,
+    Hello,
+    Lost,
+    Message,
+    Nodes,
+    Open,
+    Outcome,
+    Output,
+    decode,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+MOST_OUTPUTS = 64
+"""Messages of tokens in one frame."""
+
+DRIVER = "driver"
+"""The driver's name on the channel."""
+
+
+class Links:
+    """The connections of one target.
+
+    Args:
+        channel: the hub of the drafts and the driver.
+        session: the engine's number on the wire.
+        batch: the rows that messages are about.
+        pace: learns how fast drafts are.
+
+    Attributes:
+        drafts: names of the drafts that are connected.
+        drafted_ms: milliseconds of steps that drafts have told of; whoever asks sets it back.
+        expected: whether drafts were asked to work ahead: else their silence says nothing.
+        malformed: frames that were dropped.
+    """
+
+    def __init__(self, channel: Channel, session: int, batch: Batch, pace: Pace) -> None:
+        self.channel = channel
+        self.drafts: list[str] = []
+        self.malformed = 0
+        self.drafted_ms = 0.0
+        self.expected = True
+        self._session = session
+        self._batch = batch
+        self._pace = pace
+        self._outbox: deque[Output] = deque()
+
+    # From drafts
+
+    def receive(self, timeout: float) -> bool:
+        """Take what has arrived, waiting for the first frame; returns whether anything came."""
+        received = self.channel.receive(timeout)
+        came = received is not None
+        while received is not None:
+            peer, frame = received
+            try:
+                for message in decode(self._session, frame):
+                    self._handle(peer, message)
+            except ProtocolError as error:
+                self.malformed += 1
+                logger.debug("dropped a frame of %s: %s", peer, error)
+            received = self.channel.receive(0.0)
+        return came
+
+    def _handle(self, peer: str, message: Message) -> None:
+        match message:
+            case Nodes() if peer in self.drafts:
+                self._take(peer, message)
+            case Hello() if message.name == peer and peer not in self.drafts:
+                self.drafts.append(peer)
+                for row in self._batch.rows:
+                    row.unaware.append(peer)
+            case Lost() if peer in self.drafts:
+                row = self._batch.running(message.sequence)
+                if row is not None and peer not in row.unaware:
+                    row.unaware.append(peer)
+            case Goodbye():
+                self.remove(peer)
+            case _:
+                pass
+
+    def _take(self, draft: str, nodes: Nodes) -> None:
+        self.drafted_ms += nodes.step_ms / nodes.sequences
+        self._pace.saw_step(nodes.step_ms, narrow=nodes.step_tokens <= NARROW * nodes.sequences)
+        row = self._batch.running(nodes.sequence)
+        if row is not None:
+            row.session.add(draft, nodes)
+        else:  # it may have missed the end, and would keep a row and memory for ever
+            self._send(draft, Close(nodes.sequence))
+
+    def remove(self, draft: str) -> None:
+        """Forget a draft. The guesses are dealt anew with the next outcome."""
+        if draft in self.drafts:
+            self.drafts.remove(draft)
+            for row in self._batch.rows:
+                row.session.cache.forget(draft)
+                row.unaware = [name for name in row.unaware if name != draft]
+
+    # To drafts
+
+    def open(self, row: Row, c: float, drafts: Sequence[str] | None = None) -> None:
+        """Tell drafts, all by default, of a sequence as it stands."""
+        for draft in self.drafts if drafts is None else drafts:
+            self._send(draft, self._opening(draft, row, c))
+
+    def _opening(self, draft: str, row: Row, c: float) -> Open:
+        session = row.session
+        omitted = session.prompt_tokens if draft in row.holders else 0
+        row.holders.discard(draft)  # should it not have the prompt after all, it asks, and is sent everything
+        return Open(
+            session.sequence,
+            session.round,
+            session.tokens[omitted:],
+            session.cache.speculation,
+            session.params,
+            c,
+            self.drafts.index(draft),
+            len(self.drafts),
+            session.prompt_tokens,
+            omitted,
+        )
+
+    def begin(self, changed: Sequence[Row]) -> None:
+        """Tell the drafts what is verified where that is not what they were told."""
+        for share, draft in enumerate(self.drafts):
+            self._send(draft, *(self._begun(row, share) for row in changed))
+
+    def _begun(self, row: Row, share: int) -> Begin:
+        session = row.session
+        return Begin(session.sequence, session.round, session.cache.speculation, share, len(self.drafts))
+
+    def announce(self, rows: Sequence[Row], planner: Planner) -> None:
+        """Tell the drafts outcomes, what is verified next and what further drafting is worth."""
+        price = planner.price / max(1, len(rows))  # a step serves all rows
+        self.expected = planner.price < 1.0
+        for share, draft in enumerate(self.drafts):
+            known = [row for row in rows if draft not in row.unaware]
+            self._send(draft, *(self._outcome(row, share, planner, price) for row in known))
+
+    def _outcome(self, row: Row, share: int, planner: Planner, price: float) -> Outcome:
+        session = row.session
+        return Outcome(
+            session.sequence,
+            session.round - 1,
+            session.position,
+            row.accepted,
+            session.tokens[-1],
+            row.announced,
+            session.hit,
+            row.wanted,
+            planner.c or 0.0,
+            share,
+            len(self.drafts),
+            price,
+            planner.floor,
+        )
+
+    def tell(self, message: Message) -> None:
+        """Say something to all drafts."""
+        for draft in self.drafts:
+            self._send(draft, message)
+
+    def _send(self, draft: str, *messages: Message) -> None:
+        if messages:
+            self.channel.send(draft, encode(self._session, *messages))
+
+    # To the driver
+
+    def put(self, output: Output) -> None:
+        """Queue something for the driver."""
+        self._outbox.append(output)
+
+    def flush(self) -> None:
+        """Tokens must not get lost: what the channel does not take now is sent later, in order."""
+        while outputs := list(islice(self._outbox, MOST_OUTPUTS)):
+            if not self.channel.send(DRIVER, encode(self._session, *outputs)):
+                return
+            for _ in outputs:
+                self._outbox.popleft()

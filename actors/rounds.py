@@ -1,0 +1,271 @@
+"""One round after the other: fix the speculations, one forward, choose, commit, tell the drafts, wait where that pays.
+
+Nothing in it asks anybody anything: speculations are looked up in the target's own memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from time import perf_counter
+
+import torch
+
+from ssd_ray.actors.batch import Row
+from ssd_ray.actors.links import Links
+from ssd_ray.config import MAX_LOOKAHEAD, Backup
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.saguaro.backup import Pace
+from ssd_ray.saguaro.budget import Prospect
+from ssd_ray.saguaro.calibration import UNSAID, Calibration
+from ssd_ray.saguaro.costs import Costs, Load
+from ssd_ray.saguaro.planner import Planner
+from ssd_ray.sampling.logprobs import logprobs
+from ssd_ray.sampling.verify import Outcome as Decision
+from ssd_ray.wire import Output, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+AT_WORK = 0.25
+"""Part of a verification's time for which drafts must have worked beside it to have slowed it down."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """How speculations are made.
+
+    Attributes:
+        lookahead: tokens in one speculation at most.
+        exact_lookahead: wait for ``lookahead`` tokens, and verify them, rather than the best number of them.
+        backup: what a row does on a miss.
+        patient: wait for drafts however long they take: the draft is in this process and never late.
+    """
+
+    lookahead: int = MAX_LOOKAHEAD
+    exact_lookahead: bool = False
+    backup: Backup = "draft"
+    patient: bool = False
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether a row that missed may speculate what the text suggests."""
+        return self.backup in ("ngram", "auto")
+
+
+class Rounds:
+    """The rounds of one target.
+
+    Args:
+        runner: the model.
+        links: to drafts and driver.
+        rules: how speculations are made.
+        planner, pace, costs: what the rounds follow, and what learns from them.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        links: Links,
+        rules: Rules,
+        planner: Planner,
+        pace: Pace,
+        costs: Costs,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self._runner = runner
+        self._links = links
+        self._rules = rules
+        self._planner = planner
+        self._pace = pace
+        self._costs = costs
+        self._clock = clock
+        self._calibration = Calibration()
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Run one round of rows that can decode. Those that it ends have a finish reason afterwards."""
+        start = self._clock()
+        wait_ms = self._wait(rows)
+        self._begin(rows)
+        verify_start = self._clock()
+        logits = self._verify(rows)
+        verify_ms = 1e3 * (self._clock() - verify_start)
+        for row, row_logits in zip(rows, logits, strict=True):
+            self._commit(row, self._decide(row, row_logits))
+        self._links.receive(0.0)  # after the outcomes are known: most of a tree is done with then
+        beside = self._learn(rows, verify_ms)
+        self._announce(rows)
+        for row, row_logits in zip(rows, logits, strict=True):
+            self._report(row, row_logits)
+        self._links.flush()
+        total_ms = 1e3 * (self._clock() - start)
+        self._account(rows, verify_ms, wait_ms, total_ms - verify_ms - wait_ms)
+        self._pace.saw_round(sum(len(row.added) for row in rows), total_ms, total_ms - verify_ms - wait_ms)
+        if (plan := self._planner.update(beside=beside)) is not None:
+            logger.info("plan: %s", plan)
+
+    # What is verified
+
+    def _plan(self, rows: Sequence[Row]) -> int:
+        """Set what each row verifies of what is there, and how many tokens it waits for; returns the draft steps that
+        this takes, 0 for going on at once."""
+        prospects = [self._prospect(row) for row in rows]
+        if self._rules.exact_lookahead:
+            lengths = [len(each.there) for each in prospects]
+            steps = max((len(each.coming) for each in prospects), default=0)
+        else:
+            budget = self._planner.budget(prospects, _load(rows))
+            lengths, steps = list(budget.lengths), self._at_least(budget.steps, prospects)
+        for row, prospect, length in zip(rows, prospects, lengths, strict=True):
+            there = len(prospect.there)
+            row.wanted = min(there + steps, there + len(prospect.coming)) if steps else 0
+            row.length = max(there, row.wanted) if steps else length
+        return steps
+
+    def _at_least(self, steps: int, prospects: Sequence[Prospect]) -> int:
+        """What is never tried is never known: how fast a draft is, and what drafting in turn comes to."""
+        untried = not self._pace.known or (self._rules.patient and self._planner.trial)
+        missing = any(each.coming and not each.there for each in prospects)
+        return max(steps, 1 if untried and missing else 0)
+
+    def _prospect(self, row: Row) -> Prospect:
+        """What a row could verify: what is there, and what drafts would add."""
+        most = row.session.most(self._rules.lookahead)
+        usual = self._pace.lookup_acceptance if row.looked_up else self._pace.acceptance
+        there = [
+            usual[depth] if said == UNSAID else self._calibration.chance(said, depth)
+            for depth, said in enumerate(row.session.cache.said(most))
+        ]
+        waits = self._worth_waiting(row) and not row.looked_up
+        return Prospect(there, usual[len(there) : most] if waits else ())
+
+    def _worth_waiting(self, row: Row) -> bool:
+        """Whether some draft is at work on this sequence: it has said something about the round before this one."""
+        latest = max(row.session.cache.latest.values(), default=-1)
+        at_work = latest >= max(0, row.session.round - 1) or (latest >= 0 and not self._links.expected)
+        return self._rules.patient or (self._rules.backup in ("draft", "auto") and at_work)
+
+    def _wait(self, rows: Sequence[Row]) -> float:
+        """Wait for drafts where longer speculations are worth it; returns milliseconds."""
+        steps = first = self._plan(rows)
+        if steps <= 0:
+            return 0.0
+        start, before = self._clock(), _lengths(rows)
+        verify_ms = self._costs.verify_ms(len(rows), _load(rows))
+        deadline = start + (inf if self._rules.patient else 1e-3 * self._pace.patience_ms(steps, verify_ms))
+        while steps > 0 and (left := deadline - self._clock()) > 0:
+            if not self._links.receive(left) and self._rules.patient:
+                break
+            steps = self._plan(rows)
+        waited_ms = 1e3 * (self._clock() - start)
+        made = max(now - then for now, then in zip(_lengths(rows), before, strict=True))
+        self._pace.saw_wait(waited_ms, made or first, came=steps <= 0)
+        return waited_ms
+
+    def _begin(self, rows: Sequence[Row]) -> None:
+        changed = [row for row in rows if row.session.begin(row.length, self._rules.lookahead) != row.announced]
+        self._links.begin(changed)
+        for row in rows:
+            row.said = [node.said for node in row.session.cache.tree.trunk[1:]]
+            self._links.open(row, self._planner.c or 0.0, row.unaware)
+            row.unaware.clear()
+
+    # The forward, and what it decides
+
+    @torch.inference_mode()
+    def _verify(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """One forward over the rows; for each its logits, float32 [tokens, V]."""
+        self._links.drafted_ms = 0.0
+        numbers, positions = [row.number for row in rows], [row.session.position for row in rows]
+        return self._runner.append(numbers, [row.session.inputs for row in rows], positions)
+
+    @torch.inference_mode()
+    def _decide(self, row: Row, logits: torch.Tensor) -> Decision:
+        session = row.session
+        return row.verifier.decide(logits, session.tokens, session.cache.speculation, session.proposals)
+
+    def _commit(self, row: Row, decision: Decision) -> None:
+        session = row.session
+        n = len(session.cache.speculation)
+        self._pace.saw_decision(n, decision.accepted, looked_up=row.looked_up, whole=row.whole)
+        self._pace.saw_outcomes(session.cache.outcomes)
+        for depth, said in enumerate(row.said[: decision.accepted + 1]):
+            if said != UNSAID:
+                self._calibration.saw(said, depth, accepted=depth < decision.accepted)
+        row.accepted = decision.accepted
+        row.added = session.commit(decision)
+        row.filled = session.position
+        if self._rules.looks_up:
+            row.ngrams.extend(row.added)
+        row.look_for_stop()
+
+    def _learn(self, rows: Sequence[Row], verify_ms: float) -> bool:
+        """Learn what the verification cost; returns whether drafts worked beside it."""
+        tokens, load = sum(1 + len(row.said) for row in rows), _load(rows)
+        beside = self._links.drafted_ms > AT_WORK * verify_ms
+        if self._planner.trial:
+            self._costs.saw_trial(tokens, load, verify_ms, beside=beside)
+        else:
+            self._costs.saw(tokens, load, verify_ms, beside=beside)
+        self._calibration.end_round()
+        return beside
+
+    # What comes next
+
+    def _announce(self, rows: Sequence[Row]) -> None:
+        """Tell the drafts the outcomes and what is verified next."""
+        going = [row for row in rows if row.session.finish_reason is None]
+        for row in going:
+            self._look_up(row, _load(going))
+        steps = self._plan(going) if going else 0
+        for row in going:
+            length = row.session.most(self._rules.lookahead) if steps else row.length
+            row.announced = row.session.cache.speculate(length)
+        self._links.announce(going, self._planner)
+
+    def _look_up(self, row: Row, load: Load) -> None:
+        """Find what is prepared for the outcome."""
+        session = row.session
+        hit = session.look_up(self._links.drafts)
+        if self._planner.factors is not None and row.accepted == len(row.said) > 0:
+            self._planner.factors.saw_whole(hit)
+        most = session.most(self._rules.lookahead)
+        row.looked_up = False
+        row.whole = session.cache.available(most) == most
+        if not hit:
+            self._back_up(row, most, load)
+
+    def _back_up(self, row: Row, most: int, load: Load) -> None:
+        """After a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
+        pace, waits = self._pace, self._worth_waiting(row)
+        proposal = row.ngrams.propose(most) if self._rules.looks_up else []
+        coming = pace.acceptance[:most] if waits else ()
+        chances = pace.lookup_acceptance[: len(proposal)]
+        if proposal and (self._rules.backup == "ngram" or self._planner.prefers_lookup(chances, coming, load)):
+            row.session.cache.plant(proposal)
+            row.looked_up = True
+        row.session.back_up("ngram" if row.looked_up else "draft" if waits else "none")
+
+    @torch.inference_mode()
+    def _report(self, row: Row, logits: torch.Tensor) -> None:
+        """Tell the driver the new tokens, which the first rows of the logits decided."""
+        most, wanted = row.session.params.logprobs, []
+        if most is not None:
+            wanted = [TokenLogprobs(*entry) for entry in logprobs(logits, row.added, most)]
+        self._links.put(Output(row.session.sequence, row.added, logprobs=wanted))
+
+    @staticmethod
+    def _account(rows: Sequence[Row], *milliseconds: float) -> None:
+        """Share out the milliseconds of a round: verifying, waiting, the rest."""
+        for row in rows:
+            row.session.tally.spent(*(each / len(rows) for each in milliseconds))
+
+
+def _load(rows: Sequence[Row]) -> Load:
+    return Load(len(rows), sum(row.session.position for row in rows))
+
+
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    return [row.session.cache.available(MAX_LOOKAHEAD) for row in rows]

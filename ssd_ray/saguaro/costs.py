@@ -1,0 +1,130 @@
+"""What a verification costs: milliseconds by the tokens that it runs, the rows that they belong to and the slots read.
+
+The shape of the curve is measured once (:mod:`~ssd_ray.models.calibration`) and follows the rounds as they run; so does
+what drafting beside a verification costs it. Nothing is taken for granted about a processor: one where eight tokens cost
+what one does, and one where each costs as much as the first, differ in numbers alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec import Struct
+
+_SMOOTHING = 0.1
+_SHAPE_SMOOTHING = 0.03
+"""How fast the curve's shape follows, which noise must not bend."""
+
+_DRAG_SMOOTHING = 0.3
+
+OUTLIER = 3.0
+"""A round that took more than this many times what was expected says nothing about costs: somebody else had the
+processor."""
+
+
+class Measured(Struct, frozen=True):
+    """What verifications took on an idle machine.
+
+    Attributes:
+        sizes: numbers of tokens, rising; ``ms`` what a verification of one row and few slots takes with each.
+        row_ms: what every further row adds, its tokens apart.
+        slot_ms: what every slot that is read adds.
+    """
+
+    sizes: tuple[int, ...] = (1,)
+    ms: tuple[float, ...] = (0.0,)
+    row_ms: float = 0.0
+    slot_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a verification reads beside its tokens: ``rows``, and ``slots`` over all of them."""
+
+    rows: int = 1
+    slots: int = 0
+
+
+class Costs:
+    """The estimates of one target. Until something was measured or seen, all verifications cost the same.
+
+    Args:
+        measured: where the curve begins; None: nothing is known.
+
+    Attributes:
+        drag: by which part verifications take longer while drafts work beside them.
+    """
+
+    def __init__(self, measured: Measured | None = None) -> None:
+        self.measured = measured or Measured()
+        self.known = measured is not None
+        self.drag = 0.0
+        self._sizes = list(self.measured.sizes)
+        self._ms = list(self.measured.ms)
+        self._speed = 1.0
+        self._beside = 1.0  # what rounds took lately with drafts at work, against the curve
+
+    def alone_ms(self, tokens: int, load: Load = Load()) -> float:
+        """Milliseconds of a verification with nobody at work beside it."""
+        extra = (load.rows - 1) * self.measured.row_ms + load.slots * self.measured.slot_ms
+        return self._speed * (self._curve(tokens) + extra)
+
+    def verify_ms(self, tokens: int, load: Load = Load()) -> float:
+        """Milliseconds of a verification as they are now."""
+        return (1.0 + self.drag) * self.alone_ms(tokens, load)
+
+    def per_token_ms(self, tokens: int, load: Load = Load(), *, over: int = 8) -> float:
+        """Milliseconds that each of the next tokens adds."""
+        return (self.verify_ms(tokens + over, load) - self.verify_ms(tokens, load)) / over
+
+    def saw(self, tokens: int, load: Load, milliseconds: float, *, beside: bool) -> None:
+        """Learn from a verification; ``beside``: drafts were at work meanwhile."""
+        if not self.known:
+            self._begin(tokens, milliseconds)
+        expected = (1.0 + self.drag * beside) * self.alone_ms(tokens, load)
+        ratio = milliseconds / max(expected, 1e-9)
+        if 1.0 / OUTLIER < ratio < OUTLIER:
+            self._bend(tokens, ratio)
+            self._speed *= 1.0 + _SMOOTHING * (ratio - 1.0)
+        elif ratio > 0.0:
+            self._speed *= 1.0 + 0.01 * (min(ratio, OUTLIER) - 1.0)  # should it always be so, it is believed
+        if beside:
+            self._beside += _SMOOTHING * (milliseconds / max(self.alone_ms(tokens, load), 1e-9) - self._beside)
+
+    def saw_trial(self, tokens: int, load: Load, milliseconds: float, *, beside: bool) -> None:
+        """Learn what drafts cost from a verification during which they rested after others when they did not, or the
+        other way round."""
+        ratio = milliseconds / max(self.alone_ms(tokens, load), 1e-9)
+        if not 1.0 / OUTLIER < ratio < OUTLIER:
+            return
+        slower = ratio if beside else self._beside / ratio
+        drag = max(0.0, min(slower - 1.0, OUTLIER))
+        self.drag += _DRAG_SMOOTHING * (drag - self.drag)
+
+    def _begin(self, tokens: int, milliseconds: float) -> None:
+        self._sizes, self._ms, self.known = [tokens], [milliseconds], True
+
+    def _curve(self, tokens: int) -> float:
+        """The curve at a number of tokens: fewer that are run as more cost as much, beyond the last in proportion."""
+        index = bisect_left(self._sizes, tokens)
+        if index < len(self._sizes):
+            if index == 0 or self._sizes[index] == tokens:
+                return self._ms[index]
+            return _between(self._sizes, self._ms, index, tokens)
+        if len(self._sizes) < 2:
+            return self._ms[-1]
+        return max(self._ms[-1], _between(self._sizes, self._ms, len(self._sizes) - 1, tokens))
+
+    def _bend(self, tokens: int, ratio: float) -> None:
+        """Let the curve follow at the sizes next to a number of tokens."""
+        index = min(bisect_left(self._sizes, tokens), len(self._sizes) - 1)
+        for near in {index, max(0, index - 1)} if self._sizes[index] > tokens else {index}:
+            self._ms[near] *= 1.0 + _SHAPE_SMOOTHING * (ratio - 1.0)
+
+
+def _between(sizes: Sequence[int], values: Sequence[float], index: int, at: int) -> float:
+    """The straight line through points ``index - 1`` and ``index``."""
+    low, high = sizes[index - 1], sizes[index]
+    return values[index - 1] + (at - low) / (high - low) * (values[index] - values[index - 1])
