@@ -28,7 +28,7 @@ def pin(cores: Sequence[int] | None) -> None:
 
 
 def lookahead(config: EngineConfig) -> int:
-    """The longest speculation: a verification costs the same for all lengths, so it may as well be the most."""
+    """The longest speculation. What of it is verified is found round by round."""
     return MAX_LOOKAHEAD if config.lookahead == "auto" else config.lookahead
 
 
@@ -73,4 +73,5 @@ def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:
         dtype=config.dtype,
         compile=config.compile,
         prefill_chunk=config.prefill_chunk,
+        calibrated=role == "target",
     )

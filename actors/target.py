@@ -33,8 +33,9 @@ class TargetActor:
         self._stopping = False
         self._channel = InlineChannel(channel) if config.method == "sd" else channel
         inline = isinstance(self._channel, InlineChannel)
+        runner = load_model(config, "target", MOST_TOKENS)
         self._target = Target(
-            load_model(config, "target", MOST_TOKENS),
+            runner,
             self._channel,
             session,
             lookahead=lookahead(config) if config.method != "ar" else 0,
@@ -43,6 +44,7 @@ class TargetActor:
             saguaro_c=config.saguaro_c,
             backup=backup(config),
             patient=inline,
+            measured=runner.measured,
             concurrency=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
             prefix_cache=config.prefix_cache,

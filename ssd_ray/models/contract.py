@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, device, dtype
 
+from ssd_ray.saguaro.costs import Measured
+
 PAGE_SLOTS = 64
 """Slots of a page where nothing else is said; what a row reads grows in steps of it."""
 
@@ -39,6 +41,8 @@ class ModelRunner(ABC):
     """Pages of the pool, numbered from 0."""
     page_bytes: int
     """Bytes that one page takes over all layers."""
+    measured: Measured | None = None
+    """What :meth:`append` costs, if that was measured."""
     dtype: dtype
     device: device
     """Where logits lie. Tensors that are handed in may lie anywhere."""

@@ -15,7 +15,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ssd_ray.errors import ConfigError, ModelError, ResourceError, SsdRayError, VocabularyMismatchError
+from ssd_ray.models.calibration import kept_or_measured, machine_name
 from ssd_ray.models.contract import PAGE_SLOTS
+from ssd_ray.models.dtypes import faster_dtype
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.support import max_positions, refuse_unsupported
 
@@ -119,6 +121,7 @@ def load_runner(
     compile: bool = False,
     prefill_chunk: int = 256,
     vocab_size: int | None = None,
+    calibrated: bool = False,
 ) -> HFRunner:
     """Load a model and give it a KV cache.
 
@@ -130,8 +133,10 @@ def load_runner(
             need; None is what they need.
         max_length: positions of a row; None is the model's own limit.
         device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
-        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, or float32 on a CPU where that is faster
+            and fits the memory.
         compile, prefill_chunk, vocab_size: see :class:`HFRunner`.
+        calibrated: find out what its verifications cost here, and which of them leave a token's bits alone.
 
     Raises:
         ModelError: no such model, or it cannot be read.
@@ -145,12 +150,12 @@ def load_runner(
         length = _length(config, max_length, role)
         refuse_unsupported(config, role, length)
         where = _device(device)
-        kind = checkpoint_dtype(config) if dtype == "auto" else getattr(torch, dtype)
-        weight_bytes = _bytes_on_disk(source) * kind.itemsize // checkpoint_dtype(config).itemsize
+        kind = _dtype(source, config, where) if dtype == "auto" else getattr(torch, dtype)
+        weight_bytes = _weight_bytes(source, config, kind)
         page_bytes = _kv_bytes(config, kind) * PAGE_SLOTS
         pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weight_bytes)
         _require_memory(role, weight_bytes, page_bytes * pages, where)
-        return HFRunner(
+        runner = HFRunner(
             _load_model(source, kind).to(where),
             rows=rows,
             max_length=length,
@@ -160,6 +165,24 @@ def load_runner(
             compile=compile,
             vocab_size=vocab_size,
         )
+        if calibrated:
+            parts = config.to_json_string(), str(kind), str(where), rows, compile, runner.packed
+            name = machine_name("verifications", *parts)
+            runner.adopt(kept_or_measured(runner, name, bound=kv_memory is None))
+        return runner
+
+
+def _dtype(source: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype that suits a checkpoint on a device."""
+    own = checkpoint_dtype(config)
+    # Both copies are there for a moment, and then one of them beside its KV.
+    if device.type != "cpu" or 2 * _weight_bytes(source, config, torch.float32) > free_bytes(device):
+        return own
+    return faster_dtype(own, lambda kind: _load_model(source, kind), config.to_json_string())
+
+
+def _weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    return _bytes_on_disk(source) * dtype.itemsize // checkpoint_dtype(config).itemsize
 
 
 def count_pages(kv_memory: float | Literal["auto"] | None, page_bytes: int, rows: int, slots: int, free: int) -> int:

@@ -8,10 +8,11 @@ products of 4 to 16 tokens often take half to three quarters of the time. Not on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+
+from ssd_ray.models.clock import forward_clock
 
 _FEW_TOKENS = 8
 """Tokens for which the order is chosen; it serves any other number."""
@@ -84,15 +85,16 @@ def _sample(linears: Sequence[nn.Linear]) -> Iterator[nn.Linear]:
 
 def seconds(layers: Sequence[nn.Linear | PackedLinear], repeats: int = 3) -> float:
     """What products of :data:`TIMED_TOKENS` take with all of the layers, the quickest of several times each."""
-    dtype = layers[0].weight.dtype
+    weight = layers[0].weight
+    clock, dtype = forward_clock(weight.device), weight.dtype
     total = 0.0
     for tokens in TIMED_TOKENS:
         inputs = {size: torch.ones(tokens, size, dtype=dtype) for size in {layer.in_features for layer in layers}}
         times = []
         for _ in range(repeats):
-            start = perf_counter()
+            start = clock()
             for layer in layers:
                 layer(inputs[layer.in_features])
-            times.append(perf_counter() - start)
+            times.append(clock() - start)
         total += min(times)
     return total

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import PERIOD, choose_attention
+from ssd_ray.models.calibration import Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward, line_forward
 from ssd_ray.models.packing import pack_linears, packable
@@ -57,8 +58,7 @@ class HFRunner(ModelRunner):
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
-        if packable(model.device, model.dtype) and not compile:
-            pack_linears(model)
+        self.packed = packable(model.device, model.dtype) and not compile and pack_linears(model)
         self.max_length = max_length
         self.page_slots = page_slots
         self.rows, self.slots = rows, self.extent(max_length + scratch)
@@ -88,6 +88,10 @@ class HFRunner(ModelRunner):
         # Not -inf: a token that sees nothing then gives a finite average instead of NaN, and its KV harms nobody.
         self._hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
         self._strip = self._causal_strip(prefill_chunk)
+
+    def adopt(self, calibration: Calibration) -> None:
+        """Run the numbers of tokens that were found to be alike, and say what they cost."""
+        self.measured, self.line_sizes = calibration.measured, calibration.steady
 
     def extent(self, needed: int) -> int:
         return -(-needed // self.page_slots) * self.page_slots

@@ -1,0 +1,239 @@
+"""What a model's verifications cost on this machine, and which numbers of tokens leave a token's bits alone.
+
+Both are found by running it, once: the result is kept in the user's cache folder under a name that tells model, machine
+and libraries apart, and read by later starts. ``SSD_RAY_CACHE`` names another folder; empty, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+import transformers
+from torch import Tensor
+
+from ssd_ray.config import MAX_LOOKAHEAD
+from ssd_ray.models.clock import forward_clock
+from ssd_ray.models.contract import UNBOUND, ModelRunner
+from ssd_ray.saguaro.costs import Measured
+
+logger = logging.getLogger(__name__)
+
+GRID = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
+"""Numbers of tokens, over all rows, that are tried."""
+
+PER_ROW = MAX_LOOKAHEAD + 1
+"""Tokens of each row but the last."""
+
+SECONDS = 2.0
+"""Time after which no larger number of tokens is tried: what lies beyond goes on as a straight line."""
+
+REPEATS = 3
+
+WORTH = 0.9
+"""In float32, where other last bits change a text once in a million tokens, numbers of tokens that give other bits are
+run all the same if they take no more than this part of the time."""
+
+
+T = TypeVar("T")
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """What is kept.
+
+    Attributes:
+        measured: costs.
+        steady: the numbers of tokens to run: fewer are padded to the next one.
+        unsteady: those among them whose bits differ from the others'.
+    """
+
+    measured: Measured
+    steady: tuple[int, ...]
+    unsteady: tuple[int, ...] = ()
+
+
+@torch.inference_mode()
+def calibrate(
+    runner: ModelRunner, *, bound: bool = True, rows: int | None = None, clock: Callable[[], float] | None = None
+) -> Calibration:
+    """Run a model's verifications at all sizes. Its KV is written over. If its rows are not ``bound`` to pages, they are
+    for the while."""
+    trial = _Trial(runner, rows or runner.rows, bound, clock or forward_clock(runner.device))
+    try:
+        return trial.run()
+    finally:
+        trial.end()
+
+
+class _Trial:
+    """The forwards of one calibration, over rows that begin at slot 0."""
+
+    def __init__(self, runner: ModelRunner, rows: int, bound: bool, clock: Callable[[], float]) -> None:
+        self._runner, self._bound, self._clock = runner, bound, clock
+        self._pages_each = -(-PER_ROW // runner.page_slots)
+        self._rows = max(1, min(rows, runner.rows, runner.num_pages // self._pages_each))
+        random = torch.Generator().manual_seed(0)
+        drawn = torch.randint(0, runner.vocab_size, (self._rows, PER_ROW), generator=random)
+        self._tokens: list[list[int]] = drawn.tolist()
+        for row in range(0 if bound else self._rows):
+            first = row * self._pages_each
+            runner.bind(row, 0, range(first, first + self._pages_each))
+
+    def end(self) -> None:
+        for row in range(0 if self._bound else self._rows):
+            self._runner.bind(row, 0, [UNBOUND] * self._pages_each)
+
+    def run(self) -> Calibration:
+        sizes, logits = self._first_pass()
+        ms = self._fastest([self._dealt(size) for size in sizes])
+        row_ms = self._row_ms(sizes, ms)
+        bare = [took - row_ms * (len(self._dealt(size)) - 1) for size, took in zip(sizes, ms, strict=True)]
+        steady, unsteady = choose_sizes(sizes, bare, _alike(logits), exact=self._runner.dtype != torch.float32)
+        costs = dict(zip(sizes, bare, strict=True))
+        return Calibration(Measured(steady, tuple(costs[size] for size in steady), row_ms), steady, unsteady)
+
+    def _first_pass(self) -> tuple[list[int], list[Tensor]]:
+        """The sizes that there is time for, and the first row's logits of each."""
+        sizes, logits = [], []
+        started = self._clock()
+        for size in (each for each in GRID if each <= self._rows * PER_ROW):
+            sizes.append(size)
+            logits.append(self._forward(self._dealt(size)).clone())
+            if self._clock() - started > SECONDS / (1 + REPEATS) and size >= PER_ROW:
+                break
+        return sizes, logits
+
+    def _fastest(self, shapes: Sequence[Sequence[int]]) -> list[float]:
+        """Milliseconds of forwards of so many tokens for each row, the quickest of several each, which take turns."""
+        best = [inf] * len(shapes)
+        for _ in range(REPEATS):
+            for index, counts in enumerate(shapes):
+                start = self._clock()
+                self._forward(counts)
+                best[index] = min(best[index], 1e3 * (self._clock() - start))
+        return best
+
+    def _dealt(self, size: int) -> list[int]:
+        """How many tokens of each row make up so many: as few rows as possible."""
+        return [PER_ROW] * (size // PER_ROW) + ([size % PER_ROW] if size % PER_ROW else [])
+
+    def _row_ms(self, sizes: Sequence[int], ms: Sequence[float]) -> float:
+        """What a row adds: one token each of many rows, against as many of few."""
+        size = max((size for size in sizes if size <= self._rows), default=1)
+        if size < 2:
+            return 0.0
+        (apart,) = self._fastest([[1] * size])
+        return max(0.0, apart - ms[sizes.index(size)]) / (size - len(self._dealt(size)))
+
+    def _forward(self, counts: Sequence[int]) -> Tensor:
+        """Run so many tokens of each row; the logits of the first row, [tokens, V]."""
+        tokens = [self._tokens[row][:count] for row, count in enumerate(counts)]
+        return self._runner.append(range(len(tokens)), tokens, [0] * len(tokens))[0]
+
+
+def _alike(logits: Sequence[Tensor]) -> list[bool]:
+    """Which of some forwards give the bits that most of them give to the tokens that they have in common."""
+    kinds: list[tuple[Tensor, list[int]]] = []
+    for index, each in reversed(list(enumerate(logits))):
+        for reference, members in kinds:
+            common = min(len(each), len(reference))
+            if torch.equal(each[:common], reference[:common]):
+                members.append(index)
+                break
+        else:
+            kinds.append((each, [index]))
+    most = max((members for _, members in kinds), key=len, default=[])
+    return [index in most for index in range(len(logits))]
+
+
+def choose_sizes(
+    sizes: Sequence[int], ms: Sequence[float], alike: Sequence[bool], *, exact: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which numbers of tokens to run, and which of them give bits of their own.
+
+    Those that are alike, without those that cost no less than a larger one. If not ``exact``, others that are clearly
+    cheaper than the next one that is alike, too.
+
+    Args:
+        sizes: rising; ``ms`` what each takes, ``alike`` whether it gives the bits that most give.
+        exact: all texts in half precision hang on the bits.
+    """
+    chosen: list[int] = []
+    cheapest = inf
+    for index in reversed(range(len(sizes))):
+        part = 1.0 if alike[index] else 0.0 if exact else WORTH
+        if ms[index] < part * cheapest or (alike[index] and not chosen):
+            chosen.insert(0, index)
+            cheapest = ms[index]
+    unsteady = tuple(sizes[index] for index in chosen if not alike[index])
+    return tuple(sizes[index] for index in chosen), unsteady
+
+
+def kept_or_measured(runner: ModelRunner, name: str, *, bound: bool) -> Calibration:
+    """The calibration of a runner, from an earlier start or made and kept now; ``bound`` as in :func:`calibrate`."""
+    path = cache_path(name)
+    found = read(path, Calibration)
+    if found is not None:
+        return found
+    made = calibrate(runner, bound=bound)
+    keep(path, made)
+    return made
+
+
+def machine_name(*parts: Any) -> str:
+    """Names what a measurement depends on: the machine, the libraries, and the parts that the caller adds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", ""), torch.backends.cpu.get_cpu_capability()
+    versions = torch.__version__, transformers.__version__
+    whole = repr((platform.machine(), _processor(), cores, torch.get_num_threads(), isa, versions, *parts))
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def cache_path(name: str) -> Path | None:
+    """Where something is kept; None if nothing is."""
+    folder = os.environ.get("SSD_RAY_CACHE")
+    if folder == "":
+        return None
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-ray"
+    return (Path(folder) if folder else default) / f"{name}.json"
+
+
+def read(path: Path | None, kind: type[T]) -> T | None:
+    """What was kept there; None if there is nothing of this kind."""
+    if path is None:
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def keep(path: Path | None, value: object) -> None:
+    """Keep something for later starts. It is written to another file first: two engines may start at once."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(msgspec.json.encode(value))
+        part.replace(path)
+    except OSError as error:
+        logger.info("what was measured is not kept: %s", error)

@@ -1,0 +1,69 @@
+"""In which dtype to serve a checkpoint: its own, unless the processor lacks instructions for it and float32 is faster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from ssd_ray.models.calibration import cache_path, keep, machine_name, read
+from ssd_ray.models.clock import forward_clock
+from ssd_ray.models.packing import pack_linears, packable
+
+logger = logging.getLogger(__name__)
+
+TIMED_TOKENS = (1, 4, 8, 16)
+
+POORER = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
+"""Limits of ONEDNN_MAX_CPU_ISA that leave no instructions for half precision."""
+
+
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor computes in a half precision. What PyTorch does not know is taken for a no."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in POORER:
+        return False
+    names = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), torch.float16: ("_is_amx_fp16_supported",)}
+    return any(getattr(torch.cpu, name, bool)() for name in names.get(dtype, ()))
+
+
+def faster_dtype(own: torch.dtype, load: Callable[[torch.dtype], PreTrainedModel], *parts: object) -> torch.dtype:
+    """The checkpoint's ``own`` dtype on a CPU, or float32 if verifications of 1 to 16 tokens take less time in
+    it, which is measured once.
+
+    Args:
+        load: loads the model in a dtype.
+        parts: what tells the model apart.
+    """
+    if own == torch.float32 or has_instructions(own):
+        return own
+    path = cache_path(machine_name("dtype", str(own), *parts))
+    kept = read(path, dict[str, float])
+    times = kept or {str(kind): forward_ms(load(kind)) for kind in (own, torch.float32)}
+    if kept is None:
+        keep(path, times)
+    chosen = min((own, torch.float32), key=lambda kind: times[str(kind)])
+    logger.info(
+        "this processor has no instructions for %s: 1, 4, 8 and 16 tokens take %.1f ms in it, %.1f in float32; serving in %s",
+        own, times[str(own)], times[str(torch.float32)], chosen,
+    )  # fmt: skip
+    return chosen
+
+
+@torch.inference_mode()
+def forward_ms(model: PreTrainedModel) -> float:
+    """Milliseconds of forwards of :data:`TIMED_TOKENS`, the quickest of some each, together."""
+    if packable(model.device, model.dtype):
+        pack_linears(model)
+    clock, total = forward_clock(model.device), 0.0
+    for count in TIMED_TOKENS:
+        tokens = torch.ones(1, count, dtype=torch.int64)
+        times = []
+        for _ in range(4):
+            start = clock()
+            model(input_ids=tokens, use_cache=False)
+            times.append(1e3 * (clock() - start))
+        total += min(times)
+    return total
