@@ -100,10 +100,13 @@ def plot_grid(figures: Sequence[GridFigure], path: Path) -> None:
         here = [each for each in figures if (each.cell.rows, each.cell.acceptance) == (batch, acceptance)]
         image = _panel(axes, here, norm)
         axes.set_title(f"{batch} at once, {acceptance:.0%} accepted", fontsize="medium")
-    sheet.supxlabel("cost of a further token, of the fixed part of a forward")
-    sheet.supylabel("draft step, of a verification; drag: what drafting beside it adds to a verification")
-    sheet.colorbar(image, ax=panels, shrink=0.5, label="ssd against the better of ar and sd's best fixed lookahead")
-    sheet.suptitle("times as fast as the better of ar and sd (what theory has at best); virtual time")
+    sheet.supxlabel("what a further token costs, of the fixed part of a forward", fontsize="medium")
+    sheet.supylabel("draft step, of a verification; drag", fontsize="medium")
+    sheet.colorbar(image, ax=panels, shrink=0.6)
+    sheet.suptitle(
+        "ssd against the better of ar and sd (in brackets: what theory has at best)\nbold: below 0.98",
+        fontsize="medium",
+    )
     sheet.savefig(path, dpi=110)
 
 
