@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from ssd_ray.bench.cli import app
-from ssd_ray.bench.grid import QUICK, Axes, Cell, Figure, Load, draft_of, survey
+from ssd_ray.bench.grid import QUICK, Axes, Cell, Figure, Load, draft_of, reached, survey
 from ssd_ray.bench.rehearsal import Part, Play, Rehearsal, Stage, Stretch
 from ssd_ray.bench.simulate import Hardware, ideal, plain
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
@@ -137,13 +137,13 @@ def test_plain_decoding_does_the_same_on_every_machine_and_has_the_sum_of_its_pr
 @pytest.mark.parametrize("acceptance", [0.3, 0.5, 0.7, 0.9])
 def test_a_draft_is_right_as_often_as_it_is_to_be_and_surer_where_it_is(acceptance: float) -> None:
     target = TableModel(64, contexts=2048)
-    draft = draft_of(target, acceptance)
+    draft = draft_of(target, acceptance, seed=1)
     assert target.agreement(draft) == pytest.approx(acceptance, abs=0.01)
     best = draft._table.topk(2)
     lead, right = best.values[:, 0] - best.values[:, 1], best.indices[:, 0] == target._table.argmax(-1)
     sure = lead > lead.median()
     assert right[sure].double().mean() > right[~sure].double().mean() + 0.1
-    assert torch.equal(draft._table, draft_of(target, acceptance)._table)
+    assert torch.equal(draft._table, draft_of(target, acceptance, seed=1)._table)
 
 
 def test_a_cell_is_a_machine() -> None:
@@ -189,13 +189,21 @@ def test_a_figure_is_against_the_better_of_the_two() -> None:
     assert "cell" not in flat
 
 
+def test_how_much_of_what_is_possible_is_reached() -> None:
+    figure = Figure(QUICK.cells[0], 10.0, 20.0, 3, ssd=25.0, plain=20.0, ideal=40.0, verified=1.0, drafting=0.5)
+    assert reached([figure]) == pytest.approx(0.25)
+    assert reached([figure, replace(figure, ssd=35.0), replace(figure, ssd=40.0)]) == pytest.approx(0.75)
+    assert reached([figure, replace(figure, ideal=20.1)]) == pytest.approx(0.25)  # nothing to gain there
+    assert reached([replace(figure, ideal=20.1)]) == 1.0
+
+
 def test_a_survey_measures_what_theory_says_of_plain_decoding() -> None:
     (figure,) = survey([Cell(0.0, 1 / 16, 0.0, 0.7, rows=4)], Load(tokens=200, warm_up=10))
     assert max(figure.ar, figure.sd) == pytest.approx(figure.plain, rel=0.15)
     assert figure.ar == pytest.approx(4e3 / (20.0 + 0.6))
     assert figure.ratio > 1.0
     assert figure.verified >= 1.0
-    assert 0.0 < figure.drafting <= 1.0
+    assert 0.0 < figure.drafting < 1.05  # a step may have begun before
 
 
 @pytest.mark.slow
