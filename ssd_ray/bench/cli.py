@@ -239,7 +239,7 @@ def grid(
     acceptance: Annotated[list[float] | None, typer.Option(min=0.05, max=0.99, help=_GRID_HELP["acceptance"])] = None,
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once; default: 1, 4, 16, 64.")] = None,
     quick: Annotated[bool, typer.Option(help="The corners alone, for one request, and shorter texts.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a cell; default: 1600, quick: 160.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of a cell; default: 400, quick: 80.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the models and prompts.")] = 0,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture, too: a PNG file.")] = None,
@@ -259,7 +259,7 @@ def grid(
     }
     axes = replace(QUICK if quick else Axes(), **{name: sorted(values) for name, values in given.items() if values})
     load = replace(BRIEF if quick else Load(), seed=seed)
-    load = load if tokens is None else replace(load, tokens=tokens)
+    load = load if rounds is None else replace(load, rounds=rounds)
     cells, figures = axes.cells, []
     with Console(stderr=True).status("plain decoding") as status:
         for figure in survey(cells, load, processes or cores()):

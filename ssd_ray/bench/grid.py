@@ -153,22 +153,29 @@ class Stint:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much is decoded.
+    """How much is decoded: as many tokens as come in so many rounds that verify the longest speculation.
+
+    All methods decode the same texts, and few rounds do where tokens are seldom accepted.
 
     Attributes:
-        tokens: of all rows together, but at least ``least`` of a row.
+        rounds: of all rows together, but at least ``least`` of each row.
         least: see there.
-        warm_up: tokens of a row that come before them and do not count: the estimates settle.
+        warm_up: rounds of each row before them, which do not count: the estimates settle.
         seed: of models and prompts.
     """
 
-    tokens: int = 1600
-    least: int = 40
-    warm_up: int = 60
+    rounds: int = 400
+    least: int = 16
+    warm_up: int = 20
     seed: int = 0
 
+    def tokens(self, acceptance: float, rows: int) -> tuple[int, int]:
+        """Tokens of a row before those that count, and those."""
+        of_a_round = sum(acceptance**accepted for accepted in range(MAX_LOOKAHEAD + 1))
+        return round(self.warm_up * of_a_round), round(max(self.least, self.rounds / rows) * of_a_round)
 
-BRIEF = Load(tokens=160, warm_up=40)
+
+BRIEF = Load(rounds=80)
 """Enough to see where a cell stands, not to a few hundredths."""
 
 
@@ -243,16 +250,16 @@ def _ssd_stint(cell: Cell, load: Load) -> Stint:
 
 def _stint(acceptance: float, rows: int, hardware: Hardware, play: Play, load: Load) -> Stint:
     """Decode on all rows, and look at a part in the middle: no row is new then, and none has ended."""
-    each = max(load.least, load.tokens // rows)
+    warm_up, counted = load.tokens(acceptance, rows)
     play = replace(play, text_lookup=False, target=play.target | {"concurrency": rows})
-    room = 2 * (load.warm_up + each)  # some rows are faster than others
+    room = 2 * (warm_up + counted)  # some rows are faster than others
     target, draft = _models(acceptance, rows, room, load.seed)
     rehearsal = Rehearsal(target, [draft], hardware, play)
     params = SamplingParams(temperature=0.0, max_tokens=room)
     rehearsal.submit([([load.seed % VOCABULARY, 1, 1 + row % 32, 1 + row // 32], params) for row in range(rows)])
-    came = _decode(rehearsal, rows * load.warm_up)
+    early = _decode(rehearsal, rows * warm_up)
     start, before = rehearsal.stage.now, copy(rehearsal.forwards)
-    came = _decode(rehearsal, rows * each + rows * load.warm_up - came)
+    came = _decode(rehearsal, rows * (warm_up + counted) - early)
     return Stint(came, rehearsal.stage.now - start, rehearsal.forwards.since(before))
 
 

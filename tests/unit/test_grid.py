@@ -159,6 +159,13 @@ def test_the_grid_has_every_combination_once() -> None:
     assert set(QUICK.cells) <= set(cells)
 
 
+def test_as_many_tokens_are_decoded_as_come_in_so_many_rounds() -> None:
+    load = Load(rounds=320, least=16, warm_up=10)
+    assert load.tokens(0.0, 1) == (10, 320)
+    assert load.tokens(1.0, 4) == (80, 80 * (MAX_LOOKAHEAD + 1))
+    assert load.tokens(0.0, 64) == (10, 16)
+
+
 def test_theory_in_closed_form() -> None:
     """Everything is hidden but the verification, and each is as long as it can be."""
     free = Hardware(verify_ms=10.0, step_ms=0.1)
@@ -198,7 +205,7 @@ def test_how_much_of_what_is_possible_is_reached() -> None:
 
 
 def test_a_survey_measures_what_theory_says_of_plain_decoding() -> None:
-    (figure,) = survey([Cell(0.0, 1 / 16, 0.0, 0.7, rows=4)], Load(tokens=200, warm_up=10))
+    (figure,) = survey([Cell(0.0, 1 / 16, 0.0, 0.7, rows=4)], Load(rounds=100, warm_up=5))
     assert max(figure.ar, figure.sd) == pytest.approx(figure.plain, rel=0.15)
     assert figure.ar == pytest.approx(4e3 / (20.0 + 0.6))
     assert figure.ratio > 1.0
@@ -208,13 +215,13 @@ def test_a_survey_measures_what_theory_says_of_plain_decoding() -> None:
 
 @pytest.mark.slow
 def test_several_processes_find_the_same() -> None:
-    cells, load = QUICK.cells[:2], Load(tokens=40, warm_up=10)
+    cells, load = QUICK.cells[:2], Load(rounds=20, warm_up=5)
     assert list(survey(cells, load, processes=2)) == list(survey(cells, load))
 
 
 def test_the_command_prints_a_table_and_draws_a_picture(tmp_path) -> None:
     picture = tmp_path / "grid.png"
-    arguments = ["grid", "--quick", "--tokens", 40, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
+    arguments = ["grid", "--quick", "--rounds", 16, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
     arguments += ["--processes", 1, "--plot", picture]
     result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
     figures = json.loads(result.stdout.splitlines()[-1])["results"]
