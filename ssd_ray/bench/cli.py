@@ -21,9 +21,17 @@ from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 
 if TYPE_CHECKING:
     from ssd_ray.bench.batches import Figure as BatchFigure
+    from ssd_ray.bench.grid import Figure as GridFigure
     from ssd_ray.bench.policies import Figure
 
 SHORT = {"transformers": "hf", "assisted": "hf+draft"}
+
+_GRID_HELP = {
+    "token_cost": "A further token costs this fraction of a forward's fixed part; default: 0, 0.03, 0.1, 0.3.",
+    "step": "A draft step is this fraction of a verification; default: 1/3, 1/6, 1/16.",
+    "drag": "Drafting beside it slows a verification by this fraction; default: 0, 0.2, 0.6.",
+    "acceptance": "Drafted tokens that are accepted; default: 0.3, 0.5, 0.7, 0.9.",
+}
 
 app = typer.Typer(help="Measure. Each command prints a table and ends with one JSON line.", invoke_without_command=True)
 
@@ -224,6 +232,49 @@ def forecast(
 
 
 @app.command()
+def grid(
+    token_cost: Annotated[list[float] | None, typer.Option(min=0.0, help=_GRID_HELP["token_cost"])] = None,
+    step: Annotated[list[float] | None, typer.Option(min=0.001, help=_GRID_HELP["step"])] = None,
+    drag: Annotated[list[float] | None, typer.Option(min=0.0, help=_GRID_HELP["drag"])] = None,
+    acceptance: Annotated[list[float] | None, typer.Option(min=0.05, max=0.99, help=_GRID_HELP["acceptance"])] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once; default: 1, 4, 16, 64.")] = None,
+    quick: Annotated[bool, typer.Option(help="The corners alone, for one request, and shorter texts.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of a cell; default: 400, quick: 80.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the models and prompts.")] = 0,
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture, too: a PNG file.")] = None,
+) -> None:
+    """Compare ssd with the best of ar and sd on many machines, in virtual time. Options may be repeated."""
+    from ssd_ray.bench.grid import BRIEF, QUICK, Axes, Load, survey
+    from ssd_ray.bench.plot import check_plotting, plot_grid
+
+    if plot is not None:
+        check_plotting(plot)
+    given: dict[str, Any] = {
+        "token_costs": token_cost,
+        "steps": step,
+        "drags": drag,
+        "acceptances": acceptance,
+        "rows": rows,
+    }
+    axes = replace(QUICK if quick else Axes(), **{name: sorted(values) for name, values in given.items() if values})
+    load = replace(BRIEF if quick else Load(), seed=seed)
+    load = load if rounds is None else replace(load, rounds=rounds)
+    cells, figures = axes.cells, []
+    with Console(stderr=True).status("plain decoding") as status:
+        for figure in survey(cells, load, processes or cores()):
+            figures.append(figure)
+            status.update(f"{len(figures)} of {len(cells)} cells")
+    for each in axes.rows:
+        _console().print(_grid_table([figure for figure in figures if figure.cell.rows == each], each))
+    if plot is not None:
+        plot_grid(figures, plot)
+    print(
+        json.dumps({"bench": "grid", "load": asdict(load), "results": [_round_all(each.as_dict()) for each in figures]})
+    )
+
+
+@app.command()
 def shapes(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     dtype: Annotated[str, typer.Option()] = "auto",
@@ -314,9 +365,37 @@ def _batches_table(figures: Sequence[BatchFigure], title: str) -> Table:
     return table
 
 
+def _grid_table(figures: Sequence[GridFigure], rows: int) -> Table:
+    """A line for each machine, a column for each acceptance."""
+    from ssd_ray.bench.grid import reached
+
+    worst = min(figures, key=lambda figure: figure.ratio)
+    table = Table(
+        title=f"{rows} at once: ssd against the better of ar and sd's best fixed lookahead (what theory has at best)",
+        caption=f"at worst {worst.ratio:.2f}; in {sum(each.ratio < 0.98 for each in figures)} of {len(figures)} cells "
+        f"below 0.98; reached {reached(figures):.0%} of the gain that theory has (median where it has 5% or more)",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    acceptances = sorted({figure.cell.acceptance for figure in figures})
+    for column in ("further token", "draft step", "drag", *(f"{each:.0%} accepted" for each in acceptances)):
+        table.add_column(column, justify="right")
+    machines: dict[tuple[float, float, float], list[str]] = {}
+    for figure in figures:
+        machine = (figure.cell.token_cost, figure.cell.step, figure.cell.drag)
+        machines.setdefault(machine, []).append(f"{figure.ratio:.2f} ({figure.ceiling:.2f})")
+    for (token_cost, step, drag), ratios in machines.items():
+        table.add_row(f"{token_cost:.0%}", f"{step:.3f}", f"{drag:.0%}", *ratios)
+    return table
+
+
 def _rounded(figure: Any) -> dict[str, Any]:
     """The fields of a figure for JSON."""
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(figure).items()}
+    return _round_all(asdict(figure))
+
+
+def _round_all(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
 
 
 def _console() -> Console:
@@ -334,16 +413,20 @@ def _round(result: Result) -> list[str]:
     return [*(f"{figures[name]:.2f}" for name in ("tokens_per_round", "hit_rate", "duty_cycle")), parts]
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
     import transformers
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": cores(),
         "gpu": gpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,11 +1,13 @@
-"""What `ssd-ray bench policies` found, as one picture."""
+"""What `ssd-ray bench policies` and `ssd-ray bench grid` found, as one picture each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ssd_ray.bench.grid import Figure as GridFigure
 from ssd_ray.bench.policies import Figure
 from ssd_ray.errors import ConfigError
 
@@ -78,3 +80,51 @@ def _bars(axes: Any, figures: Sequence[Figure], colour: str) -> None:
     axes.bar_label(bars, labels)
     axes.set_xlim(-0.6, max(len(figures), 3) - 0.4)
     axes.tick_params(axis="x", labelsize="small")
+
+
+def plot_grid(figures: Sequence[GridFigure], path: Path) -> None:
+    """Draw a picture of a grid: a panel for each batch and acceptance; in it a column for each cost of a token, a line
+    for each step and drag, and in each cell how many times as fast ssd is, and how many times theory has at best."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure as Sheet
+
+    batches = sorted({figure.cell.rows for figure in figures})
+    acceptances = sorted({figure.cell.acceptance for figure in figures})
+    machines = {(figure.cell.step, figure.cell.drag) for figure in figures}
+    sheet = Sheet(figsize=(2.0 + 3.4 * len(acceptances), 1.2 + (0.9 + 0.3 * len(machines)) * len(batches)))
+    sheet.set_layout_engine("constrained")
+    panels = sheet.subplots(len(batches), len(acceptances), squeeze=False, sharex=True, sharey=True)
+    norm = TwoSlopeNorm(1.0, 0.5, 2.0)
+    for (row, batch), (column, acceptance) in product(enumerate(batches), enumerate(acceptances)):
+        axes = panels[row][column]
+        here = [each for each in figures if (each.cell.rows, each.cell.acceptance) == (batch, acceptance)]
+        image = _panel(axes, here, norm)
+        axes.set_title(f"{batch} at once, {acceptance:.0%} accepted", fontsize="medium")
+    sheet.supxlabel("what a further token costs, of the fixed part of a forward", fontsize="medium")
+    sheet.supylabel("draft step, of a verification; drag", fontsize="medium")
+    sheet.colorbar(image, ax=panels, shrink=0.6)
+    sheet.suptitle(
+        "ssd against the better of ar and sd (in brackets: what theory has at best)\nbold: below 0.98",
+        fontsize="medium",
+    )
+    sheet.savefig(path, dpi=110)
+
+
+def _panel(axes: Any, figures: Sequence[GridFigure], norm: Any) -> Any:
+    """One batch and acceptance; returns what the colours belong to."""
+    costs = sorted({figure.cell.token_cost for figure in figures})
+    machines = sorted(
+        {(figure.cell.step, figure.cell.drag) for figure in figures}, key=lambda each: (-each[0], each[1])
+    )
+    places = {(cost, *machine): (x, y) for x, cost in enumerate(costs) for y, machine in enumerate(machines)}
+    values = [[1.0] * len(costs) for _ in machines]
+    for figure in figures:
+        x, y = places[figure.cell.token_cost, figure.cell.step, figure.cell.drag]
+        values[y][x] = figure.ratio
+        weight = "bold" if figure.ratio < 0.98 else "normal"
+        axes.text(
+            x, y, f"{figure.ratio:.2f} ({figure.ceiling:.2f})", ha="center", va="center", fontsize=7, weight=weight
+        )
+    axes.set_xticks(range(len(costs)), [f"{cost:.0%}" for cost in costs])
+    axes.set_yticks(range(len(machines)), [f"1/{1 / step:.3g}, {drag:.0%}" for step, drag in machines], fontsize=7)
+    return axes.imshow(values, cmap="RdYlGn", norm=norm, aspect="auto")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -38,13 +38,13 @@ HOST_MS, MESSAGE_MS = 0.6, 0.3
 
 
 class Hooked(ModelRunner):
-    """A runner that tells of its forwards: ``on_append(rows)`` before a verification, ``on_extend(tokens)`` after a
-    step."""
+    """A runner that tells of its forwards: ``on_append(rows, tokens)`` before a verification of so many tokens in all,
+    ``on_extend(tokens)`` after a step."""
 
     def __init__(
         self,
         runner: ModelRunner,
-        on_append: Callable[[int], None] = lambda rows: None,
+        on_append: Callable[[int, int], None] = lambda rows, tokens: None,
         on_extend: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
@@ -64,7 +64,7 @@ class Hooked(ModelRunner):
         return logits
 
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
-        self._on_append(len(rows))
+        self._on_append(len(rows), sum(map(len, tokens)))
         return self._runner.append(rows, tokens, starts)
 
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -98,6 +98,7 @@ class Part(Channel):
         self.now = 0.0
         self.inbox: deque[tuple[float, Frame]] = deque()
         self.player: Turning = Absent()
+        self.busy_until = 0.0  # when its last step ends, or ended
         self.resting = False  # nothing to do before another frame arrives
         self._stage = stage
         self._delay = delay
@@ -105,6 +106,11 @@ class Part(Channel):
     def clock(self) -> float:
         """This draft's time in seconds."""
         return self.now
+
+    def work(self, seconds: float) -> None:
+        """Let a step take its time."""
+        self.now += seconds
+        self.busy_until = self.now
 
     def play(self, until: float) -> None:
         """Take one turn; without work go on to the next frame, though not beyond ``until``, or rest."""
@@ -133,6 +139,32 @@ class Part(Channel):
 
     def close(self) -> None:
         pass
+
+
+class Stretch:
+    """Some work of the target beside drafts that slow it down.
+
+    Args:
+        start: when it begins.
+        seconds: what it takes alone.
+        drag: by which fraction it takes longer while some draft works.
+
+    Attributes:
+        end: when it ends, by what is known of the drafts.
+    """
+
+    def __init__(self, start: float, seconds: float, drag: float) -> None:
+        self.end = start + seconds
+        self._known = start
+        self._drag = drag
+
+    def beside(self, start: float, end: float) -> None:
+        """A draft works from start to end; to be told in the order of starts. Where several work, one counts."""
+        start = max(start, self._known)
+        if self._drag and end > start:
+            within = min(end - start, (1.0 + self._drag) * max(0.0, self.end - start))
+            self.end += within * self._drag / (1.0 + self._drag)
+            self._known = end
 
 
 class Stage(Channel):
@@ -169,18 +201,24 @@ class Stage(Channel):
         """Note a frame of a draft that arrives at that time."""
         heappush(self._arriving, (time, next(self._tie), sender, frame))
 
-    def elapse(self, seconds: float) -> None:
-        """Let the target be busy, and the drafts meanwhile."""
-        self.now += seconds
-        for part in self.parts.values():
-            while self._meanwhile and not part.resting and part.now < self.now:
-                part.play(self.now)
-            part.now = max(part.now, self.now)
+    def elapse(self, seconds: float, drag: float = 0.0) -> None:
+        """Let the target be busy, and the drafts meanwhile; while one of these works, the target's work progresses at
+        1 / (1 + drag)."""
+        stretch = Stretch(self.now, seconds, drag)
+        for each in self.parts.values():
+            stretch.beside(self.now, each.busy_until)
+        while self._meanwhile and (part := self._earliest()) is not None and part.now < stretch.end:
+            start = part.now
+            part.play(stretch.end)
+            stretch.beside(start, part.busy_until)
+        self.now = stretch.end
+        for each in self.parts.values():
+            each.now = max(each.now, self.now)
 
-    def verify(self, seconds: float) -> None:
+    def verify(self, seconds: float, drag: float = 0.0) -> None:
         """Let the target verify; the round's other work is done when its tokens are sent."""
         self._owed = self._host
-        self.elapse(seconds)
+        self.elapse(seconds, drag)
 
     def send(self, peer: str, frame: bytes) -> bool:
         if peer == DRIVER:
@@ -211,10 +249,14 @@ class Stage(Channel):
         while True:
             arrival = self._arriving[0][0] if self._arriving else inf
             horizon = min(arrival, deadline)
-            part = min((part for part in self.parts.values() if not part.resting), key=Part.clock, default=None)
+            part = self._earliest()
             if part is None or part.now >= horizon:
                 return arrival
             part.play(horizon)
+
+    def _earliest(self) -> Part | None:
+        """The draft whose time is the earliest of those that have something to do, or will have."""
+        return min((part for part in self.parts.values() if not part.resting), key=Part.clock, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +282,37 @@ class Play:
     target: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Forwards:
+    """What has been run.
+
+    Attributes:
+        verifications, rows, tokens: verifications, their rows and their tokens.
+        steps, drafted: draft steps, and their tokens.
+    """
+
+    verifications: int = 0
+    rows: int = 0
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+
+    def since(self, before: Forwards) -> Forwards:
+        """What has been run since then."""
+        return Forwards(*(getattr(self, each.name) - getattr(before, each.name) for each in fields(self)))
+
+    def one_by_one_ms(self, hardware: Hardware) -> float:
+        """Milliseconds, one forward after the other, with the other work of each round."""
+        verifying = self.verifications * (hardware.verify_ms + hardware.host_ms)
+        verifying += (self.rows - self.verifications) * hardware.row_ms
+        verifying += (self.tokens - self.verifications) * hardware.verify_token_ms
+        return verifying + self.steps_ms(hardware)
+
+    def steps_ms(self, hardware: Hardware) -> float:
+        """Milliseconds of the draft steps."""
+        return self.steps * hardware.step_ms + (self.drafted - self.steps) * hardware.token_ms
+
+
 class Rehearsal:
     """A target and drafts in one process.
 
@@ -247,16 +320,20 @@ class Rehearsal:
         target, drafts: their models; "ar" uses no draft and "sd" one.
         hardware: what takes how long.
         play: how to decode.
+
+    Attributes:
+        forwards: what has been run.
     """
 
     def __init__(
         self, target: ModelRunner, drafts: Sequence[ModelRunner], hardware: Hardware, play: Play = Play()
     ) -> None:
         self.hardware = hardware
+        self.forwards = Forwards()
         ssd = play.method == "ssd"
         delay = 1e-3 * hardware.message_ms / 2 if ssd else 0.0
         self.stage = Stage(delay=delay, host=1e-3 * hardware.host_ms, meanwhile=ssd)
-        options = {"patient": play.method == "sd"} | play.target
+        options = {"patient": play.method == "sd", "measured": hardware.measured(target.rows)} | play.target
         if play.method == "ar":
             options, drafts = options | {"lookahead": 0}, []
         if play.proposing is not None:
@@ -273,7 +350,9 @@ class Rehearsal:
         part = self.stage.cast(name)
 
         def step(tokens: int) -> None:
-            part.now += 1e-3 * self.hardware.step(tokens)
+            self.forwards.steps += 1
+            self.forwards.drafted += tokens
+            part.work(1e-3 * self.hardware.step(tokens))
 
         part.player = Draft(
             Hooked(runner, on_extend=step),
@@ -298,24 +377,36 @@ class Rehearsal:
 
     def run_all(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[tuple[list[int], RequestStats]]:
         """Decode prompts together; the tokens and figures of each."""
-        self.stage.elapse(1e-3 * self.hardware.message_ms)  # whoever has just come is heard
-        first = self._number + 1
-        for prompt, params in requests:
-            self._number += 1
-            self.target.submit(self._number, prompt, params)
-        texts: dict[int, list[int]] = {number: [] for number in range(first, self._number + 1)}
+        texts: dict[int, list[int]] = {number: [] for number in self.submit(requests)}
         figures: dict[int, RequestStats] = {}
         while len(figures) < len(requests):
-            self.target.turn(0.0)
-            while self.stage.outputs:
-                output = self.stage.outputs.popleft()
+            for output in self.turn():
                 texts[output.request] += output.tokens
                 if output.stats is not None:
                     figures[output.request] = output.stats
         return [(tokens, figures[number]) for number, tokens in texts.items()]
 
-    def _verify(self, rows: int) -> None:
-        self.stage.verify(1e-3 * self.hardware.verify(rows))
+    def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> range:
+        """Queue prompts; the numbers under which their tokens come."""
+        self.stage.elapse(1e-3 * self.hardware.message_ms)  # whoever has just come is heard
+        first = self._number + 1
+        for prompt, params in requests:
+            self._number += 1
+            self.target.submit(self._number, prompt, params)
+        return range(first, self._number + 1)
+
+    def turn(self) -> list[Output]:
+        """Run a round; what the driver is told in it."""
+        self.target.turn(0.0)
+        told = list(self.stage.outputs)
+        self.stage.outputs.clear()
+        return told
+
+    def _verify(self, rows: int, tokens: int) -> None:
+        self.forwards.verifications += 1
+        self.forwards.rows += rows
+        self.forwards.tokens += tokens
+        self.stage.verify(1e-3 * self.hardware.verify(rows, tokens), self.hardware.drag)
 
 
 class _Timed(Hooked):

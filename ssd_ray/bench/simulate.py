@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ssd_ray.config import MAX_LOOKAHEAD
+from ssd_ray.saguaro.costs import Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,14 @@ class Hardware:
     """Milliseconds of a pair on some machine.
 
     Attributes:
-        verify_ms: a verification forward of one row.
+        verify_ms: a verification forward of one row and one token.
         step_ms: a draft step that runs one token.
         host_ms: a round's other work on the target, rows together.
         message_ms: an outcome's way to the draft and a token's way back.
         token_ms: what every further token of a draft step adds.
         row_ms: what every further row of a verification adds.
+        verify_token_ms: what every further token of a verification adds, of whatever row.
+        drag: by which fraction a verification takes longer while some draft works beside it.
     """
 
     verify_ms: float
@@ -34,14 +37,26 @@ class Hardware:
     message_ms: float = 0.0
     token_ms: float = 0.0
     row_ms: float = 0.0
+    verify_token_ms: float = 0.0
+    drag: float = 0.0
 
-    def verify(self, rows: int) -> float:
-        """Milliseconds of a verification of so many rows."""
-        return self.verify_ms + (rows - 1) * self.row_ms
+    def verify(self, rows: int, tokens: int) -> float:
+        """Milliseconds of a verification of so many rows and tokens in all, with no draft at work."""
+        return self.verify_ms + (rows - 1) * self.row_ms + (tokens - 1) * self.verify_token_ms
+
+    def measured(self, rows: int) -> Measured:
+        """What a target would find out at load."""
+        sizes = tuple(range(1, rows * (MAX_LOOKAHEAD + 1) + 1))
+        return Measured(sizes, tuple(self.verify(1, size) for size in sizes), self.row_ms)
 
     def step(self, tokens: int) -> float:
         """Milliseconds of a draft step that runs so many tokens."""
         return self.step_ms + (tokens - 1) * self.token_ms
+
+    def beside(self, verify_ms: float, draft_ms: float) -> float:
+        """Milliseconds of a verification beside which a draft works for ``draft_ms`` from its begin."""
+        work = min(draft_ms, verify_ms * (1.0 + self.drag))
+        return verify_ms + work * self.drag / (1.0 + self.drag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +96,7 @@ class Forecast:
 
 def ar(hardware: Hardware, rows: int = 1) -> Forecast:
     """Autoregressive decoding: a forward for each token of each row."""
-    verify_ms = hardware.verify(rows)
+    verify_ms = hardware.verify(rows, rows)
     round_ms = verify_ms + hardware.host_ms
     return Forecast(1e3 * rows / round_ms, 1.0, verify_ms / round_ms)
 
@@ -89,7 +104,7 @@ def ar(hardware: Hardware, rows: int = 1) -> Forecast:
 def sd(hardware: Hardware, pair: Pair, rows: int = 1) -> Forecast:
     """Plain speculative decoding: every round drafts K tokens first."""
     tokens = 1.0 + _mean(pair.after_miss)
-    verify_ms = hardware.verify(rows)
+    verify_ms = hardware.verify(rows, rows * (1 + pair.lookahead))
     round_ms = verify_ms + hardware.host_ms + pair.lookahead * hardware.step(rows)
     return Forecast(1e3 * rows * tokens / round_ms, tokens, verify_ms / round_ms)
 
@@ -104,7 +119,7 @@ def ssd(
     rounds: int = 20_000,
     seed: int = 0,
 ) -> Forecast:
-    """Speculative speculative decoding.
+    """Speculative speculative decoding, with drafts that never rest.
 
     Args:
         hardware, pair: as measured.
@@ -119,26 +134,50 @@ def ssd(
     dice = random.Random(seed)
     cumulative = {hit: list(accumulate(weights)) for hit, weights in ((True, pair.after_hit), (False, pair.after_miss))}
     hits = [True] * rows
-    tokens, time = 0.0, 0.0
-    verify_ms, step_ms = hardware.verify(rows), hardware.step(rows)
-    verified = verify_ms + hardware.host_ms
+    tokens, time, verifying = 0.0, 0.0, 0.0
+    dragged, step_ms = 1.0 + hardware.drag, hardware.step(rows)
+    verified = dragged * hardware.verify(rows, rows) + hardware.host_ms
     tree_ms = (pair.lookahead + 1) * step_ms + hardware.message_ms
     # The first step runs the trunk, after the second a branch has its first token.
     drawn = max(0, int((verified - hardware.message_ms) / step_ms) - 1)
     longest = pair.lookahead if whole_trees else drawn
-    round_ms = max(verified, tree_ms) if whole_trees else verified
     backup_ms = (len(pair.after_miss) - 1) * step_ms + hardware.message_ms
     drafted = len(pair.after_miss) > 1 and (rows == 1 or lock_step)
+    lengths = {True: min(pair.lookahead, longest), False: len(pair.after_miss) - 1 if drafted else 0}
     for _ in range(rounds):
         missed = not all(hits)
-        time += round_ms + (backup_ms if missed and drafted else 0.0)
+        verify_ms = dragged * hardware.verify(rows, rows + sum(lengths[hit] for hit in hits))
+        verifying += verify_ms
+        time += max(verify_ms + hardware.host_ms, tree_ms if whole_trees else 0.0)
+        time += backup_ms if missed and drafted else 0.0
         for row, hit in enumerate(hits):
             tokens += 1.0
             if hit or drafted:
                 accepted = dice.choices(range(len(cumulative[hit])), cum_weights=cumulative[hit])[0]
                 tokens += min(accepted, longest) if hit else accepted
             hits[row] = dice.random() < pair.hit_rate
-    return Forecast(1e3 * tokens / time, tokens / rounds / rows, rounds * verify_ms / time)
+    return Forecast(1e3 * tokens / time, tokens / rounds / rows, verifying / time)
+
+
+def plain(hardware: Hardware, acceptance: float, rows: int = 1) -> Forecast:
+    """The better of autoregressive decoding and plain speculative decoding with its best lookahead, where every token
+    is accepted with the same probability."""
+    pairs = (geometric_pair(acceptance, 0.0, lookahead) for lookahead in _LOOKAHEADS)
+    return max([ar(hardware, rows), *(sd(hardware, pair, rows) for pair in pairs)], key=_speed)
+
+
+def ideal(hardware: Hardware, acceptance: float, rows: int = 1) -> Forecast:
+    """What speculative speculative decoding cannot surpass where every token is accepted with the same probability:
+    every outcome is prepared for, by as many draft steps as the best lookahead has tokens, and by no other work."""
+
+    def known_before(lookahead: int) -> Forecast:
+        tokens = 1.0 + _mean(geometric_pair(acceptance, 1.0, lookahead).after_hit)
+        draft_ms = lookahead * hardware.step(rows)
+        verify_ms = hardware.beside(hardware.verify(rows, rows * (1 + lookahead)), draft_ms)
+        round_ms = max(verify_ms + hardware.host_ms, draft_ms + hardware.message_ms)
+        return Forecast(1e3 * rows * tokens / round_ms, tokens, verify_ms / round_ms)
+
+    return max([plain(hardware, acceptance, rows), *map(known_before, _LOOKAHEADS)], key=_speed)
 
 
 def several_drafts(pair: Pair, drafts: int, exponent: float) -> Pair:

@@ -81,6 +81,10 @@ class TableModel(ModelRunner):
         normal = np.random.default_rng(seed).standard_normal(self._table.shape).astype(np.float32)
         return self._with_table(self._table + noise * torch.from_numpy(normal))
 
+    def agreement(self, other: TableModel) -> float:
+        """The fraction of contexts in which another model of this size has the same likeliest token."""
+        return float((self._table.argmax(-1) == other._table.argmax(-1)).double().mean())
+
     def _with_table(self, table: Tensor) -> Self:
         """A fresh model of the same size."""
         other = type(self).__new__(type(self))

@@ -120,7 +120,7 @@ class Pump:
         **options: object,
     ) -> None:
         address = MemoryAddress()
-        target = Hooked(target, on_append=lambda rows: self._run_drafts())
+        target = Hooked(target, on_append=lambda rows, tokens: self._run_drafts())
         hub = LossyHub(address, random.Random(seed), trouble, self._run_drafts)
         self.driver = MemorySpoke(address, DRIVER)
         if proposing is not None:
