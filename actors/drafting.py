@@ -17,6 +17,7 @@ from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
+from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
 from ssd_ray.sampling.logits import scores, scores_by_row
 from ssd_ray.sampling.noise import NoiseRows
@@ -116,6 +117,7 @@ class Draft:
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
         self._last = Step()
+        self._costs = Costs(runner.measured)
         self.malformed = 0
 
     @property
@@ -287,7 +289,8 @@ class Draft:
         seats = [seat for seat in self._seats.values() if seat.session.complete_past]
         seats = [seat for seat in seats if seat.session.urgent] or seats
         width = max(1, (max(self._width, WIDTH * len(seats)) if self._branching else 1) // max(1, len(seats)))
-        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width))]
+        step_ms = self._share_ms(len(seats))
+        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width, step_ms))]
         if not work:
             return False
         made = [
@@ -297,7 +300,13 @@ class Draft:
         if nodes := [each for each in made if each is not None]:
             self._send(*nodes)
         self._last = Step(1e3 * (self._clock() - start), len(work), sum(len(items) for _, items in work))
+        self._costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=False)
         return True
+
+    def _share_ms(self, sequences: int) -> Callable[[int], float]:
+        """What a step costs each of some sequences, by the tokens of each."""
+        load = Load(sequences)
+        return lambda tokens: self._costs.alone_ms(tokens * sequences, load) / sequences or 1.0
 
     @torch.inference_mode()
     def _rankings(self, work: Work) -> list[list[Ranking]]:

@@ -28,10 +28,6 @@ from ssd_ray.wire import Output, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
-AT_WORK = 0.25
-"""Part of a verification's time for which drafts must have worked beside it to have slowed it down."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
     """How speculations are made.
@@ -95,7 +91,7 @@ class Rounds:
         for row, row_logits in zip(rows, logits, strict=True):
             self._commit(row, self._decide(row, row_logits))
         self._links.receive(0.0)  # after the outcomes are known: most of a tree is done with then
-        beside = self._learn(rows, verify_ms)
+        self._learn(rows, verify_ms)
         self._announce(rows)
         for row, row_logits in zip(rows, logits, strict=True):
             self._report(row, row_logits)
@@ -103,8 +99,6 @@ class Rounds:
         total_ms = 1e3 * (self._clock() - start)
         self._account(rows, verify_ms, wait_ms, total_ms - verify_ms - wait_ms)
         self._pace.saw_round(sum(len(row.added) for row in rows), total_ms, total_ms - verify_ms - wait_ms)
-        if (plan := self._planner.update(beside=beside)) is not None:
-            logger.info("plan: %s", plan)
 
     # What is verified
 
@@ -201,16 +195,12 @@ class Rounds:
             row.ngrams.extend(row.added)
         row.look_for_stop()
 
-    def _learn(self, rows: Sequence[Row], verify_ms: float) -> bool:
-        """Learn what the verification cost; returns whether drafts worked beside it."""
-        tokens, load = sum(1 + len(row.said) for row in rows), _load(rows)
-        beside = self._links.drafted_ms > AT_WORK * verify_ms
-        if self._planner.trial:
-            self._costs.saw_trial(tokens, load, verify_ms, beside=beside)
-        else:
-            self._costs.saw(tokens, load, verify_ms, beside=beside)
+    def _learn(self, rows: Sequence[Row], verify_ms: float) -> None:
+        tokens = sum(1 + len(row.said) for row in rows)
+        self._planner.saw_verification(tokens, _load(rows), verify_ms, self._links.drafted_ms)
         self._calibration.end_round()
-        return beside
+        if (plan := self._planner.update()) is not None:
+            logger.info("plan: %s", plan)
 
     # What comes next
 

@@ -26,6 +26,7 @@ from ssd_ray.actors.verifying import Target
 from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.contract import ModelRunner
+from ssd_ray.saguaro.costs import Measured
 from ssd_ray.saguaro.fanout import POLICIES, FanOutPolicy
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.transport.channel import HUB, Channel, Frame
@@ -46,7 +47,9 @@ class Hooked(ModelRunner):
         runner: ModelRunner,
         on_append: Callable[[int, int], None] = lambda rows, tokens: None,
         on_extend: Callable[[int], None] = lambda tokens: None,
+        measured: Measured | None = None,
     ) -> None:
+        self.measured = measured
         self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
         self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
         self.page_slots, self.num_pages, self.page_bytes = runner.page_slots, runner.num_pages, runner.page_bytes
@@ -333,7 +336,7 @@ class Rehearsal:
         ssd = play.method == "ssd"
         delay = 1e-3 * hardware.message_ms / 2 if ssd else 0.0
         self.stage = Stage(delay=delay, host=1e-3 * hardware.host_ms, meanwhile=ssd)
-        options = {"patient": play.method == "sd", "measured": hardware.measured(target.rows)} | play.target
+        options = {"patient": play.method == "sd", "measured": hardware.verifications(target.rows)} | play.target
         if play.method == "ar":
             options, drafts = options | {"lookahead": 0}, []
         if play.proposing is not None:
@@ -355,7 +358,7 @@ class Rehearsal:
             part.work(1e-3 * self.hardware.step(tokens))
 
         part.player = Draft(
-            Hooked(runner, on_extend=step),
+            Hooked(runner, on_extend=step, measured=self.hardware.steps()),
             part,
             SESSION,
             play.policy,

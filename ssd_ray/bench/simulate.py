@@ -44,10 +44,15 @@ class Hardware:
         """Milliseconds of a verification of so many rows and tokens in all, with no draft at work."""
         return self.verify_ms + (rows - 1) * self.row_ms + (tokens - 1) * self.verify_token_ms
 
-    def measured(self, rows: int) -> Measured:
+    def verifications(self, rows: int) -> Measured:
         """What a target would find out at load."""
         sizes = tuple(range(1, rows * (MAX_LOOKAHEAD + 1) + 1))
         return Measured(sizes, tuple(self.verify(1, size) for size in sizes), self.row_ms)
+
+    def steps(self) -> Measured:
+        """What a draft would find out at load."""
+        sizes = (1, 64)
+        return Measured(sizes, tuple(map(self.step, sizes)))
 
     def step(self, tokens: int) -> float:
         """Milliseconds of a draft step that runs so many tokens."""

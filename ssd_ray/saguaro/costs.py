@@ -17,7 +17,7 @@ _SMOOTHING = 0.1
 _SHAPE_SMOOTHING = 0.03
 """How fast the curve's shape follows, which noise must not bend."""
 
-_DRAG_SMOOTHING = 0.3
+_DRAG_SMOOTHING = 0.2
 
 OUTLIER = 3.0
 """A round that took more than this many times what was expected says nothing about costs: somebody else had the
@@ -65,15 +65,16 @@ class Costs:
         self._ms = list(self.measured.ms)
         self._speed = 1.0
         self._beside = 1.0  # what rounds took lately with drafts at work, against the curve
+        self._trials = 0
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
         """Milliseconds of a verification with nobody at work beside it."""
         extra = (load.rows - 1) * self.measured.row_ms + load.slots * self.measured.slot_ms
         return self._speed * (self._curve(tokens) + extra)
 
-    def verify_ms(self, tokens: int, load: Load = Load()) -> float:
-        """Milliseconds of a verification as they are now."""
-        return (1.0 + self.drag) * self.alone_ms(tokens, load)
+    def verify_ms(self, tokens: int, load: Load = Load(), *, beside: float = 1.0) -> float:
+        """Milliseconds of a verification with drafts at work ``beside`` it, for that part of verifications."""
+        return (1.0 + self.drag * beside) * self.alone_ms(tokens, load)
 
     def per_token_ms(self, tokens: int, load: Load = Load(), *, over: int = 8) -> float:
         """Milliseconds that each of the next tokens adds."""
@@ -101,7 +102,12 @@ class Costs:
             return
         slower = ratio if beside else self._beside / ratio
         drag = max(0.0, min(slower - 1.0, OUTLIER))
-        self.drag += _DRAG_SMOOTHING * (drag - self.drag)
+        self._trials += 1
+        before = 1.0 + self.drag
+        self.drag += max(_DRAG_SMOOTHING, 1.0 / self._trials) * (drag - self.drag)
+        if not beside:  # what rounds take with drafts at work is known; it is the rest of it that has changed
+            self._speed *= before / (1.0 + self.drag)
+            self._beside *= (1.0 + self.drag) / before
 
     def _begin(self, tokens: int, milliseconds: float) -> None:
         self._sizes, self._ms, self.known = [tokens], [milliseconds], True

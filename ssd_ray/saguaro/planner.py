@@ -29,8 +29,15 @@ FREE = 0.02
 """What a draft's time is worth against the target's where it costs the target nothing: somebody may need the processor,
 and the power."""
 
-FIRST_TRIAL, RAREST_TRIAL = 12, 192
+FIRST_TRIAL, RAREST_TRIAL = 6, 192
 """Rounds before the first trial of resting drafts, and between two once it is known what drafting costs."""
+
+LONGEST_TRIAL = 3
+"""Rounds of a trial at most: a step that runs is not broken off, so the first one often says nothing."""
+
+AT_WORK, IDLE, BUSY = 0.25, 0.02, 0.5
+"""Parts of a verification's time. Drafts that worked for the first have slowed it down; a trial says something if they
+worked for no more than the second or for more than the third."""
 
 T = TypeVar("T")
 
@@ -107,7 +114,7 @@ class Planner:
         self.factors = Factors() if c == "auto" else None
         self._sampled = c is not None
         self._measured = False
-        self._until_trial, self._period = FIRST_TRIAL, FIRST_TRIAL
+        self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
         self.floor, self.trial = 0.0, False
         self._at_work = 1.0  # share of the rounds lately with drafts at work
         self.plan = Plan(lookahead, lookahead, c=self.c)
@@ -129,7 +136,7 @@ class Planner:
         """What the coming round verifies and waits for."""
         budget = best_budget(rows, self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
         count = len(rows) + sum(budget.lengths)
-        floor = min(1.0, budget.rate * self._costs.per_token_ms(count, load))
+        floor = max(0.0, min(1.0, budget.rate * self._costs.per_token_ms(count, load)))
         self.floor += 0.2 * (floor - self.floor)
         return budget
 
@@ -145,11 +152,10 @@ class Planner:
         return best_budget([row], self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
 
     def _verify_ms(self, load: Load) -> Callable[[int], float]:
-        return lambda tokens: self._costs.verify_ms(tokens, load)
+        return lambda tokens: self._costs.verify_ms(tokens, load, beside=self._at_work)
 
-    def update(self, *, beside: bool = True) -> Plan | None:
-        """Reconsider after a round, with drafts at work ``beside`` it or not; the new plan if there is one."""
-        self._at_work += 0.0 if self.trial else 0.1 * (beside - self._at_work)
+    def update(self) -> Plan | None:
+        """Reconsider after a round; the new plan if there is one."""
         if not self._pace.known or not self._costs.known:
             return None
         self._schedule_trial()
@@ -163,10 +169,21 @@ class Planner:
 
     def _schedule_trial(self) -> None:
         self._until_trial -= 1
-        self.trial = self._until_trial == 0
-        if self.trial:
+        if self.trial and (self._learned or self._until_trial <= -LONGEST_TRIAL):
             self._period = min(2 * self._period, RAREST_TRIAL)
             self._until_trial = self._period
+        self.trial = self._until_trial <= 0
+        self._learned = False
+
+    def saw_verification(self, tokens: int, load: Load, milliseconds: float, drafted_ms: float) -> None:
+        """Learn what a verification cost, beside which drafts worked for ``drafted_ms``."""
+        part = drafted_ms / max(milliseconds, 1e-9)
+        if not self.trial:
+            self._at_work += 0.1 * ((part > AT_WORK) - self._at_work)
+            self._costs.saw(tokens, load, milliseconds, beside=part > AT_WORK)
+        elif (beside := self._at_work <= 0.5) == (part > BUSY) and (beside or part < IDLE):
+            self._costs.saw_trial(tokens, load, milliseconds, beside=beside)
+            self._learned = True
 
     def _consider_wait(self, best: int) -> bool:
         if self._measured:

@@ -13,7 +13,7 @@ one forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
@@ -83,7 +83,7 @@ class DraftNode(Node):
         ranking: what the draft said after it; nothing before it ran.
         depth: tokens of its branch up to it, the guess being 1.
         chance: probability that its outcome happens and that it is accepted then.
-        reach: the latter alone: that it is reached and accepted, given its outcome.
+        reach: the latter alone: that it is reached and accepted, given its outcome; 1 of a guess.
         sure: probability that it is accepted once it is reached; 0 for a guess, of which that is not known.
         law: in rejection mode what it was drawn from.
         sampled: in rejection mode the child that was drawn.
@@ -305,8 +305,9 @@ class DraftSession:
         self._filled = min(self.position, start + most - start % most)  # chunks end at multiples of their size
         return Prefill(start, self.tokens[start : self._filled])
 
-    def next_step(self, width: int) -> list[Item]:
-        """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches.
+    def next_step(self, width: int, step_ms: Callable[[int], float] = lambda tokens: 1.0) -> list[Item]:
+        """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches, as many
+        as add most value per millisecond of a step of so many tokens.
 
         While the target waits, nothing but the chain that it waits for: a narrow step is a quick one. Empty when the
         tree is complete, or what is left of it not worth its price. Otherwise :meth:`complete` must follow.
@@ -320,10 +321,15 @@ class DraftSession:
             if items or end is not None:
                 return items if end is None else [self._item(*end)]
         branches = self._branches(width)
-        if not items and sum(item.node.chance for _, item in branches if item.node) < self._price:
-            self._put_back(branches)
+        values = [self._worth(item.node) if item.node else 0.0 for _, item in branches]
+        trunk = self._policy.typical - self._floor if items else 0.0  # all else hangs on it
+        kept = best_width(values, trunk, len(items), step_ms)
+        worth_it = trunk + sum(values[:kept]) >= self._price
+        self._put_back(branches[kept if worth_it else 0 :])
+        if not worth_it:
+            self._take_back(items)
             return []
-        return [*items, *(item for _, item in branches)]
+        return [*items, *(item for _, item in branches[:kept])]
 
     def _branches(self, width: int) -> list[tuple[DraftNode, Item]]:
         """The best to run of the branches, up to ``width``, each with its stem."""
@@ -335,9 +341,25 @@ class DraftSession:
     def _put_back(self, branches: Sequence[tuple[DraftNode, Item]]) -> None:
         for stem, item in branches:
             if item.node is not None:
-                self._free.append(item.slot)
-                item.node.slot, item.node.path = -1, ()
-                heappush(self._frontier, (-item.node.chance, next(self._tie), Candidate(stem, item.node)))
+                self._clear(item)
+                heappush(self._frontier, (-self._worth(item.node), next(self._tie), Candidate(stem, item.node)))
+
+    def _take_back(self, items: Sequence[Item]) -> None:
+        """Leave what is missing of the trunk for another step."""
+        self._filled -= sum(item.node is None for item in items)
+        for item in reversed(items):
+            self._clear(item)
+
+    def _clear(self, item: Item) -> None:
+        if item.node is not None:
+            self._free.append(item.slot)
+            item.node.slot, item.node.path = -1, ()
+
+    def _worth(self, node: DraftNode) -> float:
+        """Tokens that running a node adds, expected, by the one that follows it, less what that one costs the
+        verification; beyond the lookahead less."""
+        worth = node.chance * (self._policy.typical - self._floor / node.reach)
+        return worth if node.depth <= self._lookahead else worth * _BEYOND
 
     def complete(
         self,
@@ -478,7 +500,7 @@ class DraftSession:
     def _offer_guess(self, depth: int, rank: int) -> None:
         """Put a guess on the frontier. Guesses are dealt out over the drafts by rank, starting elsewhere each depth."""
         if rank < len(self._guesses[depth]):
-            value = self._chance(depth, rank)
+            value = self._chance(depth, rank) * (self._policy.typical - self._floor)
             candidate = Candidate(self._tree.trunk[depth], None, depth, rank)
             heappush(self._frontier, (-value, next(self._tie), candidate))
 
@@ -528,10 +550,9 @@ class DraftSession:
         child = self._draft(node, node.id)
         child.depth = node.depth + 1
         child.chance, child.reach = node.chance * child.sure, node.reach * child.sure
-        if child.reach < self._floor:
-            return  # it would not be verified
-        value = child.chance if child.depth <= self._lookahead else child.chance * _BEYOND
-        heappush(self._frontier, (-value, next(self._tie), Candidate(node, child)))
+        self._policy.saw_estimate(child.sure)
+        if self._worth(child) > 0.0:  # else what follows would not be verified
+            heappush(self._frontier, (-self._worth(child), next(self._tie), Candidate(node, child)))
 
     def _make(self, stem: DraftNode, token: int, parent: int) -> DraftNode:
         """The child of ``stem`` with this token; a new one gets its number and will be pushed."""
@@ -616,6 +637,18 @@ class DraftSession:
         for depth, node in enumerate(self._tree.trunk[: outcome.accepted + 1]):
             token = self._tree.trunk[depth + 1].token if depth < outcome.accepted else outcome.bonus_token
             self._judge(node.ranking, token)
+
+
+def best_width(values: Sequence[float], trunk: float, others: int, step_ms: Callable[[int], float]) -> int:
+    """How many branches to run beside ``others`` of the trunk, which are worth ``trunk`` together: those that add most
+    value per millisecond. ``values`` fall."""
+    value = trunk
+    best, width = value / step_ms(others) if others else 0.0, 0
+    for count, more in enumerate(values, 1):
+        value += more
+        if value > best * (ms := step_ms(others + count)):
+            best, width = value / ms, count
+    return width
 
 
 def _trunk_depth(item: Item) -> int:
