@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from ssd_ray.errors import UnsupportedModelError
+from ssd_ray.models.replay import opaque
 
 NAME = "ssd_ray"
 
@@ -32,6 +33,7 @@ PROBE_ROWS, PROBE_TOKENS = 4, 8
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "head_mask")
 
 
+@opaque(lambda module, query, *args, **kwargs: (query,))
 def masked_attention(
     module: nn.Module,
     query: Tensor,

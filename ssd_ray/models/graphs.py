@@ -1,21 +1,24 @@
-"""How a decoding forward is launched: eagerly, compiled at fixed shapes, or as a CUDA graph.
+"""How a decoding forward is launched: eagerly, replayed, compiled at fixed shapes, or as a CUDA graph.
 
 All have one signature and one effect: they write the KV and return logits [R, T, V]. The others hold shapes fixed,
-so that launching costs few calls instead of hundreds: one compilation for each (R, T), one CUDA graph for each
-(R, T, E), made when the shape is first met.
+so that launching costs less: one recording of torch's calls or one compilation for each (R, T), one CUDA graph for each
+(R, T, E), made when the shape is first met, or has been met a few times.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ssd_ray.models.replay import CannotRecordError, record
 from ssd_ray.models.slots import KeysValues, SlotCache, gather, write
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,12 @@ int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; address
 
 Pools = list[KeysValues]
 """K and V of each layer."""
+
+RECORDED_AT = 3
+"""How often a shape is met before its forward is recorded, which takes as long as a few forwards."""
+
+MAX_RECORDINGS = 256
+"""Shapes that are recorded at most; each takes a few hundred bytes a call."""
 
 MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
@@ -49,10 +58,86 @@ def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
 
 
 def decoding_forward(model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> Forward:
-    """The forward that suits the device: CUDA graphs on CUDA, else compiled if asked for, else the plain one."""
+    """The forward that suits the device: CUDA graphs on CUDA, else compiled if asked for, else replayed where the model
+    lets it be, else the plain one."""
     if kv.device.type == "cuda":
         return CudaGraphForward(model, kv, compile=compile)
-    return CompiledForward(model, kv) if compile else eager_forward(model, kv)
+    if compile:
+        return CompiledForward(model, kv)
+    # Only where nobody but our attention looks at what is read: its length is no part of a shape.
+    return ReplayedForward(model, kv) if kv.apart else eager_forward(model, kv)
+
+
+class ReplayedForward:
+    """The plain forward's calls without the model's Python, recorded for each shape of tokens and positions.
+
+    A recording is made of other tokens, positions and extents than the ones at hand and has to give the model's bits
+    for these; a model that fails is left to the plain forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
+        self._model, self._kv = model, kv
+        self._eager = eager_forward(model, kv)
+        self._met: Counter[tuple[torch.Size, ...]] = Counter()
+        self._replays: dict[tuple[torch.Size, ...], Callable[..., Tensor]] = {}
+        self._recordable = True
+
+    def __call__(
+        self,
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """See :data:`Forward`."""
+        shape = tokens.shape, positions.shape, mask.shape[:-1]
+        replay = self._replays.get(shape)
+        if replay is not None:
+            self._kv.aim(rows, extents, written)
+            return replay(tokens, positions, mask)
+        inputs = rows, extents, tokens, positions, written, mask
+        self._met[shape] += 1
+        if not self._recordable or self._met[shape] < RECORDED_AT or len(self._replays) >= MAX_RECORDINGS:
+            return self._eager(*inputs)
+        return self._record(shape, *inputs)
+
+    def _record(
+        self,
+        shape: tuple[torch.Size, ...],
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Record a shape, if that can be done; returns the plain forward's logits."""
+        more = self._kv.table.page_slots
+        hidden = F.pad(mask, (0, more), value=torch.finfo(mask.dtype).min)
+        self._kv.aim(rows, [extent + more for extent in extents], written)
+        try:
+            others = {"tokens": torch.zeros_like(tokens), "positions": torch.zeros_like(positions), "mask": hidden}
+            replay = record(self._run, **others)
+            self._kv.aim(rows, extents, written)
+            got = replay(tokens, positions, mask)
+        except (CannotRecordError, RuntimeError) as error:
+            got, replay = None, None
+            logger.info("%s is run plainly: %s", type(self._model).__name__, error)
+        logits = self._eager(rows, extents, tokens, positions, written, mask)
+        self._recordable = got is not None and torch.equal(got, logits)
+        if self._recordable:
+            self._replays[shape] = replay
+        return logits
+
+    def _run(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """The model over what the cache is aimed at."""
+        output = self._model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=self._kv, use_cache=True
+        )
+        logits: Tensor = output.logits
+        return logits
 
 
 class StaticLayer(CacheLayerMixin):

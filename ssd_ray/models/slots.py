@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssd_ray.models.pages import PageTable
+from ssd_ray.models.replay import opaque
 
 SHORT = 384
 """Slots up to which neighbours of equal extent are gathered into one tensor: measured on a CPU, copying them then costs
@@ -75,6 +76,7 @@ class SlotLayer(CacheLayerMixin):
         self._page_slots = page_slots
         self._views: dict[tuple[int, int], KeysValues] = {}
 
+    @opaque(lambda self, key_states, *args, **kwargs: (key_states,))
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
         """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or lists
         of such parts of the rows."""
@@ -157,7 +159,7 @@ class SlotCache(Cache):
     ) -> None:
         self.table = PageTable(rows, slots, page_slots, pages)
         self.slots, self.device = slots, device
-        self._apart = apart
+        self.apart = apart
         self._window = Window()
         size = self.table.size
         # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
@@ -187,7 +189,7 @@ class SlotCache(Cache):
         """
         window = self._window
         window.written, window.extent = written.flatten(), max(extents)
-        window.parts = self._parts(rows, extents) if self._apart else [self._part(rows, window.extent)]
+        window.parts = self._parts(rows, extents) if self.apart else [self._part(rows, window.extent)]
 
     def _parts(self, rows: Sequence[int], extents: Sequence[int]) -> list[Part]:
         parts = []
