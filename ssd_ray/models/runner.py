@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ssd_ray.models.attention import NAME, PERIOD, choose_attention, steady_extents
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward
-from ssd_ray.models.packing import pack_linears, packable
+from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
 from ssd_ray.models.slots import LayerShape, SlotCache
 
@@ -53,15 +53,16 @@ class HFRunner(ModelRunner):
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
-        if packable(model.device, model.dtype) and not compile:
-            pack_linears(model)
         self.max_length = max_length
         self.page_slots = page_slots
         self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
+        self._few_shapes = compile or model.device.type == "cuda"
         self._body = model.get_decoder()
         shapes = probe_layers(model)
+        if packable(model.device, model.dtype) and not compile:
+            pack_linears(model, find_siblings(model))
         check_addressing(model, shapes)
         self._steady = _steady_extents(model, shapes[0], page_slots)
         self._kv = SlotCache(
@@ -85,6 +86,9 @@ class HFRunner(ModelRunner):
 
     def extent(self, needed: int) -> int:
         return -(-needed // self.page_slots) * self.page_slots
+
+    def padded(self, tokens: int) -> int:
+        return 1 << (tokens - 1).bit_length() if self._few_shapes else tokens
 
     def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
         self._kv.table.bind(row, first, pages)
