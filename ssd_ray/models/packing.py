@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -27,20 +28,24 @@ class Product:
         biases = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([each.weight for each in linears]), _FEW_TOKENS)
-        self._sizes = [linear.out_features for linear in linears]
+        ends = list(accumulate(linear.out_features for linear in linears))
+        self._parts = [(end - linear.out_features, linear.out_features) for end, linear in zip(ends, linears, strict=True)]
         self._inputs: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # of these inputs, as far as they were not asked for
 
     def weight(self, index: int) -> Tensor:
         """A layer's weight in the usual order, a copy."""
-        parts: Sequence[Tensor] = self._packed.to_dense().split(self._sizes)
-        return parts[index]
+        whole: Tensor = self._packed.to_dense()
+        return whole.narrow(0, *self._parts[index])
 
     def output(self, index: int, inputs: Tensor) -> Tensor:
         """A layer's output, [.., in_features] to [.., out_features]."""
         if inputs is not self._inputs or index not in self._outputs:
             whole: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self._bias, "none", [], "")
-            self._inputs, self._outputs = inputs, dict(enumerate(whole.split(self._sizes, -1)))
+            if len(self._parts) == 1:
+                return whole
+            self._inputs = inputs
+            self._outputs = {index: whole.narrow(-1, *part) for index, part in enumerate(self._parts)}
         output = self._outputs.pop(index)
         if not self._outputs:
             self._inputs = None
