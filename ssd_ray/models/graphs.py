@@ -117,18 +117,20 @@ class ReplayedForward:
         more = self._kv.table.page_slots
         hidden = F.pad(mask, (0, more), value=torch.finfo(mask.dtype).min)
         self._kv.aim(rows, [extent + more for extent in extents], written)
+        got, why = None, "its calls depend on more than shapes"
         try:
             others = {"tokens": torch.zeros_like(tokens), "positions": torch.zeros_like(positions), "mask": hidden}
             replay = record(self._run, **others)
             self._kv.aim(rows, extents, written)
             got = replay(tokens, positions, mask)
         except (CannotRecordError, RuntimeError) as error:
-            got, replay = None, None
-            logger.info("%s is run plainly: %s", type(self._model).__name__, error)
+            why = str(error)
         logits = self._eager(rows, extents, tokens, positions, written, mask)
-        self._recordable = got is not None and torch.equal(got, logits)
-        if self._recordable:
+        if got is not None and torch.equal(got, logits):
             self._replays[shape] = replay
+        else:
+            self._recordable = False
+            logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, why)
         return logits
 
     def _run(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

@@ -25,11 +25,12 @@ class Product:
     """The packed weights of layers that read the same input; whichever asks first computes it for all."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        weights: list[Tensor] = [linear.weight for linear in linears]
         self._bias = torch.cat(biases) if biases else None
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([each.weight for each in linears]), _FEW_TOKENS)
-        ends = list(accumulate(linear.out_features for linear in linears))
-        self._parts = [(end - linear.out_features, linear.out_features) for end, linear in zip(ends, linears, strict=True)]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), _FEW_TOKENS)
+        sizes = [linear.out_features for linear in linears]
+        self._parts = [(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         self._inputs: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # of these inputs, as far as they were not asked for
 

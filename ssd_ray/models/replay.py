@@ -41,7 +41,8 @@ class _Call(NamedTuple):
 
 def opaque(tensors: Callable[..., Sequence[Tensor]]) -> Callable[[F], F]:
     """Make a function one call in a recording, whatever it does. ``tensors`` picks some tensor of its arguments."""
-    return wrap_torch_function(tensors)
+    decorate: Callable[[F], F] = wrap_torch_function(tensors)  # type: ignore[assignment]
+    return decorate
 
 
 def record(function: Callable[..., Tensor], **inputs: Any) -> Callable[..., Tensor]:
@@ -53,7 +54,7 @@ def record(function: Callable[..., Tensor], **inputs: Any) -> Callable[..., Tens
     Raises:
         CannotRecordError: the function looks at values.
     """
-    with _Guard(), _Recorder() as recorder:
+    with _Guard(), _Recorder() as recorder:  # type: ignore[no-untyped-call]
         result = function(**inputs)
     return _compile(recorder.calls, inputs, result)
 
@@ -62,7 +63,7 @@ class _Recorder(TorchFunctionMode):
     """Notes the calls that hand tensors on, or change some."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[_Call] = []
 
     def __torch_function__(
@@ -77,7 +78,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-class _Guard(TorchDispatchMode):
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses operators that look at values."""
 
     def __torch_dispatch__(
