@@ -298,7 +298,8 @@ class Draft:
         if self._proposing is not None:
             return [self._drawn(*part, each) for part, each in zip(work, parts, strict=True)]
         params = [seat.session.params for seat, items in work for _ in items]
-        tokens, values = _best(scores_by_row(torch.cat(parts), params, _noise(work)))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tokens, values = _best(scores_by_row(together, params, _noise(work)))
         rankings = (Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True))
         return [list(islice(rankings, len(items))) for _, items in work]
 
