@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ssd_ray.models.replay import CannotRecordError, record
+from ssd_ray.models.replay import record
 from ssd_ray.models.slots import KeysValues, SlotCache, gather, write
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class ReplayedForward:
             replay = record(self._run, **others)
             self._kv.aim(rows, extents, written)
             got = replay(tokens, positions, mask)
-        except (CannotRecordError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the plain forward decides whether it is one
             why = str(error)
         logits = self._eager(rows, extents, tokens, positions, written, mask)
         if got is not None and torch.equal(got, logits):
