@@ -19,7 +19,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
 from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
-from ssd_ray.sampling.logits import scores, scores_by_row
+from ssd_ray.sampling.logits import scores, scores_by_row, top
 from ssd_ray.sampling.noise import NoiseRows
 from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
@@ -316,7 +316,8 @@ class Draft:
         if self._proposing is not None:
             return [self._drawn(*part, each) for part, each in zip(work, parts, strict=True)]
         params = [seat.session.params for seat, items in work for _ in items]
-        tokens, values = _best(scores_by_row(torch.cat(parts), params, _noise(work)))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tokens, values = _best(scores_by_row(together, params, _noise(work)))
         rankings = (Ranking(row, row_values, row[0]) for row, row_values in zip(tokens, values, strict=True))
         return [list(islice(rankings, len(items))) for _, items in work]
 
@@ -339,18 +340,19 @@ class Draft:
         return [Ranking(*row) for row in zip(*best, *drawn, strict=True)]
 
     def _forward(self, work: Work) -> Tensor:
-        """Logits, float32 [R, padded items, V]. Shapes come in few sizes; padding repeats a row's last item."""
-        count = padded_size(max(len(items) for _, items in work))
+        """Logits, float32 [R, padded items, V]. Padding repeats a row's last item."""
+        count = self._runner.padded(max(len(items) for _, items in work))
         padded = [[*items, *[items[-1]] * (count - len(items))] for _, items in work]
-        extent = self._runner.extent(1 + max(item.highest for row in padded for item in row))
+        extent = self._runner.extent(1 + max(item.highest for _, items in work for item in items))
         visible = np.arange(extent) < np.array([[[item.trunk] for item in row] for row in padded])  # [R, T, extent]
         for index, row in enumerate(padded):
             seeing = [token for token, item in enumerate(row) for _ in item.path]
             visible[index, seeing, [slot for item in row for slot in item.path]] = True
+        flat = [item for row in padded for item in row]
+        fields = [*(item.token for item in flat), *(item.position for item in flat), *(item.slot for item in flat)]
+        tokens, positions, slots = torch.tensor(fields).view(3, len(padded), count)  # one call: each costs microseconds
         # The target's vocabulary may have more padding than the draft's.
-        tokens = torch.tensor([[item.token for item in row] for row in padded]).clamp(max=self._runner.vocab_size - 1)
-        positions = torch.tensor([[item.position for item in row] for row in padded])
-        slots = torch.tensor([[item.slot for item in row] for row in padded])
+        tokens = tokens.clamp(max=self._runner.vocab_size - 1)
         rows = [seat.row for seat, _ in work]
         return self._runner.extend(rows, tokens, positions, slots, torch.from_numpy(visible))
 
@@ -369,10 +371,5 @@ def _noise(work: Work) -> Tensor | None:
 
 def _best(scores: Tensor) -> tuple[list[list[int]], list[list[float]]]:
     """The best tokens of each row and their scores."""
-    best = scores.topk(min(RANKED, MAX_RANK, scores.shape[-1]))
-    return best.indices.tolist(), best.values.tolist()
-
-
-def padded_size(count: int) -> int:
-    """The next power of two: few shapes for many counts."""
-    return 1 << (count - 1).bit_length()
+    values, tokens = top(scores, min(RANKED, MAX_RANK, scores.shape[-1]))
+    return tokens.tolist(), values.tolist()

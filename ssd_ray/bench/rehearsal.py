@@ -58,6 +58,9 @@ class Hooked(ModelRunner):
     def extent(self, needed: int) -> int:
         return self._runner.extent(needed)
 
+    def padded(self, tokens: int) -> int:
+        return self._runner.padded(tokens)
+
     def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
         self._runner.bind(row, first, pages)
 

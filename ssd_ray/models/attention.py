@@ -2,7 +2,8 @@
 
 Transformers' own function repeats K and V for every group of query heads as soon as a mask is given. Here the groups
 are left to the kernel on a CPU, and folded into the query's token dimension elsewhere (CUDA's fused kernels take a mask
-or groups, not both).
+or groups, not both). So they are for a single token: measured on a CPU, the kernel takes several times as long for one
+query a head as for a few in half precision.
 
 K and V may come in parts, rows of one extent each, whose queries stand in one line of tokens. The cost then follows every
 row's own length, and a row's result is bit for bit what it is without the others. At steady extents
@@ -23,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from ssd_ray.errors import UnsupportedModelError
+from ssd_ray.models.replay import opaque
 
 NAME = "ssd_ray"
 
@@ -82,6 +84,7 @@ class Read(list[Tensor]):
         self.layout = layout
 
 
+@opaque(lambda module, query, *args, **kwargs: (query,))
 def masked_attention(
     module: nn.Module,
     query: Tensor,
@@ -124,7 +127,7 @@ def _fused(
 ) -> Tensor:
     rows, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
-    if groups > 1 and mask is not None and query.device.type != "cpu":
+    if groups > 1 and mask is not None and (query.device.type != "cpu" or tokens == 1):
         query, mask = fold_groups(query, mask, groups)
         groups = 1
     output: Tensor = F.scaled_dot_product_attention(
@@ -142,7 +145,8 @@ def _fused(
 def fold_groups(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Queries [R, kv_heads*groups, T, D] as [R, kv_heads, groups*T, D], and the mask [., 1, T, E] that fits them."""
     rows, heads, tokens, dim = query.shape
-    return query.reshape(rows, heads // groups, groups * tokens, dim), mask.repeat(1, 1, groups, 1)
+    repeated = mask.repeat(1, 1, groups, 1) if tokens > 1 else mask.expand(-1, -1, groups, -1)
+    return query.reshape(rows, heads // groups, groups * tokens, dim), repeated
 
 
 @dataclass(frozen=True, slots=True)

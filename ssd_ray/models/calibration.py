@@ -36,7 +36,8 @@ PER_ROW = MAX_LOOKAHEAD + 1
 SECONDS = 2.0
 """Time after which no larger number of tokens is tried: what lies beyond goes on as a straight line."""
 
-REPEATS = 3
+WARM_UP, REPEATS = 3, 3
+"""Forwards of each size before they are timed, the first of which may prepare something, and timed ones."""
 
 WORTH = 0.9
 """In float32, where other last bits change a text once in a million tokens, numbers of tokens that give other bits are
@@ -106,8 +107,10 @@ class _Trial:
         started = self._clock()
         for size in (each for each in GRID if each <= self._rows * PER_ROW):
             sizes.append(size)
-            logits.append(self._forward(self._dealt(size)).clone())
-            if self._clock() - started > SECONDS / (1 + REPEATS) and size >= PER_ROW:
+            for _ in range(WARM_UP):
+                last = self._forward(self._dealt(size))
+            logits.append(last.clone())
+            if self._clock() - started > SECONDS / 2 and size >= PER_ROW:
                 break
         return sizes, logits
 

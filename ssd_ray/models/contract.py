@@ -51,6 +51,10 @@ class ModelRunner(ABC):
     def extent(self, needed: int) -> int:
         """Round a number of slots up to whole pages."""
 
+    def padded(self, tokens: int) -> int:
+        """How many tokens a row to hand to ``extend`` for that many: more where every shape has to be prepared."""
+        return tokens
+
     @abstractmethod
     def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
         """Let the row's virtual pages ``first``, ``first + 1``, .. be these pages of the pool from now on.

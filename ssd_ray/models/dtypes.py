@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.clock import forward_clock
-from ssd_ray.models.packing import pack_linears, packable
+from ssd_ray.models.packing import find_siblings, pack_linears, packable
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def faster_dtype(own: torch.dtype, load: Callable[[torch.dtype], PreTrainedModel
 def forward_ms(model: PreTrainedModel) -> float:
     """Milliseconds of forwards of :data:`TIMED_TOKENS`, the quickest of some each, together."""
     if packable(model.device, model.dtype):
-        pack_linears(model)
+        pack_linears(model, find_siblings(model))
     clock, total = forward_clock(model.device), 0.0
     for count in TIMED_TOKENS:
         tokens = torch.ones(1, count, dtype=torch.int64)

@@ -1,13 +1,14 @@
-"""How a decoding forward is launched: eagerly, compiled at fixed shapes, or as a CUDA graph.
+"""How a decoding forward is launched: eagerly, replayed, compiled at fixed shapes, or as a CUDA graph.
 
-All have one signature and one effect: they write the KV and return logits [R, T, V]. The others hold shapes fixed,
-so that launching costs few calls instead of hundreds: one compilation for each (R, T), one CUDA graph for each
-(R, T, E), made when the shape is first met.
+All write the KV and return logits. On a CPU the tokens of all rows stand in a line of N, whose torch calls are recorded
+for each N. The others have rows of T tokens, and hold shapes fixed, too, so that launching costs less: one compilation
+for each (R, T), one CUDA graph for each (R, T, E), made when the shape is first met, or has been met a few times.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ssd_ray.models.replay import record
 from ssd_ray.models.slots import KeysValues, SlotCache, Stretch, gather, write
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,12 @@ in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
+
+RECORDED_AT = 3
+"""How often a shape is met before its forward is recorded, which takes as long as a few forwards."""
+
+MAX_RECORDINGS = 256
+"""Shapes that are recorded at most; each takes a few hundred bytes a call."""
 
 MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
@@ -53,26 +61,73 @@ def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     return forward
 
 
-def line_forward(model: PreTrainedModel, kv: SlotCache) -> LineForward:
-    """The plain forward of a model over a line of tokens of several rows."""
-    # Attention has the masks of its parts. This one only keeps the model from making its own.
-    mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device)
+class EagerLine:
+    """The plain forward of a model over a line of tokens of several rows; see :data:`LineForward`."""
 
-    def forward(
-        stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
+    def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
+        self._model, self._kv = model, kv
+        # Attention has the masks of its parts. This one only keeps the model from making its own.
+        self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device)
+
+    def __call__(
+        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
     ) -> Tensor:
-        kv.aim_line(stretches, written, len(tokens), queries)
-        output = model(
-            input_ids=tokens[None],
-            attention_mask=mask,
-            position_ids=positions[None],
-            past_key_values=kv,
+        self._kv.aim_line(stretches, written, len(tokens), queries)
+        return self._run(tokens[None], positions[None])
+
+    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The model over what the cache is aimed at."""
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._kv,
             use_cache=True,
         )
         logits: Tensor = output.logits[0]
         return logits
 
-    return forward
+
+class ReplayedLine(EagerLine):
+    """The plain forward's calls without the model's Python, recorded for each number of tokens.
+
+    A recording is made of other tokens and positions than the ones at hand and has to give the model's bits for these;
+    a model that fails is left to the plain forward. What is read of the KV is no part of a shape: only our attention
+    looks at it.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
+        super().__init__(model, kv)
+        self._met: Counter[int] = Counter()
+        self._replays: dict[int, Callable[..., Tensor]] = {}
+        self._recordable = True
+
+    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        count = tokens.shape[1]
+        replay = self._replays.get(count)
+        if replay is not None:
+            return replay(tokens, positions)
+        self._met[count] += 1
+        if self._recordable and self._met[count] >= RECORDED_AT and len(self._replays) < MAX_RECORDINGS:
+            return self._record(tokens, positions)
+        return super()._run(tokens, positions)
+
+    def _record(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Record a shape, if that can be done; returns the plain forward's logits."""
+        got, why = None, "its calls depend on more than shapes"
+        try:
+            others = {"tokens": torch.zeros_like(tokens), "positions": torch.zeros_like(positions)}
+            replay = record(super()._run, **others)
+            got = replay(tokens, positions)
+        except Exception as error:  # whatever it is, the plain forward decides whether it is one
+            why = str(error)
+        logits = super()._run(tokens, positions)
+        if got is not None and torch.equal(got, logits):
+            self._replays[tokens.shape[1]] = replay
+        else:
+            self._recordable = False
+            logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, why)
+        return logits
 
 
 def decoding_forward(model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> Forward:

@@ -3,14 +3,20 @@
 PyTorch's products in half precision on a CPU bring the weight into that order at every call, which for the few tokens of
 a decoding forward takes longer than the product itself; those in float32 may go through another library. Done once, the
 products of 4 to 16 tokens often take half to three quarters of the time. Not on every processor: both ways are timed.
+Starting a product then takes as long as computing it, so layers that read the same input (a query's, a key's and a
+value's, say) are one product.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ssd_ray.models.clock import forward_clock
 
@@ -24,25 +30,55 @@ TIMED_BYTES = 256 * 2**20
 CLEARLY = 0.97
 """Part of the time that packed products must not exceed."""
 
-class PackedLinear(nn.Module):
-    """An ``nn.Linear`` for inference that holds nothing but the packed weight."""
+class Product:
+    """The packed weights of layers that read the same input; whichever asks first computes it for all."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        self._bias = torch.cat(biases) if biases else None
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), _FEW_TOKENS)
+        sizes = [linear.out_features for linear in linears]
+        self._parts = [(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        self._inputs: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}  # of these inputs, as far as they were not asked for
+
+    def weight(self, index: int) -> Tensor:
+        """A layer's weight in the usual order, a copy."""
+        whole: Tensor = self._packed.to_dense()
+        return whole.narrow(0, *self._parts[index])
+
+    def output(self, index: int, inputs: Tensor) -> Tensor:
+        """A layer's output, [.., in_features] to [.., out_features]."""
+        if inputs is not self._inputs or index not in self._outputs:
+            whole: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self._bias, "none", [], "")
+            if len(self._parts) == 1:
+                return whole
+            self._inputs = inputs
+            self._outputs = {index: whole.narrow(-1, *part) for index, part in enumerate(self._parts)}
+        output = self._outputs.pop(index)
+        if not self._outputs:
+            self._inputs = None
+        return output.contiguous()
+
+
+class PackedLinear(nn.Module):
+    """An ``nn.Linear`` for inference that holds nothing but its part of a product."""
+
+    def __init__(self, linear: nn.Linear, product: Product | None = None, index: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, _FEW_TOKENS)
+        self._product, self._index = product or Product([linear]), index
 
     @property
     def weight(self) -> Tensor:
         """A copy in the usual order, for code that looks at it."""
-        weight: Tensor = self._packed.to_dense()
-        return weight
+        return self._product.weight(self._index)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The product, [.., in_features] to [.., out_features]."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
-        return output
+        return self._product.output(self._index, inputs)
 
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -55,22 +91,42 @@ def packable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack_linears(model: nn.Module) -> bool:
+def pack_linears(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ()) -> bool:
     """Replace every ``nn.Linear`` of a model, in place, if products are faster so; returns whether. Layers of other
-    classes stay as they are."""
+    classes stay as they are.
+
+    Args:
+        siblings: layers that read the same input, as :func:`find_siblings` has them.
+    """
     places = [
         (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
         if type(child) is nn.Linear
     ]
+    packing = _Packing(siblings)
     sample = list(_sample([linear for _, _, linear in places]))
-    packed = [PackedLinear(linear) for linear in sample]
-    if not sample or seconds(packed) > CLEARLY * seconds(sample):
+    if not sample or seconds(list(map(packing.packed, sample))) > CLEARLY * seconds(sample):
         return False
-    for index, (module, name, linear) in enumerate(places):
-        setattr(module, name, packed[index] if index < len(packed) else PackedLinear(linear))
+    for module, name, linear in places:
+        setattr(module, name, packing.packed(linear))
     return True
+
+
+class _Packing:
+    """Packed layers, made when they are asked for, siblings together."""
+
+    def __init__(self, siblings: Sequence[Sequence[nn.Linear]]) -> None:
+        self._siblings = {linear: group for group in siblings for linear in group}
+        self._made: dict[nn.Linear, PackedLinear] = {}
+
+    def packed(self, linear: nn.Linear) -> PackedLinear:
+        """The layer in place of another."""
+        if linear not in self._made:
+            group = self._siblings.get(linear, [linear])
+            product = Product(group)
+            self._made.update({each: PackedLinear(each, product, index) for index, each in enumerate(group)})
+        return self._made[linear]
 
 
 def _sample(linears: Sequence[nn.Linear]) -> Iterator[nn.Linear]:
@@ -98,3 +154,23 @@ def seconds(layers: Sequence[nn.Linear | PackedLinear], repeats: int = 3) -> flo
             times.append(clock() - start)
         total += min(times)
     return total
+
+
+@torch.inference_mode()
+def find_siblings(model: PreTrainedModel) -> list[list[nn.Linear]]:
+    """The plain linear layers that read the very same tensor in a forward, which one token is run to see."""
+    calls: list[tuple[nn.Linear, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls.append((cast(nn.Linear, module), args[0]))
+
+    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if type(each) is nn.Linear]
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    times = Counter(linear for linear, _ in calls)
+    groups: dict[tuple[int, bool], list[nn.Linear]] = {}
+    for linear, inputs in calls:
+        if times[linear] == 1:
+            groups.setdefault((id(inputs), linear.bias is None), []).append(linear)
+    return [group for group in groups.values() if len(group) > 1]

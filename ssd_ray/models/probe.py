@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import NAME
-from ssd_ray.models.graphs import eager_forward, line_forward
+from ssd_ray.models.graphs import EagerLine, eager_forward
 from ssd_ray.models.slots import LayerShape, SlotCache, Stretch
 
 NUM_CHECKED = 6
@@ -107,7 +107,7 @@ def takes_lines(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
     stretches = [Stretch(row, *mask.shape, mask) for row, mask in enumerate(masks)]
     zeros, written = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 32, 33])
     try:
-        line_forward(model, kv)(stretches, zeros, zeros, written, [1, 2])
+        EagerLine(model, kv)(stretches, zeros, zeros, written, [1, 2])
     except (AttributeError, TypeError):  # it does something to them; what is read has no shape
         return False
     return True

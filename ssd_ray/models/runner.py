@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from ssd_ray.models.attention import PERIOD, choose_attention
 from ssd_ray.models.calibration import Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
-from ssd_ray.models.graphs import decoding_forward, line_forward
-from ssd_ray.models.packing import pack_linears, packable
+from ssd_ray.models.graphs import ReplayedLine, decoding_forward
+from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
 from ssd_ray.models.slots import SlotCache, Stretch
 from ssd_ray.models.steady import steadiness
@@ -58,7 +58,6 @@ class HFRunner(ModelRunner):
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
-        self.packed = packable(model.device, model.dtype) and not compile and pack_linears(model)
         self.max_length = max_length
         self.page_slots = page_slots
         self.rows, self.slots = rows, self.extent(max_length + scratch)
@@ -66,6 +65,8 @@ class HFRunner(ModelRunner):
         self._chunk = prefill_chunk
         self._body = model.get_decoder()
         shapes = probe_layers(model)
+        packing = packable(model.device, model.dtype) and not compile
+        self.packed = packing and pack_linears(model, find_siblings(model))
         check_addressing(model, shapes)
         self._steady = steadiness(model, shapes[0], page_slots)
         self._kv = SlotCache(
@@ -80,7 +81,7 @@ class HFRunner(ModelRunner):
         self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes
         self._decode = decoding_forward(model, self._kv, compile=compile)
         in_line = not compile and takes_lines(model, shapes)
-        self._line = line_forward(model, self._kv) if in_line else None
+        self._line = ReplayedLine(model, self._kv) if in_line else None
         self.line_sizes: Sequence[int] = () if in_line else FEW_SIZES
         # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
@@ -96,6 +97,9 @@ class HFRunner(ModelRunner):
     def extent(self, needed: int) -> int:
         return -(-needed // self.page_slots) * self.page_slots
 
+    def padded(self, tokens: int) -> int:
+        return tokens if self._line is not None else 1 << (tokens - 1).bit_length()
+
     def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
         self._kv.table.bind(row, first, pages)
 
@@ -107,7 +111,7 @@ class HFRunner(ModelRunner):
         visible = visible[..., : max(extents)].to(self.device)
         mask = torch.where(visible, self._seen, self._hidden)  # [R, T, E]
         tokens, positions = tokens.to(self.device), positions.to(self.device)
-        if self._line is None or len(rows) == 1:
+        if self._line is None:
             return self._logits(self._decode(rows, extents, tokens, positions, written, mask[:, None]))
         count = tokens.shape[1]
         parts = zip(rows, extents, mask, strict=True)

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssd_ray.models.attention import Part, Parts, Read
 from ssd_ray.models.pages import PageTable
+from ssd_ray.models.replay import opaque
 
 SHORT = 384
 """Slots up to which neighbours of equal extent are gathered into one tensor: measured on a CPU, copying them then costs
@@ -96,6 +97,7 @@ class SlotLayer(CacheLayerMixin):
         self._page_slots = page_slots
         self._views: dict[tuple[int, int], KeysValues] = {}
 
+    @opaque(lambda self, key_states, *args, **kwargs: (key_states,))
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
         """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or such
         parts of a line of tokens."""

@@ -20,6 +20,8 @@ from ssd_ray.config import SamplingParams
 _COLDEST = 1e-20
 # The largest logits, which top-p looks at before it sorts a whole vocabulary.
 _HEAD = 256
+# Tokens of which one maximum is taken, and scores from which on that pays, when the best are looked for.
+_STRIPE, _MANY = 16, 1 << 14
 
 
 def scores(logits: Tensor, params: SamplingParams, noise: Tensor | None = None) -> Tensor:
@@ -62,6 +64,25 @@ def scores_by_row(logits: Tensor, params: Sequence[SamplingParams], noise: Tenso
         index = torch.tensor(rows, device=logits.device)
         result[index] = scores(logits[index], params[rows[0]], None if noise is None else noise[index])
     return result
+
+
+def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest scores of each row, float32 [R, count], best first, and their tokens, int64 [R, count]."""
+    rows, vocab_size = scores.shape
+    stride = vocab_size // _STRIPE
+    if scores.is_cuda or scores.numel() < _MANY or count > stride:
+        best = scores.topk(count)
+        return best.values, best.indices
+    # Stripes of tokens t, t + stride, ..: whichever are among the best lie in the stripes with the largest maxima, and
+    # maxima are found many times faster than an order.
+    whole = stride * _STRIPE
+    maxima = scores[:, :whole].view(rows, _STRIPE, stride).amax(1)
+    first = maxima.topk(count, sorted=False).indices  # [R, count]
+    tokens = (first[:, None] + torch.arange(0, whole, stride)[:, None]).flatten(1)  # [R, _STRIPE * count]
+    if whole < vocab_size:
+        tokens = torch.cat([tokens, torch.arange(whole, vocab_size).expand(rows, -1)], -1)
+    values, places = scores.gather(-1, tokens).topk(count)
+    return values, tokens.gather(-1, places)
 
 
 def _keep_top_k(logits: Tensor, top_k: int) -> None:

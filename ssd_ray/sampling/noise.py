@@ -113,7 +113,7 @@ class NoiseRows:
         for number in wanted:
             self._fill(number)
         index = [position % len(self._ring) for position in positions]
-        return self._ring[torch.tensor(index, dtype=torch.int64, device=self.device)]
+        return self._ring.index_select(0, torch.tensor(index, dtype=torch.int64, device=self.device))
 
     def _fill(self, number: int) -> None:
         part = number % len(self._held)

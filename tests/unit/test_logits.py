@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ssd_ray.config import SamplingParams
-from ssd_ray.sampling.logits import scores, scores_by_row
+from ssd_ray.sampling.logits import scores, scores_by_row, top
 
 torch.set_num_threads(1)
 
@@ -188,3 +188,16 @@ def test_no_gradient_is_needed():
     logits = torch.zeros(2, 4096, requires_grad=True)
     with torch.inference_mode():
         assert scores(logits, SamplingParams(top_p=0.5)).isfinite().sum() == 4096
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 20), (2, 9000), (1, 32003), (16, 4096), (5, 4099)])
+@pytest.mark.parametrize("kept", [1, 5, 32])
+def test_the_best_are_those_of_a_full_order(rows, vocab, kept):
+    kept = min(kept, vocab)
+    drawn = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab))
+    drawn[0, : vocab // 2] = -torch.inf
+    drawn[-1].round_()  # many are equal
+    values, tokens = top(drawn, kept)
+    assert torch.equal(values, drawn.sort(descending=True).values[:, :kept])
+    assert torch.equal(drawn.gather(-1, tokens), values)
+    assert all(len(set(row)) == kept for row in tokens.tolist())

@@ -39,6 +39,12 @@ def test_masked(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     torch.testing.assert_close(got, defined(query, key, value, mask, 0.3))
 
 
+def test_a_single_token(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    query, key, value, mask = tensors
+    got, _ = masked_attention(Causal(), query[:, :, 2:3], key, value, mask[:, :, 2:3], scaling=0.3)
+    torch.testing.assert_close(got, defined(query, key, value, mask, 0.3)[:, 2:3])
+
+
 def test_parts_of_the_rows(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Two rows read 10 slots, one reads 11; each gets what it gets alone, bit for bit."""
     query, key, value, mask = tensors

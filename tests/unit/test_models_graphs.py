@@ -71,6 +71,12 @@ def exercise(plain: HFRunner, graphed: HFRunner) -> None:
     assert torch.equal(first, kept)
 
 
+def test_steps_are_padded_only_where_each_shape_has_to_be_prepared() -> None:
+    plain, compiled = (HFRunner(tiny_model("llama"), **SIZE, compile=each) for each in (False, True))
+    assert [plain.padded(tokens) for tokens in (1, 3, 17)] == [1, 3, 17]
+    assert [compiled.padded(tokens) for tokens in (1, 3, 17)] == [1, 4, 32]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")
