@@ -118,6 +118,8 @@ class Draft:
         self._hello_due = 0.0
         self._last = Step()
         self._costs = Costs(runner.measured)
+        self._last_rate = 0.0  # value that the last step added, by the millisecond
+        self._time_is_worth = 0.0  # the same of the last step of a round: what another millisecond would have brought
         self.malformed = 0
 
     @property
@@ -250,6 +252,7 @@ class Draft:
         if seat is None or not seat.session.expects(message):
             self._ask(message)
             return
+        self._time_is_worth += 0.1 * (self._last_rate - self._time_is_worth)
         moves = seat.session.advance(message)
         self._runner.move(seat.row, moves.source, moves.destination)
         self._make_room(message.sequence, seat)
@@ -289,9 +292,10 @@ class Draft:
         seats = [seat for seat in self._seats.values() if seat.session.complete_past]
         seats = [seat for seat in seats if seat.session.urgent] or seats
         width = max(1, (max(self._width, WIDTH * len(seats)) if self._branching else 1) // max(1, len(seats)))
-        step_ms = self._share_ms(len(seats))
-        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width, step_ms))]
+        costs = self._step_ms(len(seats)), self._time_is_worth / max(1, len(seats))
+        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width, *costs))]
         if not work:
+            self._last_rate = 0.0
             return False
         made = [
             seat.session.complete(items, rankings, **asdict(self._last))
@@ -301,12 +305,13 @@ class Draft:
             self._send(*nodes)
         self._last = Step(1e3 * (self._clock() - start), len(work), sum(len(items) for _, items in work))
         self._costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=False)
+        self._last_rate = sum(seat.session.worth for seat, _ in work) / max(self._last.step_ms, 1e-9)
         return True
 
-    def _share_ms(self, sequences: int) -> Callable[[int], float]:
-        """What a step costs each of some sequences, by the tokens of each."""
+    def _step_ms(self, sequences: int) -> Callable[[int], float]:
+        """Milliseconds of a step by the tokens of each of some sequences."""
         load = Load(sequences)
-        return lambda tokens: self._costs.alone_ms(tokens * sequences, load) / sequences or 1.0
+        return lambda tokens: self._costs.alone_ms(tokens * sequences, load)
 
     @torch.inference_mode()
     def _rankings(self, work: Work) -> list[list[Ranking]]:

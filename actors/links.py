@@ -153,7 +153,7 @@ class Links:
     def announce(self, rows: Sequence[Row], planner: Planner) -> None:
         """Tell the drafts outcomes, what is verified next and what further drafting is worth."""
         price = planner.price / max(1, len(rows))  # a step serves all rows
-        self.expected = planner.price < 1.0
+        self.expected = planner.drafts_work
         for share, draft in enumerate(self.drafts):
             known = [row for row in rows if draft not in row.unaware]
             self._send(draft, *(self._outcome(row, share, planner, price) for row in known))

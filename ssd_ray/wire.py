@@ -115,8 +115,8 @@ class Outcome(Message, frozen=True, tag="outcome"):
     ``speculation`` is what the verification of ``round + 1`` runs over, unless the target waits for more: until there
     are ``wanted`` tokens. ``hit`` says whether a speculation was prepared.
     Guesses are dealt: this draft takes share ``share`` of ``shares``. ``c`` as in :class:`Open`.
-    What nobody waits for is worth drafting only where a step adds more than ``price`` tokens, expected, to this sequence
-    (infinity: never), and a token only where it is reached and accepted, should its outcome happen, with a probability
+    What nobody waits for is worth drafting only where a step adds more than ``price`` tokens, expected, by the
+    millisecond, to this sequence (infinity: never), and a token only where it is reached and accepted, should its outcome happen, with a probability
     of ``floor``: the target would not verify it.
     """
 

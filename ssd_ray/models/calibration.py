@@ -142,6 +142,32 @@ class _Trial:
         return self._runner.append(range(len(tokens)), tokens, [0] * len(tokens))[0]
 
 
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Tokens of a draft's step that are tried."""
+
+
+@torch.inference_mode()
+def calibrate_steps(
+    runner: ModelRunner, *, bound: bool = True, clock: Callable[[], float] | None = None
+) -> Calibration:
+    """Run a draft's steps at some widths, over one row. Otherwise as :func:`calibrate`."""
+    clock = clock or forward_clock(runner.device)
+    pages = max(1, -(-max(WIDTHS) // runner.page_slots))
+    if not bound:
+        runner.bind(0, 0, range(pages))
+    best = dict.fromkeys(map(runner.padded, WIDTHS), inf)
+    for _ in range(WARM_UP + REPEATS):
+        for width in best:
+            slots = torch.arange(width)[None]
+            visible = torch.ones(1, width, runner.extent(width), dtype=torch.bool).tril()
+            start = clock()
+            runner.extend([0], torch.zeros_like(slots), slots, slots, visible)
+            best[width] = min(best[width], 1e3 * (clock() - start))
+    if not bound:
+        runner.bind(0, 0, [UNBOUND] * pages)
+    return Calibration(Measured(tuple(best), tuple(best.values())), ())
+
+
 def _alike(logits: Sequence[Tensor]) -> list[bool]:
     """Which of some forwards give the bits that most of them give to the tokens that they have in common."""
     kinds: list[tuple[Tensor, list[int]]] = []
@@ -180,13 +206,13 @@ def choose_sizes(
     return tuple(sizes[index] for index in chosen), unsteady
 
 
-def kept_or_measured(runner: ModelRunner, name: str, *, bound: bool) -> Calibration:
-    """The calibration of a runner, from an earlier start or made and kept now; ``bound`` as in :func:`calibrate`."""
+def kept_or_made(name: str, make: Callable[[], Calibration]) -> Calibration:
+    """A calibration from an earlier start, or one that is made and kept now."""
     path = cache_path(name)
     found = read(path, Calibration)
     if found is not None:
         return found
-    made = calibrate(runner, bound=bound)
+    made = make()
     keep(path, made)
     return made
 

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ssd_ray.errors import ConfigError, ModelError, ResourceError, SsdRayError, VocabularyMismatchError
-from ssd_ray.models.calibration import kept_or_measured, machine_name
+from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made, machine_name
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
 from ssd_ray.models.runner import HFRunner
@@ -136,7 +136,8 @@ def load_runner(
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, or float32 on a CPU where that is faster
             and fits the memory.
         compile, prefill_chunk, vocab_size: see :class:`HFRunner`.
-        calibrated: find out what its verifications cost here, and which of them leave a token's bits alone.
+        calibrated: find out what its verifications, or its steps, cost here, and which of the former leave a token's
+            bits alone.
 
     Raises:
         ModelError: no such model, or it cannot be read.
@@ -166,9 +167,9 @@ def load_runner(
             vocab_size=vocab_size,
         )
         if calibrated:
-            parts = config.to_json_string(), str(kind), str(where), rows, compile, runner.packed
-            name = machine_name("verifications", *parts)
-            runner.adopt(kept_or_measured(runner, name, bound=kv_memory is None))
+            name = machine_name(role, config.to_json_string(), str(kind), str(where), rows, compile, runner.packed)
+            calibration = calibrate if role == "target" else calibrate_steps
+            runner.adopt(kept_or_made(name, lambda: calibration(runner, bound=kv_memory is None)))
         return runner
 
 

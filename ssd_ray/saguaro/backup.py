@@ -9,7 +9,9 @@ text itself competes with waiting, at its own rate of acceptance.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 from ssd_ray.config import MAX_LOOKAHEAD
 
@@ -19,16 +21,17 @@ MOST_PATIENCE_MS = 100.0
 NARROW = 2
 """Tokens of each sequence in a step of which a target may be waiting for one."""
 
+ENOUGH, LATEST = 3, 9
+"""Steps whose times must be known, and whose median counts: one may have taken long for reasons of its own."""
+
 _SMOOTHING = 0.1
 
 
 @dataclass(slots=True)
 class Pace:
-    """Online estimates, exponentially weighted, of everything but what a verification costs.
+    """Online estimates, exponentially weighted or medians, of everything but what a verification costs.
 
     Attributes:
-        step_ms: milliseconds of a draft step that runs a chain; ``wide_ms`` of one that runs branches.
-        delay_ms: milliseconds of a message's way and of the draft's reaction.
         host_ms: milliseconds of a round's other work.
         rate: tokens per millisecond, all rows together.
         acceptance: probability that the i-th token of a speculation is accepted when it is reached. Speculations that
@@ -40,9 +43,6 @@ class Pace:
         outcomes: outcomes that a round is prepared for.
     """
 
-    step_ms: float = 0.0
-    wide_ms: float = 0.0
-    delay_ms: float = 0.5
     host_ms: float = 0.0
     rate: float = 0.0
     arrival: float = 1.0
@@ -50,14 +50,32 @@ class Pace:
     acceptance: list[float] = field(default_factory=lambda: [0.6] * MAX_LOOKAHEAD)
     lookup_acceptance: list[float] = field(default_factory=lambda: [0.3] * MAX_LOOKAHEAD)
 
+    _delays: deque[float] = field(default_factory=lambda: deque([0.5] * ENOUGH, maxlen=LATEST))
+    _narrow: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    _wide: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
     _seen: dict[bool, list[int]] = field(
         default_factory=lambda: {looked_up: [0] * MAX_LOOKAHEAD for looked_up in (False, True)}
     )
 
     @property
     def known(self) -> bool:
-        """Whether a draft has said yet how fast it is."""
-        return self.step_ms > 0.0
+        """Whether drafts have said often enough how fast they are."""
+        return len(self._narrow) + len(self._wide) >= ENOUGH
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a draft step that runs a chain."""
+        return median(self._narrow or self._wide or [0.0])
+
+    @property
+    def wide_ms(self) -> float:
+        """Milliseconds of a draft step that runs branches."""
+        return median(self._wide or self._narrow or [0.0])
+
+    @property
+    def delay_ms(self) -> float:
+        """Milliseconds of a message's way and of the draft's reaction."""
+        return median(self._delays)
 
     def saw_decision(self, n: int, accepted: int, *, looked_up: bool = False, whole: bool = False) -> None:
         """Learn from a row that verified n tokens, drafted or found in the text, and ``whole`` from the start."""
@@ -77,12 +95,8 @@ class Pace:
 
     def saw_step(self, milliseconds: float, *, narrow: bool = False) -> None:
         """Learn from a draft's report of its step time."""
-        if milliseconds <= 0.0:
-            return
-        if narrow or not self.step_ms:
-            self.step_ms = _blend(self.step_ms, milliseconds)
-        if not narrow or not self.wide_ms:
-            self.wide_ms = _blend(self.wide_ms, milliseconds)
+        if milliseconds > 0.0:
+            (self._narrow if narrow else self._wide).append(milliseconds)
 
     def saw_outcomes(self, prepared: int) -> None:
         """Learn from how many outcomes a round was prepared for."""
@@ -90,8 +104,7 @@ class Pace:
 
     def saw_wait(self, milliseconds: float, steps: int, *, came: bool) -> None:
         """Learn from a wait for ``steps`` draft steps, and from whether they came."""
-        beyond = max(milliseconds - steps * self.step_ms, 0.0)
-        self.delay_ms = _blend(self.delay_ms, min(beyond, MOST_PATIENCE_MS))
+        self._delays.append(max(milliseconds - steps * self.step_ms, 0.0))
         self.arrival += 0.2 * (came - self.arrival)
 
     def wait_ms(self, steps: int) -> float:

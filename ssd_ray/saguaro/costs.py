@@ -8,8 +8,10 @@ what one does, and one where each costs as much as the first, differ in numbers 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from msgspec import Struct
 
@@ -17,7 +19,8 @@ _SMOOTHING = 0.1
 _SHAPE_SMOOTHING = 0.03
 """How fast the curve's shape follows, which noise must not bend."""
 
-_DRAG_SMOOTHING = 0.2
+TRIALS, DOUBT = 12, 0.5
+"""Trials whose median says what drafts cost, and how many that said "nothing" are taken to have been before the first."""
 
 OUTLIER = 3.0
 """A round that took more than this many times what was expected says nothing about costs: somebody else had the
@@ -65,7 +68,7 @@ class Costs:
         self._ms = list(self.measured.ms)
         self._speed = 1.0
         self._beside = 1.0  # what rounds took lately with drafts at work, against the curve
-        self._trials = 0
+        self._slower: deque[float] = deque(maxlen=TRIALS)
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
         """Milliseconds of a verification with nobody at work beside it."""
@@ -101,10 +104,9 @@ class Costs:
         if not 1.0 / OUTLIER < ratio < OUTLIER:
             return
         slower = ratio if beside else self._beside / ratio
-        drag = max(0.0, min(slower - 1.0, OUTLIER))
-        self._trials += 1
+        self._slower.append(min(slower - 1.0, OUTLIER))
         before = 1.0 + self.drag
-        self.drag += max(_DRAG_SMOOTHING, 1.0 / self._trials) * (drag - self.drag)
+        self.drag = max(0.0, median(self._slower)) * len(self._slower) / (len(self._slower) + DOUBT)
         if not beside:  # what rounds take with drafts at work is known; it is the rest of it that has changed
             self._speed *= before / (1.0 + self.drag)
             self._beside *= (1.0 + self.drag) / before

@@ -80,12 +80,14 @@ class FanOutPolicy(ABC):
         kinds = [(full, source) for full in (False, True) for source in Source]
         self._counts = {kind: [20.0 / (rank + 1) ** 2 for rank in range(MAX_RANK)] for kind in kinds}
         self._ranks = {kind: _normalised(counts) for kind, counts in self._counts.items()}
+        self._estimates = 0
         self.typical = _PRIOR_CONTINUATION
         """How often a token is accepted of which nothing is known yet."""
 
     def saw_estimate(self, chance: float) -> None:
         """Learn from a token of which something is known now."""
-        self.typical += 0.01 * (chance - self.typical)
+        self._estimates += 1
+        self.typical += max(0.005, 1.0 / (20 + self._estimates)) * (chance - self.typical)
 
     @abstractmethod
     def depths(self, situation: Situation) -> Sequence[float]:

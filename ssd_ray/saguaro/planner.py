@@ -126,11 +126,17 @@ class Planner:
 
     @property
     def price(self) -> float:
-        """Tokens that a draft step must add, expected, to be worth what it costs the target; infinity: none is."""
+        """Tokens that a millisecond of drafting must add, expected, to be worth what it costs the target; infinity: no
+        drafting is."""
         if self.trial:
             return inf if self._at_work > 0.5 else 0.0
         drag = self._costs.drag
-        return (FREE + drag / (1.0 + drag)) * self._pace.wide_ms * self._pace.rate
+        return (FREE + drag / (1.0 + drag)) * self._pace.rate
+
+    @property
+    def drafts_work(self) -> bool:
+        """Whether drafts are at work beside verifications now: else their silence says nothing."""
+        return self._at_work > 0.5 and not self.trial
 
     def budget(self, rows: Sequence[Prospect], load: Load) -> Budget:
         """What the coming round verifies and waits for."""
@@ -209,7 +215,7 @@ class Planner:
             f"{costs.drag:.0%} more beside drafts, draft step {pace.step_ms:.1f} ms, "
             f"waiting costs {pace.delay_ms:.1f} ms more, first token accepted {pace.acceptance[0]:.0%}"
         )
-        ahead = round(one / pace.wide_ms) if self.price < 1.0 else 0
+        ahead = round(one / pace.wide_ms) if self._at_work > 0.5 else 0
         return Plan(self._most, self._wait.value, ahead, round(pace.outcomes), self.c, why)
 
     def _rate(self, wait: int) -> float:

@@ -204,6 +204,7 @@ class DraftSession:
         self._weights: Sequence[float] = ()
         self._planned: Sequence[int] = ()  # guesses by depth, as fan_out has it
         self._text_right = 0.5
+        self.worth = 0.0  # of the last step
         self._disputes = [1.0, 1.0]  # won by the model and by the text where they differ; recent ones count more
         self._start(opened)
 
@@ -305,9 +306,12 @@ class DraftSession:
         self._filled = min(self.position, start + most - start % most)  # chunks end at multiples of their size
         return Prefill(start, self.tokens[start : self._filled])
 
-    def next_step(self, width: int, step_ms: Callable[[int], float] = lambda tokens: 1.0) -> list[Item]:
+    def next_step(
+        self, width: int, step_ms: Callable[[int], float] = lambda tokens: 1.0, rate: float = 0.0
+    ) -> list[Item]:
         """What to run next in one forward: what is missing of the trunk, and up to ``width`` nodes of branches, as many
-        as add most value per millisecond of a step of so many tokens.
+        as are worth what a step of so many tokens takes from the steps after it, ``rate`` by the millisecond, and from
+        the target.
 
         While the target waits, nothing but the chain that it waits for: a narrow step is a quick one. Empty when the
         tree is complete, or what is left of it not worth its price. Otherwise :meth:`complete` must follow.
@@ -323,8 +327,9 @@ class DraftSession:
         branches = self._branches(width)
         values = [self._worth(item.node) if item.node else 0.0 for _, item in branches]
         trunk = self._policy.typical - self._floor if items else 0.0  # all else hangs on it
-        kept = best_width(values, trunk, len(items), step_ms)
-        worth_it = trunk + sum(values[:kept]) >= self._price
+        kept = best_width(values, len(items), lambda tokens: (rate + self._price) * step_ms(tokens))
+        self.worth = trunk + sum(values[:kept])
+        worth_it = kept + len(items) > 0 and self.worth >= self._price * step_ms(kept + len(items))
         self._put_back(branches[kept if worth_it else 0 :])
         if not worth_it:
             self._take_back(items)
@@ -639,15 +644,15 @@ class DraftSession:
             self._judge(node.ranking, token)
 
 
-def best_width(values: Sequence[float], trunk: float, others: int, step_ms: Callable[[int], float]) -> int:
-    """How many branches to run beside ``others`` of the trunk, which are worth ``trunk`` together: those that add most
-    value per millisecond. ``values`` fall."""
-    value = trunk
-    best, width = value / step_ms(others) if others else 0.0, 0
-    for count, more in enumerate(values, 1):
-        value += more
-        if value > best * (ms := step_ms(others + count)):
-            best, width = value / ms, count
+def best_width(values: Sequence[float], others: int, step_price: Callable[[int], float]) -> int:
+    """How many branches to run beside ``others`` of the trunk: those that leave most value beyond the price of the step.
+    ``values`` fall."""
+    best, width, total = -step_price(others) if others else 0.0, 0, 0.0
+    for count, value in enumerate(values, 1):
+        total += value
+        left = total - step_price(others + count)
+        if left > best:
+            best, width = left, count
     return width
 
 
