@@ -27,6 +27,10 @@ OUTLIER = 3.0
 processor."""
 
 
+LEAST_PART = 0.25
+"""Drafts that work for a smaller part of a verification are taken to have worked for this."""
+
+
 class Measured(Struct, frozen=True):
     """What verifications took on an idle machine.
 
@@ -57,7 +61,7 @@ class Costs:
         measured: where the curve begins; None: nothing is known.
 
     Attributes:
-        drag: by which part verifications take longer while drafts work beside them.
+        drag: by which part verifications take longer while drafts work beside them all the time.
     """
 
     def __init__(self, measured: Measured | None = None) -> None:
@@ -68,6 +72,7 @@ class Costs:
         self._ms = list(self.measured.ms)
         self._speed = 1.0
         self._beside = 1.0  # what rounds took lately with drafts at work, against the curve
+        self._part = 1.0  # for which part of them drafts worked
         self._slower: deque[float] = deque(maxlen=TRIALS)
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
@@ -76,15 +81,15 @@ class Costs:
         return self._speed * (self._curve(tokens) + extra)
 
     def verify_ms(self, tokens: int, load: Load = Load(), *, beside: float = 1.0) -> float:
-        """Milliseconds of a verification with drafts at work ``beside`` it, for that part of verifications."""
+        """Milliseconds of a verification with drafts at work ``beside`` it for that part of the time."""
         return (1.0 + self.drag * beside) * self.alone_ms(tokens, load)
 
     def per_token_ms(self, tokens: int, load: Load = Load(), *, over: int = 8) -> float:
         """Milliseconds that each of the next tokens adds."""
         return (self.verify_ms(tokens + over, load) - self.verify_ms(tokens, load)) / over
 
-    def saw(self, tokens: int, load: Load, milliseconds: float, *, beside: bool) -> None:
-        """Learn from a verification; ``beside``: drafts were at work meanwhile."""
+    def saw(self, tokens: int, load: Load, milliseconds: float, *, beside: float) -> None:
+        """Learn from a verification; for the part ``beside`` of it drafts were at work."""
         if not self.known:
             self._begin(tokens, milliseconds)
         expected = (1.0 + self.drag * beside) * self.alone_ms(tokens, load)
@@ -94,22 +99,24 @@ class Costs:
             self._speed *= 1.0 + _SMOOTHING * (ratio - 1.0)
         elif ratio > 0.0:
             self._speed *= 1.0 + 0.01 * (min(ratio, OUTLIER) - 1.0)  # should it always be so, it is believed
-        if beside:
+        if beside > 0.0:
             self._beside += _SMOOTHING * (milliseconds / max(self.alone_ms(tokens, load), 1e-9) - self._beside)
+            self._part += _SMOOTHING * (beside - self._part)
 
-    def saw_trial(self, tokens: int, load: Load, milliseconds: float, *, beside: bool) -> None:
-        """Learn what drafts cost from a verification during which they rested after others when they did not, or the
-        other way round."""
+    def saw_trial(self, tokens: int, load: Load, milliseconds: float, *, beside: float) -> None:
+        """Learn what drafts cost from a verification during which they rested (``beside`` is 0) after others when they
+        did not, or the other way round."""
         ratio = milliseconds / max(self.alone_ms(tokens, load), 1e-9)
         if not 1.0 / OUTLIER < ratio < OUTLIER:
             return
-        slower = ratio if beside else self._beside / ratio
-        self._slower.append(min(slower - 1.0, OUTLIER))
-        before = 1.0 + self.drag
+        slower, part = (ratio, beside) if beside else (self._beside / ratio, self._part)
+        self._slower.append(min((slower - 1.0) / max(part, LEAST_PART), OUTLIER))
+        before = 1.0 + self.drag * self._part
         self.drag = max(0.0, median(self._slower)) * len(self._slower) / (len(self._slower) + DOUBT)
         if not beside:  # what rounds take with drafts at work is known; it is the rest of it that has changed
-            self._speed *= before / (1.0 + self.drag)
-            self._beside *= (1.0 + self.drag) / before
+            changed = before / (1.0 + self.drag * self._part)
+            self._speed *= changed
+            self._beside /= changed
 
     def _begin(self, tokens: int, milliseconds: float) -> None:
         self._sizes, self._ms, self.known = [tokens], [milliseconds], True

@@ -35,9 +35,9 @@ FIRST_TRIAL, RAREST_TRIAL = 6, 192
 LONGEST_TRIAL = 3
 """Rounds of a trial at most: a step that runs is not broken off, so the first one often says nothing."""
 
-AT_WORK, IDLE, BUSY = 0.25, 0.02, 0.5
-"""Parts of a verification's time. Drafts that worked for the first have slowed it down; a trial says something if they
-worked for no more than the second or for more than the third."""
+AT_WORK, IDLE, BUSY = 0.15, 0.02, 0.5
+"""Parts of a verification's time. Drafts that have worked for less than the first have rested; a trial says something if
+they work for less than the second, or, if they had rested, for more than the third."""
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class Planner:
         self._measured = False
         self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
         self.floor, self.trial = 0.0, False
-        self._at_work = 1.0  # share of the rounds lately with drafts at work
+        self._at_work = 1.0  # part of verifications lately beside which drafts worked
         self.plan = Plan(lookahead, lookahead, c=self.c)
 
     @property
@@ -129,14 +129,19 @@ class Planner:
         """Tokens that a millisecond of drafting must add, expected, to be worth what it costs the target; infinity: no
         drafting is."""
         if self.trial:
-            return inf if self._at_work > 0.5 else 0.0
+            return 0.0 if self._rested else inf
         drag = self._costs.drag
         return (FREE + drag / (1.0 + drag)) * self._pace.rate
 
     @property
     def drafts_work(self) -> bool:
         """Whether drafts are at work beside verifications now: else their silence says nothing."""
-        return self._at_work > 0.5 and not self.trial
+        return not (self._rested or self.trial)
+
+    @property
+    def _rested(self) -> bool:
+        """Whether drafts have hardly worked beside verifications lately."""
+        return self._at_work < AT_WORK
 
     def budget(self, rows: Sequence[Prospect], load: Load) -> Budget:
         """What the coming round verifies and waits for."""
@@ -183,12 +188,12 @@ class Planner:
 
     def saw_verification(self, tokens: int, load: Load, milliseconds: float, drafted_ms: float) -> None:
         """Learn what a verification cost, beside which drafts worked for ``drafted_ms``."""
-        part = drafted_ms / max(milliseconds, 1e-9)
+        part = min(1.0, drafted_ms / max(milliseconds, 1e-9))
         if not self.trial:
-            self._at_work += 0.1 * ((part > AT_WORK) - self._at_work)
-            self._costs.saw(tokens, load, milliseconds, beside=part > AT_WORK)
-        elif (beside := self._at_work <= 0.5) == (part > BUSY) and (beside or part < IDLE):
-            self._costs.saw_trial(tokens, load, milliseconds, beside=beside)
+            self._at_work += 0.1 * (part - self._at_work)
+            self._costs.saw(tokens, load, milliseconds, beside=part)
+        elif part > BUSY if self._rested else part < IDLE:
+            self._costs.saw_trial(tokens, load, milliseconds, beside=part if self._rested else 0.0)
             self._learned = True
 
     def _consider_wait(self, best: int) -> bool:
@@ -215,7 +220,7 @@ class Planner:
             f"{costs.drag:.0%} more beside drafts, draft step {pace.step_ms:.1f} ms, "
             f"waiting costs {pace.delay_ms:.1f} ms more, first token accepted {pace.acceptance[0]:.0%}"
         )
-        ahead = round(one / pace.wide_ms) if self._at_work > 0.5 else 0
+        ahead = round(one / pace.wide_ms) if self.drafts_work else 0
         return Plan(self._most, self._wait.value, ahead, round(pace.outcomes), self.c, why)
 
     def _rate(self, wait: int) -> float:

@@ -205,6 +205,8 @@ class DraftSession:
         self._planned: Sequence[int] = ()  # guesses by depth, as fan_out has it
         self._text_right = 0.5
         self.worth = 0.0  # of the last step
+        self._last_width = 8  # branches in the last step that ran nothing else
+        self._hits = 0.8  # how often outcomes were prepared for lately
         self._disputes = [1.0, 1.0]  # won by the model and by the text where they differ; recent ones count more
         self._start(opened)
 
@@ -268,6 +270,7 @@ class DraftSession:
         self._price, self._floor = outcome.price, outcome.floor
         self._wanted = outcome.wanted
         self._after_hit = outcome.hit
+        self._hits += 0.05 * (outcome.hit - self._hits)
         self._follow(outcome)
         return moves
 
@@ -326,10 +329,15 @@ class DraftSession:
                 return items if end is None else [self._item(*end)]
         branches = self._branches(width)
         values = [self._worth(item.node) if item.node else 0.0 for _, item in branches]
-        trunk = self._policy.typical - self._floor if items else 0.0  # all else hangs on it
+        trunk = self._hits * (self._policy.typical - self._floor) if items else 0.0  # what all of the tree may bring
         kept = best_width(values, len(items), lambda tokens: (rate + self._price) * step_ms(tokens))
         self.worth = trunk + sum(values[:kept])
-        worth_it = kept + len(items) > 0 and self.worth >= self._price * step_ms(kept + len(items))
+        ms = step_ms(kept + len(items)) if kept + len(items) else inf
+        if items:
+            ms += step_ms(self._last_width)  # a trunk alone is of no use: its guesses have to be run, too
+        elif kept:
+            self._last_width = kept
+        worth_it = self.worth >= self._price * ms
         self._put_back(branches[kept if worth_it else 0 :])
         if not worth_it:
             self._take_back(items)
