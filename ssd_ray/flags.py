@@ -55,7 +55,10 @@ def _flags(config: Any) -> list[inspect.Parameter]:
 def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect.Parameter:
     options: dict[str, Any] = {"help": explanation, "rich_help_panel": panel}
     kind, default = hint, field.default
-    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple:
+    if hint == tuple[tuple[int, ...], ...]:
+        kind, default = list[str], list(default)  # type: ignore[arg-type]
+        options |= {"parser": _ids, "metavar": "<id,id,..>"}
+    elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple:
         kind, default = list[str], [f"{key}={value}" for key, value in default]  # type: ignore[union-attr]
         options |= {"parser": _pair, "metavar": "<id=number>"}
     elif get_origin(hint) is tuple:
@@ -88,6 +91,13 @@ def _pair(text: str) -> tuple[int, float]:
         return int(key), float(value)
     except ValueError:
         raise typer.BadParameter(f"expected an id and a number as in 42=-1.5, got {text!r}") from None
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"expected ids as in 17,42, got {text!r}") from None
 
 
 def _explanations(config: type) -> dict[str, str]:
