@@ -67,7 +67,11 @@ def _bad_words(value: Any) -> tuple[str, ...]:
 
 def _is_text(value: str) -> bool:
     """Whether a string can be written as UTF-8: a lone surrogate cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bad_words_ids(value: Any) -> tuple[tuple[int, ...], ...]:

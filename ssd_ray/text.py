@@ -78,11 +78,11 @@ class Spelling:
 
     def _after(self, previous: int | None, token: int) -> bytes:
         """What a token writes that follows another one; None is the beginning of a text."""
-        part = self._part(token)
-        if part is not None:
-            return part
-        if previous is None:
-            return self._alone(token).encode()
+        alone, part = self._alone(token), self._part(token)
+        if previous is None and REPLACEMENT not in alone:
+            return alone.encode()
+        if previous is None or part is not None:
+            return part or alone.encode()
         before, both = self._alone(previous), str(self._decode([previous, token]))
         return both[_shared(before, both) :].encode()
 
