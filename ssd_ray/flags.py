@@ -66,7 +66,7 @@ def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect
         kind, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc,arg-type]
     elif hint is bool and default and len(field.name) > _WIDEST_SWITCH:
         kind = str  # beside --name there is no room for --no-name
-        options |= {"parser": _truth, "metavar": "<true|false>"}
+        options |= {"parser": _truth, "metavar": "<bool>"}
     elif get_origin(hint) in (Union, UnionType) and NoneType not in get_args(hint):
         kind = str
         options |= {"parser": _number_or_word, "metavar": _metavar(hint)}
