@@ -3,7 +3,7 @@
 from itertools import groupby, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
@@ -107,6 +107,7 @@ def test_a_text_continues_the_last_word_before_special_tokens():
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_nothing_depends_on_the_cuts(kind, data):
     """Whatever ends the text and whatever of that is shown."""
