@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -66,6 +66,7 @@ class Spelling:
         self.writes = lru_cache(None)(self._writes)
         self.after = lru_cache(PAIRS)(self._after)
         self._alone = lru_cache(PAIRS)(lambda token: str(self._decode([token])))
+        self._part = lru_cache(PAIRS)(self._read_part)
         self.errors = "ssd_ray.replace_each" if self._falls_back_to_bytes() else "replace"
 
     def _falls_back_to_bytes(self) -> bool:
@@ -86,7 +87,7 @@ class Spelling:
         before, both = self._alone(previous), str(self._decode([previous, token]))
         return both[_shared(before, both) :].encode()
 
-    def _part(self, token: int) -> bytes | None:
+    def _read_part(self, token: int) -> bytes | None:
         """The bytes of a token that may be a part of a character; None if it is text of its own."""
         alone, name = self._alone(token), self._tokenizer.convert_ids_to_tokens(token) or ""
         if (match := _BYTE_TOKEN.fullmatch(name)) and alone != name:
@@ -110,13 +111,15 @@ class Spelling:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def hidden(self) -> Iterator[tuple[int, str]]:
-        """Special tokens that write nothing, and their names, the longest name first."""
-        special = {token: str(each) for token, each in self._tokenizer.added_tokens_decoder.items() if each.special}
-        names = special | dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=False))
-        for token, name in sorted(names.items(), key=lambda item: -len(item[1])):
-            if not self.writes(token):
-                yield token, name
+    def hidden(self, text: str) -> list[tuple[int, str]]:
+        """Special tokens that write nothing and whose names are in a text, with their names, the longest first."""
+        return [(token, name) for token, name in self._special if name in text and not self.writes(token)]
+
+    @cached_property
+    def _special(self) -> list[tuple[int, str]]:
+        added = {token: str(each) for token, each in self._tokenizer.added_tokens_decoder.items() if each.special}
+        names = added | dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=False))
+        return sorted(names.items(), key=lambda item: -len(item[1]))
 
 
 def _shared(one: str, other: str) -> int:
@@ -207,10 +210,8 @@ class Detokenizer:
 
     def _mark(self, known: Spelling) -> None:
         """Let the special tokens that stop strings name, and that write nothing, stand in the text as marks."""
-        names = "\0".join(self._stop)
-        named = [(token, name) for token, name in known.hidden() if name in names]
         marked = self._stop
-        for (token, name), mark in zip(named, map(chr, MARKS), strict=False):
+        for (token, name), mark in zip(known.hidden("\0".join(self._stop)), map(chr, MARKS), strict=False):
             self._marks[token] = mark
             marked = [stop.replace(name, mark) for stop in marked]
         self._stop = [*dict.fromkeys([*self._stop, *marked])]

@@ -176,7 +176,8 @@ def test_several_texts_with_log_probabilities(complete, chat, expected):
     assert completion.usage.completion_tokens == 48
     logprobs = completion.choices[0].logprobs
     assert "".join(logprobs.tokens) == expected[0]
-    assert all(expected[0][at:].startswith(piece) for at, piece in zip(logprobs.text_offset, logprobs.tokens))
+    places = zip(logprobs.text_offset, logprobs.tokens, strict=True)
+    assert all(expected[0][place:].startswith(piece) for place, piece in places)
     assert len(logprobs.token_logprobs) == 24
     assert max(logprobs.top_logprobs[3].values()) >= logprobs.token_logprobs[3]
     (choice,) = chat(logprobs=True, top_logprobs=1).choices
