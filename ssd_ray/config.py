@@ -118,7 +118,7 @@ class SamplingParams:
         include_stop_str_in_output: the string or token that ends the text is a part of it.
         skip_special_tokens: special tokens are no part of the text.
         bad_words: strings that are not generated, at the beginning of a word or of the text: the last token of each is
-            barred where the text has the tokens before it.
+            barred where the text has the tokens before it. An engine makes ``bad_words_ids`` of them.
         bad_words_ids: the same as sequences of token ids.
         seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
         ignore_eos: go on after an end-of-sequence token.

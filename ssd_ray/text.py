@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from itertools import islice
 from typing import Any
@@ -89,7 +90,7 @@ class Spelling:
 
     def _read_part(self, token: int) -> bytes | None:
         """The bytes of a token that may be a part of a character; None if it is text of its own."""
-        alone, name = self._alone(token), self._tokenizer.convert_ids_to_tokens(token) or ""
+        alone, name = self._alone(token), str(self._tokenizer.convert_ids_to_tokens(token) or "")
         if (match := _BYTE_TOKEN.fullmatch(name)) and alone != name:
             return bytes.fromhex(match[1])
         if REPLACEMENT in alone and all(character in BYTE_LEVEL for character in name):
@@ -117,8 +118,10 @@ class Spelling:
 
     @cached_property
     def _special(self) -> list[tuple[int, str]]:
-        added = {token: str(each) for token, each in self._tokenizer.added_tokens_decoder.items() if each.special}
-        names = added | dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=False))
+        names = dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=False))
+        with suppress(NotImplementedError):  # some tokenizers have no list of added tokens
+            added = self._tokenizer.added_tokens_decoder
+            names |= {token: str(each) for token, each in added.items() if each.special}
         return sorted(names.items(), key=lambda item: -len(item[1]))
 
 
