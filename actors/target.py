@@ -9,7 +9,7 @@ from ssd_ray.actors.inline import INLINE, InlineChannel
 from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
 from ssd_ray.actors.verifying import SHAPE, Target
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.models.loader import load_tokenizer, model_info
+from ssd_ray.models.loader import end_tokens, load_tokenizer, model_info
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import Channel
 from ssd_ray.transport.memory import MemorySpoke
@@ -33,6 +33,7 @@ class TargetActor:
         self._stopping = False
         self._channel = InlineChannel(channel) if config.method == "sd" else channel
         inline = isinstance(self._channel, InlineChannel)
+        tokenizer = load_tokenizer(config.target)
         self._target = Target(
             load_model(config, "target", SHAPE),
             self._channel,
@@ -46,8 +47,8 @@ class TargetActor:
             concurrency=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
             prefix_cache=config.prefix_cache,
-            end_tokens=model_info(config.target).eos_token_ids,
-            tokenizer=load_tokenizer(config.target),
+            end_tokens=end_tokens(model_info(config.target), tokenizer),
+            tokenizer=tokenizer,
         )
         if isinstance(self._channel, InlineChannel):
             self._channel.host(load_draft(config, MemorySpoke(self._channel.address, INLINE), session))

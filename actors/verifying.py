@@ -419,7 +419,7 @@ class Target:
         )
         study = self._study if self._planner.factors is not None else None
         verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
-        text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
+        text = Detokenizer(self._tokenizer, params, tokens) if params.stop else None
         ngrams = NgramIndex(tokens if self._looks_up else ())
         return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
 

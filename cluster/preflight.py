@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ssd_ray.models.loader import (
     Role,
     check_pair,
     count_pages,
+    end_tokens,
     free_bytes,
     load_tokenizer,
     model_info,
@@ -35,11 +36,13 @@ class Checked:
         tokenizer: the target's.
         vocab_size: token ids that target and draft both know.
         max_length: tokens of prompt and text together at most.
+        end_tokens: tokens that end a text.
     """
 
     tokenizer: Any
     vocab_size: int
     max_length: int
+    end_tokens: tuple[int, ...] = ()
 
     def prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Turn a prompt into tokens.
@@ -61,15 +64,30 @@ class Checked:
         return [int(token) for token in tokens]
 
     def params(self, params: SamplingParams) -> SamplingParams:
-        """Look at a request's parameters.
+        """Look at a request's parameters, and turn bad words into tokens.
 
         Raises:
-            RequestError: they have a bias for a token that the model does not know.
+            RequestError: they name a token that the model does not know.
         """
-        for token, _ in params.logit_bias:
+        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._require_known("bad_words_ids", (token for word in params.bad_words_ids for token in word))
+        if not params.bad_words:
+            return params
+        words = (tokens for word in params.bad_words for tokens in self._spellings(word))
+        return replace(params, bad_words=(), bad_words_ids=tuple(dict.fromkeys((*params.bad_words_ids, *words))))
+
+    def _require_known(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
             if token >= self.vocab_size:
-                raise RequestError(f"logit_bias: expected token ids from 0 to {self.vocab_size - 1}, got {token}")
-        return params
+                raise RequestError(f"{name}: expected token ids from 0 to {self.vocab_size - 1}, got {token}")
+
+    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The tokens of a word without a space before it, and with one."""
+        bare = word.lstrip() or word
+        spellings = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")]
+        if not all(spellings):
+            raise RequestError(f"bad_words: the tokenizer has no tokens for {word!r}")
+        return spellings
 
 
 def check(config: EngineConfig) -> Checked:
@@ -88,7 +106,13 @@ def check(config: EngineConfig) -> Checked:
     max_length = min(_max_length(config, info, role) for role, info in infos.items())
     if is_private():
         _require_machine(config, infos, max_length)
-    return Checked(tokenizer=load_tokenizer(config.target), vocab_size=vocab_size, max_length=max_length)
+    tokenizer = load_tokenizer(config.target)
+    return Checked(
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        end_tokens=end_tokens(infos["target"], tokenizer),
+    )
 
 
 def _max_length(config: EngineConfig, info: ModelInfo, role: Role) -> int:

@@ -28,6 +28,7 @@ from ssd_ray.cluster.openai import (
     model_card,
 )
 from ssd_ray.errors import SsdRayError
+from ssd_ray.text import spelling
 
 
 def make_app(engine: Callable[[], AsyncLLM]) -> FastAPI:
@@ -85,7 +86,8 @@ class Server:
         llm = self._engine()
         params = request.params(llm.max_model_len)
         texts = params.texts()
-        reply = Reply(request, self.name, lambda token: llm.tokenizer.decode([token]), len(texts))
+        known = spelling(llm.tokenizer, skip_special_tokens=params.skip_special_tokens)
+        reply = Reply(request, self.name, known, len(texts))
         async with AsyncExitStack() as stack:
             streams = []
             for prompt in request.prompts(llm.tokenizer):

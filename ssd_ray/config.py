@@ -57,6 +57,34 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted({int(token): float(bias) for token, bias in pairs}.items()))
 
 
+def _bad_words(value: Any) -> tuple[str, ...]:
+    """Words, from a list of them, one alone, or None."""
+    words = (value,) if isinstance(value, str) else () if value is None else value
+    ok = isinstance(words, list | tuple) and all(isinstance(word, str) and word and _is_text(word) for word in words)
+    _require(ok, "bad_words", "a list of non-empty strings", value)
+    return tuple(words)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: a lone surrogate cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bad_words_ids(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Sequences of token ids, from lists of them or None."""
+    words = () if value is None else value
+    ok = isinstance(words, list | tuple) and all(isinstance(word, list | tuple) and word for word in words)
+    _require(ok, "bad_words_ids", "a list of non-empty lists of token ids", value)
+    for word in words:
+        for token in word:
+            _integer("bad_words_ids", token, 0, 2**31 - 1)
+    return tuple(map(tuple, words))
+
+
 def _choice(name: str, value: object, literal: Any) -> None:
     options = get_args(literal)
     _require(value in options, name, "one of " + ", ".join(map(repr, options)), value)
@@ -85,8 +113,13 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest.
         max_tokens: tokens to generate at most.
         min_tokens: tokens before which neither a token nor a string ends the text: tokens that would are not chosen.
-        stop: strings that end the text; the text ends before the earliest of them.
-        stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens.
+        stop: strings that end the text; the text ends before the earliest of them. They may name special tokens.
+        stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens; they are no part of it.
+        include_stop_str_in_output: the string or token that ends the text is a part of it.
+        skip_special_tokens: special tokens are no part of the text.
+        bad_words: strings that are not generated, at the beginning of a word or of the text: the last token of each is
+            barred where the text has the tokens before it. An engine makes ``bad_words_ids`` of them.
+        bad_words_ids: the same as sequences of token ids.
         seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: give the log-probability of each token of the text and of the so many likeliest, up to 20, as the
@@ -106,6 +139,10 @@ class SamplingParams:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    bad_words: tuple[str, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -125,7 +162,8 @@ class SamplingParams:
         _integer("n", self.n, 1, MAX_TEXTS)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         strings = isinstance(stop, list | tuple) and all(isinstance(text, str) and text for text in stop)
         _require(strings, "stop", "a non-empty string or a list of them", self.stop)
@@ -135,6 +173,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        object.__setattr__(self, "bad_words", _bad_words(self.bad_words))
+        object.__setattr__(self, "bad_words_ids", _bad_words_ids(self.bad_words_ids))
 
     @property
     def greedy(self) -> bool:
@@ -143,9 +183,9 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        """Whether the models' logits are changed: a penalty, a bias or a least number of tokens is set."""
+        """Whether the models' logits are changed: a penalty, a bias, bad words or a least number of tokens is set."""
         neutral = self.repetition_penalty == 1.0 and self.presence_penalty == self.frequency_penalty == 0.0
-        return bool(self.logit_bias) or self.min_tokens > 0 or not neutral
+        return bool(self.logit_bias or self.bad_words_ids) or self.min_tokens > 0 or not neutral
 
     def ending_with(self, tokens: Iterable[int]) -> SamplingParams:
         """The same with a model's end-of-sequence tokens among ``stop_token_ids``, unless they are ignored."""

@@ -13,7 +13,7 @@ from ssd_ray.cluster.preflight import check
 from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
 from ssd_ray.errors import ConfigError, SsdRayError
 from ssd_ray.outputs import Prompt, RequestOutput, Transcript
-from ssd_ray.text import Detokenizer
+from ssd_ray.text import Characters, Detokenizer, spelling
 from ssd_ray.wire import Output
 
 Prompts = Prompt | Iterable[Prompt]
@@ -107,8 +107,7 @@ class Generation:
         if params.n > 1:
             raise ConfigError("n", "1 for a stream, which is one text", params.n)
         self._engine = engine
-        detokenizer = Detokenizer(engine.models.tokenizer, params.stop, task.tokens, params.min_tokens)
-        self._transcript = Transcript(task.prompt, detokenizer, with_logprobs=params.logprobs is not None)
+        self._transcript = _transcript(engine, task)
         self._number = engine.driver.submit(task.tokens, params, deliver, timeout=task.timeout)
         self._closed = False
         weakref.finalize(self, engine.driver.cancel, self._number).atexit = False
@@ -139,6 +138,15 @@ class Generation:
         except SsdRayError:
             self._closed = True
             raise
+
+
+def _transcript(engine: Engine, task: Task) -> Transcript:
+    params, tokenizer = task.params.ending_with(engine.models.end_tokens), engine.models.tokenizer
+    detokenizer = Detokenizer(tokenizer, params, task.tokens)
+    if params.logprobs is None:
+        return Transcript(task.prompt, detokenizer)
+    known = spelling(tokenizer, skip_special_tokens=params.skip_special_tokens)
+    return Transcript(task.prompt, detokenizer, Characters(known, task.tokens))
 
 
 def _several(prompts: Prompts) -> Iterable[Prompt]:

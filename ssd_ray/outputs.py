@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ssd_ray.errors import EngineError, RequestError
 from ssd_ray.stats import Stats
-from ssd_ray.text import Detokenizer
+from ssd_ray.text import Characters, Detokenizer
 from ssd_ray.wire import Output, TokenLogprobs
 
 Prompt = str | Sequence[int]
@@ -24,6 +24,8 @@ class Completion:
         finish_reason: "length", "stop", "cancelled" or "timeout".
         stats: its figures.
         logprobs: an entry for each token, if ``SamplingParams.logprobs`` asked for them.
+        pieces: then also what each token adds to the text; joined they are the text. A character of several tokens
+            comes with the last of them.
     """
 
     text: str
@@ -31,6 +33,7 @@ class Completion:
     finish_reason: str
     stats: Stats
     logprobs: list[TokenLogprobs] | None = None
+    pieces: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,10 @@ class RequestOutput:
     def logprobs(self) -> list[TokenLogprobs] | None:
         return self.outputs[0].logprobs
 
+    @property
+    def pieces(self) -> list[str] | None:
+        return self.outputs[0].pieces
+
 
 def join(texts: Sequence[RequestOutput]) -> RequestOutput:
     """The result of a prompt from those of its texts."""
@@ -75,17 +82,23 @@ def join(texts: Sequence[RequestOutput]) -> RequestOutput:
 class Transcript:
     """One text as it is written: messages go in, pieces of text and in the end the result come out.
 
+    Args:
+        prompt: as it was given.
+        detokenizer: of this text.
+        characters: of this text, too, if log-probabilities are wanted; tells what each token adds.
+
     Attributes:
         output: the result, once the last message was taken.
     """
 
-    def __init__(self, prompt: Prompt, detokenizer: Detokenizer, *, with_logprobs: bool = False) -> None:
+    def __init__(self, prompt: Prompt, detokenizer: Detokenizer, characters: Characters | None = None) -> None:
         self.output: RequestOutput | None = None
         self._prompt = prompt
         self._detokenizer = detokenizer
         self._pieces: list[str] = []
         self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprobs] | None = [] if with_logprobs else None
+        self._characters = characters
+        self._logprobs: list[TokenLogprobs] = []
 
     def push(self, message: Output) -> str:
         """Take the next message; return the text that is certain now, possibly none.
@@ -94,8 +107,7 @@ class Transcript:
             RequestError: the target could not serve the request.
         """
         self._tokens += message.tokens
-        if self._logprobs is not None:
-            self._logprobs += message.logprobs
+        self._logprobs += message.logprobs
         piece = self._detokenizer.push(message.tokens)
         if message.finish_reason is not None:
             piece += self._detokenizer.finish()
@@ -110,11 +122,21 @@ class Transcript:
         stats = Stats() if last.stats is None else Stats(sums=last.stats)
         if last.stats is not None and last.stats.tokens != len(self._tokens):
             raise EngineError(f"{last.stats.tokens} tokens were generated, {len(self._tokens)} arrived")
+        text = "".join(self._pieces)
         completion = Completion(
-            text="".join(self._pieces),
+            text=text,
             token_ids=self._tokens,
             finish_reason=last.finish_reason or "",
             stats=stats,
-            logprobs=self._logprobs,
+            logprobs=None if self._characters is None else self._logprobs,
+            pieces=None if self._characters is None else list(self._by_token(self._characters, text)),
         )
         return RequestOutput(prompt=self._prompt, outputs=[completion])
+
+    def _by_token(self, characters: Characters, text: str) -> Iterator[str]:
+        """What each token adds to the text, which may end before the last token or within one."""
+        start, last = 0, len(self._tokens) - 1
+        for index, token in enumerate(self._tokens):
+            piece = characters.push(token) + (characters.finish() if index == last else "")
+            yield text[start : start + len(piece)]
+            start += len(piece)

@@ -37,7 +37,7 @@ class ModelInfo:
     Attributes:
         vocab_size: entries of the embedding; padding beyond the tokenizer's included.
         max_length: positions that the model can take, or None if its config sets no limit.
-        eos_token_ids: tokens that end a text.
+        eos_token_ids: tokens that end a text; see also :func:`end_tokens`.
         parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
         kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
     """
@@ -78,6 +78,12 @@ def load_tokenizer(path: str | None, *, role: Role = "target") -> Any:
     source = _source(path, role)
     with _mapped(role, source):
         return AutoTokenizer.from_pretrained(source, local_files_only=os.path.isdir(source))
+
+
+def end_tokens(info: ModelInfo, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: those of the model's configs, and the tokenizer's own end token."""
+    own = tokenizer.eos_token_id
+    return tuple(sorted({*info.eos_token_ids, *([] if own is None else [own])}))
 
 
 def check_pair(target: str | None, draft: str | None) -> int:

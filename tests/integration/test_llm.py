@@ -182,6 +182,20 @@ def test_a_stop_string_ends_text_and_tokens(llm, expected):
     assert len(output.token_ids) < 24
 
 
+def test_what_ends_a_text_can_be_shown_and_bad_words_do_not_come(llm, expected):
+    stop = expected.text[9:11]
+    (shown,) = llm.generate(PROMPT, replace(PARAMS, stop=stop, include_stop_str_in_output=True))
+    assert shown.text == expected.text[: expected.text.index(stop) + 2]
+    words = (expected.text[4], stop)
+    (output,) = llm.generate(PROMPT, replace(PARAMS, bad_words=words))
+    assert len(output.token_ids) == 24
+    assert not any(word in output.text for word in words)
+    (named,) = llm.generate(PROMPT, replace(PARAMS, stop="<|end|>", logit_bias={0: 100}))
+    assert (named.text, named.token_ids, named.finish_reason) == ("", [0], "stop")
+    (special,) = llm.generate(PROMPT, replace(PARAMS, max_tokens=2, skip_special_tokens=False, logit_bias={0: 100}))
+    assert special.text == "<|end|>" * 2
+
+
 def test_several_texts_of_a_prompt(llm, expected):
     """Each is that of its seed, and the first is that of the prompt alone."""
     several, single = llm.generate([PROMPT, PROMPT], [replace(PARAMS, n=3), PARAMS])
@@ -203,6 +217,7 @@ def test_log_probabilities_are_those_of_transformers(llm, pair, expected):
     with torch.inference_mode():
         values = model(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    assert "".join(output.pieces) == output.text
     for row, entry in zip(values, output.logprobs, strict=True):
         assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
         assert list(entry.top.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)

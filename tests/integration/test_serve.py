@@ -175,11 +175,14 @@ def test_several_texts_with_log_probabilities(complete, chat, expected):
     assert completion.usage.prompt_tokens == len(PROMPT)
     assert completion.usage.completion_tokens == 48
     logprobs = completion.choices[0].logprobs
-    assert "".join(logprobs.tokens).replace("<|end|>", "") == expected[0]
+    assert "".join(logprobs.tokens) == expected[0]
+    places = zip(logprobs.text_offset, logprobs.tokens, strict=True)
+    assert all(expected[0][place:].startswith(piece) for place, piece in places)
     assert len(logprobs.token_logprobs) == 24
     assert max(logprobs.top_logprobs[3].values()) >= logprobs.token_logprobs[3]
     (choice,) = chat(logprobs=True, top_logprobs=1).choices
-    assert "".join(entry.token for entry in choice.logprobs.content).replace("<|end|>", "") == expected[1]
+    assert "".join(entry.token for entry in choice.logprobs.content) == expected[1]
+    assert bytes(byte for entry in choice.logprobs.content for byte in entry.bytes).decode() == expected[1]
     *_, last = chat(logprobs=True, stream=True)
     assert len(last.choices[0].logprobs.content) == 24
 

@@ -137,7 +137,8 @@ def test_flags_set_fields(llm):
     engine = "--target t --draft d --method sd --num-drafts 2 --lookahead 5 --budget auto --compile --max-model-len 64"
     sampling = (
         "--temperature 0 --top-k 7 --stop a --stop b --stop-token-ids 3 --seed 9 --ignore-eos "
-        "--logit-bias 42=-100 --logit-bias 7=1.5"
+        "--logit-bias 42=-100 --logit-bias 7=1.5 --skip-special-tokens false --include-stop-str-in-output "
+        "--bad-words foo --bad-words-ids 3,4 --bad-words-ids 5"
     )
     result = run("generate", *engine.split(), *sampling.split(), "x")
     assert result.exit_code == 0, result.output
@@ -154,6 +155,10 @@ def test_flags_set_fields(llm):
             seed=9,
             ignore_eos=True,
             logit_bias={42: -100, 7: 1.5},
+            skip_special_tokens=False,
+            include_stop_str_in_output=True,
+            bad_words=("foo",),
+            bad_words_ids=((3, 4), (5,)),
         )
     ]
 
@@ -247,6 +252,9 @@ def test_a_bad_line_in_a_file(llm, tmp_path, line, message):
         ["--logit-bias", "42"],
         ["--logit-bias", "a=1"],
         ["--logit-bias", "42=101"],
+        ["--skip-special-tokens", "maybe"],
+        ["--bad-words-ids", "3,a"],
+        ["--bad-words-ids", ""],
         ["--logprobs", "21"],
         ["--lookahead", "8"],
         ["--lookahead", "x"],

@@ -25,6 +25,10 @@ BAD_SAMPLING = {
     "min_tokens": [-1, 129, 0.5],
     "stop": ["", [1], ["a", ""]],
     "stop_token_ids": [[-1], ["a"], 3],
+    "include_stop_str_in_output": [1, "yes"],
+    "skip_special_tokens": [0, "no"],
+    "bad_words": ["", [1], ["a", ""], ["\ud83d"], {"a": 1}],
+    "bad_words_ids": [[1], [[]], [[-1]], [["a"]], [[2**31]], "ab"],
     "seed": [-1, 2**63, 0.5],
     "ignore_eos": [1, "yes"],
     "logprobs": [-1, 21, True, 0.5],
@@ -90,6 +94,13 @@ def test_a_bias_is_kept_as_sorted_pairs(form: object) -> None:
     assert hash(params) == hash(SamplingParams(logit_bias=params.logit_bias))
 
 
+def test_bad_words_are_kept_as_tuples() -> None:
+    params = SamplingParams(bad_words=["a", "b"], bad_words_ids=[[3, 4], (5,)])  # type: ignore[arg-type]
+    assert (params.bad_words, params.bad_words_ids) == (("a", "b"), ((3, 4), (5,)))
+    assert SamplingParams(bad_words="a").bad_words == ("a",)  # type: ignore[arg-type]
+    assert SamplingParams(bad_words=None, bad_words_ids=None) == SamplingParams()  # type: ignore[arg-type]
+
+
 def test_a_models_end_tokens_join_those_of_the_request() -> None:
     params = SamplingParams(stop_token_ids=[7, 3])  # type: ignore[arg-type]
     assert params.ending_with([0, 3]).stop_token_ids == (0, 3, 7)
@@ -110,6 +121,7 @@ def test_each_text_has_a_seed_of_its_own() -> None:
         {"frequency_penalty": -1},
         {"logit_bias": {1: 1}},
         {"min_tokens": 1},
+        {"bad_words_ids": [[3, 4]]},
     ],
 )
 def test_what_penalises(values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from ssd_ray.errors import (
     VocabularyMismatchError,
 )
 from ssd_ray.models import loader
-from ssd_ray.models.loader import check_pair, load_runner, load_tokenizer, model_info
+from ssd_ray.models.loader import check_pair, end_tokens, load_runner, load_tokenizer, model_info
 from tests.support.tiny import save_model, tiny_config, tiny_model, tiny_pair
 
 SIZE = {"rows": 2, "scratch": 32, "device": "cpu"}
@@ -50,6 +50,14 @@ def test_end_tokens_of_the_generation_config_come_first(pair: tuple[str, str]) -
     assert model_info(pair[0]).eos_token_ids == (3, 5)
     (Path(pair[0]) / "generation_config.json").unlink()
     assert model_info(pair[0]).eos_token_ids == (0,)
+
+
+def test_the_tokenizers_own_end_token_ends_a_text_too(pair: tuple[str, str]) -> None:
+    (Path(pair[0]) / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    tokenizer = load_tokenizer(pair[0])
+    assert end_tokens(model_info(pair[0]), tokenizer) == (0, 3, 5)
+    tokenizer.eos_token = None
+    assert end_tokens(model_info(pair[0]), tokenizer) == (3, 5)
 
 
 def test_load_runner(pair: tuple[str, str]) -> None:
