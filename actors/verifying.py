@@ -23,7 +23,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
-from ssd_ray.saguaro.planner import Planner
+from ssd_ray.saguaro.planner import Planner, plan_without_draft
 from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import verifier
@@ -163,7 +163,6 @@ class Target:
         total = self._done
         for row in self.batch.all:
             total = add(total, row.session.stats())
-        plan = str(self._planner.plan)
         return EngineStats(
             sums=total,
             requests=self._requests,
@@ -172,8 +171,13 @@ class Target:
             drafts=tuple(self._drafts),
             kv_pages=self.batch.pool.size,
             kv_pages_free=self.batch.pool.available,
-            plan=plan,
+            plan=self._plan(),
         )
+
+    def _plan(self) -> str:
+        if self._drafts:
+            return str(self._planner.plan)
+        return plan_without_draft(self._lookahead, self._pace, looks_up=self._looks_up)
 
     # The loop
 

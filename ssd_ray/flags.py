@@ -15,7 +15,7 @@ import typer
 Config = TypeVar("Config")
 Command = Callable[..., None]
 
-_WIDEST_METAVAR = 12
+_WIDEST_METAVAR = 10
 
 
 def with_flags(*configs: type) -> Callable[[Command], Command]:
@@ -65,8 +65,11 @@ def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect
         options |= {"parser": _number_or_word, "metavar": _metavar(hint)}
     elif get_origin(hint) is Literal and len("|".join(get_args(hint))) > _WIDEST_METAVAR:
         options["metavar"] = "<choice>"  # the explanation names them; a wide column would crowd the flags out
+    # What is off can only be turned on: a second name for what it is anyway would crowd the flags out.
+    names = ["--" + field.name.replace("_", "-")] if hint is bool and not default else []
+    option = typer.Option(*names, **options)
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(**options)]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
 
 

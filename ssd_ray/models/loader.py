@@ -292,22 +292,27 @@ def _load_model(source: str, dtype: torch.dtype, role: Role, trust_remote_code: 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Let transformers draw no progress bar and print no report on somebody's terminal: we say what there is to say."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    """Let nobody else draw a progress bar or print a report on somebody's terminal: we say what there is to say."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    libraries = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [library.level for library in libraries]
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    for library in libraries:
+        library.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        for library, level in zip(libraries, levels, strict=True):
+            library.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
 def _config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(
-        source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
-    )
+    with _silence():  # the hub's client reports each of its tries
+        return AutoConfig.from_pretrained(
+            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
+        )
 
 
 @contextmanager
