@@ -121,16 +121,19 @@ def _with_draft(config: EngineConfig) -> EngineConfig:
         ModelError: the draft that it names is not there or does not match the target.
         ConfigError: it bars the text from being the draft.
     """
-    if not config.drafts_from_text:
-        try:
-            check_pair(config.target, config.draft, trust_remote_code=config.trust_remote_code)
-            return config
-        except ModelError as error:
-            if config.draft is not None:
-                raise
-            logger.warning("no draft was given, and the bundled one does not fit the target (%s)", error)
-    logger.info("the text itself is the draft: what followed the same tokens earlier in it is speculated")
-    return replace(config, draft=TEXT_DRAFT)
+    if config.drafts_from_text:
+        logger.info("the text itself is the draft")
+        return config
+    try:
+        check_pair(config.target, config.draft, trust_remote_code=config.trust_remote_code)
+    except ModelError as error:
+        if config.draft is not None:
+            raise
+        logger.warning(
+            "no draft is given and the bundled one does not fit, so the text itself is the draft (%s)", error
+        )
+        return replace(config, draft=TEXT_DRAFT)
+    return config
 
 
 def _max_length(config: EngineConfig, info: ModelInfo) -> int:

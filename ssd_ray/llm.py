@@ -56,7 +56,8 @@ class LLM:
     ``LLM()`` takes the bundled pair of models. All methods may be called from any thread.
 
     Args:
-        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model.
+        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model. Without a draft that
+            fits, the text itself is the draft; see :class:`~ssd_ray.config.EngineConfig`.
         options: the other fields of :class:`~ssd_ray.config.EngineConfig`.
 
     Raises:

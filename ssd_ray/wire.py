@@ -160,7 +160,7 @@ class Misses(Struct, frozen=True, array_like=True):
         late: the draft was at work on the round, but had not come to this outcome.
         stale: the draft was still at work on an earlier round.
         cold: no draft had sent anything for this sequence yet.
-        no_draft: no draft was connected.
+        no_draft: no draft took part: none is connected, or the text is beyond them.
     """
 
     fan_out: int = 0

@@ -274,17 +274,21 @@ def _check_files(source: str) -> None:
 
 
 def _load_model(source: str, dtype: torch.dtype, role: Role, trust_remote_code: bool) -> PreTrainedModel:
-    """Load weights, all that the model has: transformers would draw at random what is not there."""
+    """Load weights, all that the model has: transformers draws at random what is not there."""
     with _silence():
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             local_files_only=os.path.isdir(source),
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # so that they are told, too
             output_loading_info=True,
         )
     if missing := found["missing_keys"]:
         raise ModelError(f"{role}: {source} lacks weights that the model has: {few(missing)}")
+    if mismatched := found["mismatched_keys"]:
+        shapes = few(f"{name} ({tuple(ours)}, not {tuple(theirs)})" for name, ours, theirs in mismatched)
+        raise ModelError(f"{role}: {source} has weights of another shape than the model: {shapes}")
     if surplus := found["unexpected_keys"]:
         logger.warning("%s: %s has weights that the model has not: %s", role, source, few(surplus))
     return model

@@ -366,7 +366,7 @@ def test_the_text_itself_is_the_draft_where_none_fits(cluster, pair, expected, t
     with_weights(pair[0], tmp_path / "model", {"surplus": torch.zeros(1)})
     monkeypatch.chdir(tmp_path)
     with LLM("model") as engine:
-        assert "bundled one does not fit the target" in caplog.text
+        assert "the bundled one does not fit, so the text itself is the draft" in caplog.text
         assert f"target: {tmp_path / 'model'} has weights that the model has not: surplus" in caplog.text
         assert list(engine._engine.driver.actors) == ["target"]
         assert engine.generate(PROMPT, PARAMS)[0].text == expected.text

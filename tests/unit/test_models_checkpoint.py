@@ -113,6 +113,13 @@ def test_weights_that_are_missing_are_named(folder: Path) -> None:
         load_runner(str(folder), role="target", **SIZE)
 
 
+def test_weights_of_another_shape_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors") | {"model.norm.weight": torch.zeros(7)}
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"another shape than the model: model\.norm\.weight \(\(7,\), not \(32,\)\)$"):
+        load_runner(str(folder), role="target", **SIZE)
+
+
 def test_weights_that_are_too_many_are_a_warning(
     folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
