@@ -145,7 +145,7 @@ def check_pair(target: str | None, draft: str | None, *, trust_remote_code: bool
                 f"draft: its vocabulary has {sizes[1]} tokens, the target's has {sizes[0]}; a pair shares one"
             )
     elif ours != theirs:
-        differing = len(ours.items() ^ theirs.items())
+        differing = max(len(ours), len(theirs)) - len(ours.items() & theirs.items())
         raise VocabularyMismatchError(
             f"draft: its tokenizer is not the target's: {differing} of {max(len(ours), len(theirs))} entries differ; "
             "a pair shares one vocabulary"
