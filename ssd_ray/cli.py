@@ -267,7 +267,8 @@ def _print_figures(stats: Stats, seconds: float) -> None:
     from rich.table import Table
 
     misses = ", ".join(f"{count} {cause}" for cause, count in stats.misses.items() if count) or "none"
-    drafted, looked_up = stats.sums.tree_tokens, stats.backups["ngram"]
+    drafted = stats.sums.hits + sum(stats.misses.values()) > stats.misses["no_draft"]
+    looked_up = stats.backups["ngram"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("tokens/s", f"{stats.tokens / seconds:.1f}  ({stats.tokens} tokens in {seconds:.2f} s)"),
