@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -24,7 +25,7 @@ from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import DraftSession, Item, Ranking
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
-from ssd_ray.wire import Begin, Close, Goodbye, Hello, Lost, Message, Open, Outcome, decode, encode
+from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Open, Outcome, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Draft:
 
     Args:
         runner: the model; each sequence takes one of its rows. Sequences for which there is no row or no memory are
-            left alone.
+            left alone, and so are those that are beyond it: longer than it can take, or with a token that it does not
+            know.
         channel: to the target.
         session: the engine's number on the wire.
         policy: makes the fan-out policy, which learns from all sequences together.
@@ -104,7 +106,7 @@ class Draft:
         self.pool = PagePool(range(runner.num_pages), runner.page_slots)
         self._seats: dict[int, Seat] = {}
         self._handover = Handover()
-        self._asked: dict[int, int] = {}
+        self._asked: dict[int, float] = {}  # the round in which a sequence was last asked for; inf: never again
         self._hello_due = 0.0
         self._step_ms, self._shared_by = 0.0, 1  # of the last step: how long it took, and how many sequences it served
         self.malformed = 0
@@ -186,7 +188,10 @@ class Draft:
 
     def _open(self, message: Open) -> None:
         self._asked.pop(message.sequence, None)
-        if not message.tokens or len(message.tokens) > self._runner.max_length:
+        if not message.tokens:
+            return
+        if self._is_beyond(len(message.tokens), message.tokens):
+            self._decline(message.sequence)
             return
         seat = self._seats.get(message.sequence)
         if seat is not None and self._agrees(seat, message):
@@ -196,6 +201,15 @@ class Draft:
             return
         self._close(message.sequence)
         self._take_seat(message)
+
+    def _is_beyond(self, length: int, added: Sequence[int]) -> bool:
+        """Whether a sequence is too long for the model, or got a token that it does not know."""
+        return length > self._runner.max_length or max(added) >= self._runner.vocab_size
+
+    def _decline(self, sequence: int) -> None:
+        self._close(sequence)
+        self._asked[sequence] = inf
+        self._send(Declined(sequence))
 
     def _agrees(self, seat: Seat, message: Open) -> bool:
         """Whether what others may read of a sequence's KV is as the message has it."""
@@ -241,6 +255,9 @@ class Draft:
             return
         moves = seat.session.advance(message)
         self._runner.move(seat.row, moves.source, moves.destination)
+        if self._is_beyond(len(seat.session.tokens), seat.session.tokens[-message.accepted - 1 :]):
+            self._decline(message.sequence)
+            return
         self._make_room(message.sequence, seat)
 
     def _ask(self, message: Outcome) -> None:
@@ -329,9 +346,11 @@ class Draft:
         for index, row in enumerate(padded):
             seeing = [token for token, item in enumerate(row) for _ in item.path]
             visible[index, seeing, [slot for item in row for slot in item.path]] = True
-        # The target's vocabulary may have more padding than the draft's.
+        # Others may guess tokens that this model does not know, and guesses may lie beyond its last position. They are
+        # run as something else: a sequence that gets there goes on without this draft.
         tokens = torch.tensor([[item.token for item in row] for row in padded]).clamp(max=self._runner.vocab_size - 1)
         positions = torch.tensor([[item.position for item in row] for row in padded])
+        positions = positions.clamp(max=self._runner.max_length - 1)
         slots = torch.tensor([[item.slot for item in row] for row in padded])
         rows = [seat.row for seat, _ in work]
         return self._runner.extend(rows, tokens, positions, slots, torch.from_numpy(visible))

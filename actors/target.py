@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TargetActor:
-    """Verifies. With method "sd" its draft lives in the same process.
+    """Verifies. With method "sd" its draft lives in the same process, if it is a model.
 
     Args:
         config: what to load.
@@ -31,9 +31,10 @@ class TargetActor:
         pin(cores)
         self._cores = cores
         self._stopping = False
-        self._channel = InlineChannel(channel) if config.method == "sd" else channel
-        inline = isinstance(self._channel, InlineChannel)
-        tokenizer = load_tokenizer(config.target)
+        inline = config.method == "sd" and not config.drafts_from_text
+        self._channel = InlineChannel(channel) if inline else channel
+        trust = config.trust_remote_code
+        tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
         self._target = Target(
             load_model(config, "target", SHAPE),
             self._channel,
@@ -47,7 +48,7 @@ class TargetActor:
             concurrency=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
             prefix_cache=config.prefix_cache,
-            end_tokens=end_tokens(model_info(config.target), tokenizer),
+            end_tokens=end_tokens(model_info(config.target, trust_remote_code=trust), tokenizer),
             tokenizer=tokenizer,
         )
         if isinstance(self._channel, InlineChannel):

@@ -23,7 +23,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
-from ssd_ray.saguaro.planner import Planner
+from ssd_ray.saguaro.planner import Planner, plan_without_draft
 from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import verifier
@@ -35,6 +35,7 @@ from ssd_ray.transport.channel import Channel
 from ssd_ray.wire import (
     Begin,
     Close,
+    Declined,
     Goodbye,
     Hello,
     Lost,
@@ -162,7 +163,6 @@ class Target:
         total = self._done
         for row in self.batch.all:
             total = add(total, row.session.stats())
-        plan = str(self._planner.plan)
         return EngineStats(
             sums=total,
             requests=self._requests,
@@ -171,8 +171,13 @@ class Target:
             drafts=tuple(self._drafts),
             kv_pages=self.batch.pool.size,
             kv_pages_free=self.batch.pool.available,
-            plan=plan,
+            plan=self._plan(),
         )
+
+    def _plan(self) -> str:
+        if self._drafts:
+            return str(self._planner.plan)
+        return plan_without_draft(self._lookahead, self._pace, looks_up=self._looks_up)
 
     # The loop
 
@@ -183,7 +188,7 @@ class Target:
         self._receive(0.0)
         self._flush()
         for row in self.batch.admit():
-            for draft in self._drafts:
+            for draft in self._drafters(row):
                 self._open(draft, row)
         if not self.batch.rows:
             self._receive(idle_seconds)
@@ -309,12 +314,12 @@ class Target:
         for row in going:
             row.announced = row.session.cache.speculate(row.session.most(self._lookahead))
         for share, draft in enumerate(self._drafts):
-            self._send(draft, *(self._outcome(row, share) for row in going if draft not in row.unaware))
+            self._send(draft, *(self._outcome(row, share) for row in going if self._follows(draft, row)))
 
     def _look_up(self, row: Row) -> None:
         """Find what is prepared for the outcome."""
         session = row.session
-        hit = session.look_up(self._drafts)
+        hit = session.look_up(self._drafters(row))
         if self._planner.factors is not None and row.accepted == self._lookahead:
             self._planner.factors.saw_whole(hit)
         most = session.most(self._lookahead)
@@ -326,7 +331,7 @@ class Target:
     def _back_up(self, row: Row, most: int) -> None:
         """After a miss speculate what the text itself suggests, if the configuration, or the odds, say so."""
         session = row.session
-        waits = self._worth_waiting(session)
+        waits = self._worth_waiting(row)
         proposal = row.ngrams.propose(most) if self._looks_up else []
         if proposal and (self._backup == "ngram" or self._pace.prefers_lookup(len(proposal), most, waits=waits)):
             session.cache.plant(proposal)
@@ -344,7 +349,7 @@ class Target:
         """How many tokens a row has, and how many it could have."""
         most = row.session.most(self._lookahead)
         available = row.session.cache.available(most)
-        return available, most if self._worth_waiting(row.session) and not row.looked_up else available
+        return available, most if self._worth_waiting(row) and not row.looked_up else available
 
     def _steps(self, lengths: Sequence[tuple[int, int]]) -> int:
         """Draft steps to wait for."""
@@ -368,7 +373,8 @@ class Target:
             if not self._receive(left) and self._patient:
                 break
         waited_ms = 1e3 * (self._clock() - start)
-        self._pace.saw_wait(waited_ms, steps, came=not short)
+        # The draft in this process is never late: what does not come is not to be had, and nothing was lost by asking.
+        self._pace.saw_wait(waited_ms, steps, came=self._patient or not short)
         return waited_ms
 
     @staticmethod
@@ -376,8 +382,19 @@ class Target:
         """Tokens that the row is to have and has not."""
         return row.wanted - row.session.cache.available(row.wanted)
 
-    def _worth_waiting(self, session: TargetSession) -> bool:
-        """Whether some draft is at work on this sequence: it has said something about the round before this one."""
+    def _drafters(self, row: Row) -> list[str]:
+        """The drafts that take part in a row."""
+        return [draft for draft in self._drafts if draft not in row.declined]
+
+    def _follows(self, draft: str, row: Row) -> bool:
+        """Whether a draft knows of a row and takes part in it."""
+        return draft not in row.unaware and draft not in row.declined
+
+    def _worth_waiting(self, row: Row) -> bool:
+        """Whether some draft is at work on this row: it has said something about the round before this one."""
+        if not self._drafters(row):
+            return False
+        session = row.session
         at_work = max(session.cache.latest.values(), default=-1) >= max(0, session.round - 1)
         return self._patient or (self._backup in ("draft", "auto") and at_work)
 
@@ -468,6 +485,11 @@ class Target:
                 row = self._running(message.sequence)
                 if row is not None and peer not in row.unaware:
                     row.unaware.append(peer)
+            case Declined() if peer in self._drafts:
+                row = self._running(message.sequence)
+                if row is not None:
+                    row.declined.add(peer)
+                    row.session.cache.forget(peer)
             case Goodbye():
                 self._remove_draft(peer)
             case _:
@@ -480,6 +502,7 @@ class Target:
             for row in self.batch.rows:
                 row.session.cache.forget(draft)
                 row.unaware = [name for name in row.unaware if name != draft]
+                row.declined.discard(draft)
 
     def _running(self, sequence: int) -> Row | None:
         return next((row for row in self.batch.rows if row.session.sequence == sequence), None)

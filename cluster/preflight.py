@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ssd_ray.cluster.runtime import is_private
-from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError
+from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingParams
+from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.loader import (
     ModelInfo,
     Role,
+    check_files,
     check_pair,
     count_pages,
     end_tokens,
     free_bytes,
     load_tokenizer,
+    model_fingerprint,
     model_info,
 )
 from ssd_ray.speculation.draft import SCRATCH
+
+logger = logging.getLogger(__name__)
+
+Fingerprints = Mapping[Role, tuple[str, str]]
+"""What tells the models that were looked at from others, wherever they are loaded."""
 
 SHARE_OF_MEMORY = 0.95
 """Of the free memory that models may fill; Python and Ray need some beside."""
@@ -33,12 +41,16 @@ class Checked:
     """What the driver knows of models that have passed.
 
     Attributes:
+        config: the engine's, with what it left open: the draft, and the longest sequence.
+        fingerprints: of the models that are loaded.
         tokenizer: the target's.
-        vocab_size: token ids that target and draft both know.
+        vocab_size: token ids that the target knows.
         max_length: tokens of prompt and text together at most.
         end_tokens: tokens that end a text.
     """
 
+    config: EngineConfig
+    fingerprints: Fingerprints
     tokenizer: Any
     vocab_size: int
     max_length: int
@@ -91,37 +103,66 @@ class Checked:
 
 
 def check(config: EngineConfig) -> Checked:
-    """Look at the models' configs and tokenizers, not at their weights.
+    """Look at the models' configs, tokenizers and files, without reading their weights.
 
     Raises:
-        ModelError: a model is not there or cannot work here, or the two do not share one vocabulary.
-        ConfigError: ``max_model_len`` is above what the models can take.
+        ModelError: a model is not there, or not whole, or cannot work here, or the two do not share one vocabulary.
+        ConfigError: ``max_model_len`` is above what the target can take.
         ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
-    infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target")}
-    vocab_size = infos["target"].vocab_size
+    trust = config.trust_remote_code
+    infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target", trust_remote_code=trust)}
     if config.method != "ar":
-        infos["draft"] = model_info(config.draft, role="draft")
-        vocab_size = check_pair(config.target, config.draft)
-    max_length = min(_max_length(config, info, role) for role, info in infos.items())
+        config = _with_draft(config)
+        if not config.drafts_from_text:
+            infos["draft"] = model_info(config.draft, role="draft", trust_remote_code=trust)
+    for role in infos:
+        check_files(getattr(config, role), role=role)
+    max_length = _max_length(config, infos["target"])
+    config = replace(config, max_model_len=max_length)
     if is_private():
         _require_machine(config, infos, max_length)
-    tokenizer = load_tokenizer(config.target)
+    tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
     return Checked(
+        config=config,
+        fingerprints={role: model_fingerprint(getattr(config, role), role=role) for role in infos},
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=infos["target"].vocab_size,
         max_length=max_length,
         end_tokens=end_tokens(infos["target"], tokenizer),
     )
 
 
-def _max_length(config: EngineConfig, info: ModelInfo, role: Role) -> int:
+def _with_draft(config: EngineConfig) -> EngineConfig:
+    """The configuration with its draft: the one that it names, or the bundled one, or the text itself where that does
+    not fit.
+
+    Raises:
+        ModelError: the draft that it names is not there or does not match the target.
+        ConfigError: it bars the text from being the draft.
+    """
+    if config.drafts_from_text:
+        logger.info("the text itself is the draft")
+        return config
+    try:
+        check_pair(config.target, config.draft, trust_remote_code=config.trust_remote_code)
+    except ModelError as error:
+        if config.draft is not None:
+            raise
+        logger.warning(
+            "no draft is given and the bundled one does not fit, so the text itself is the draft (%s)", error
+        )
+        return replace(config, draft=TEXT_DRAFT)
+    return config
+
+
+def _max_length(config: EngineConfig, info: ModelInfo) -> int:
     wanted, limit = config.max_model_len, info.max_length
     if wanted is not None and limit is not None and wanted > limit:
-        raise ConfigError("max_model_len", f"at most {limit}, the positions of the {role}", wanted)
+        raise ConfigError("max_model_len", f"at most {limit}, the positions of the target", wanted)
     length = wanted or limit
     if length is None:
-        raise ConfigError("max_model_len", f"a number, since the {role}'s config sets no limit", None)
+        raise ConfigError("max_model_len", "a number, since the target's config sets no limit", None)
     return length
 
 
@@ -135,7 +176,7 @@ def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_len
 
 
 def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
-    copies = {"target": 1, "draft": config.num_drafts if config.method == "ssd" else 1}
+    copies = {"target": 1, "draft": config.draft_actors if config.method == "ssd" else 1}
     weights = sum(copies[role] * info.parameter_bytes for role, info in infos.items())
     scratch = {"target": MAX_LOOKAHEAD + 1, "draft": SCRATCH}
     rows = 1 if config.kv_memory == "auto" else config.max_num_seqs
@@ -143,7 +184,8 @@ def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_leng
     for role, info in infos.items():
         page_bytes = info.kv_bytes_per_slot * PAGE_SLOTS
         wanted = None if config.kv_memory == "auto" else config.kv_memory
-        kv += copies[role] * page_bytes * count_pages(wanted, page_bytes, rows, max_length + scratch[role], 0)
+        slots = min(max_length, info.max_length or max_length) + scratch[role]
+        kv += copies[role] * page_bytes * count_pages(wanted, page_bytes, rows, slots, 0)
     free = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
     if weights + kv > free:
         raise ResourceError(

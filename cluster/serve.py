@@ -90,7 +90,7 @@ def bundles(config: EngineConfig, resources: Mapping[str, float]) -> list[dict[s
     Raises:
         ResourceError: ``device`` is "cuda" and the cluster has no GPU.
     """
-    actors = 1 + (config.num_drafts if config.method == "ssd" else 0)
+    actors = 1 + config.draft_actors
     share = floor(100 * resources.get("CPU", 1.0) / (1 + actors)) / 100
     cpu = {"CPU": max(0.01, min(1.0, share))}
     gpus = gpus_of_an_actor(config.device, resources)
@@ -113,13 +113,13 @@ def serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
     Raises:
         SsdRayError: the application does not start.
     """
-    check(config)
+    checked = check(config)
     _require_free(host, port)
     runtime = RayRuntime()
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
         try:
-            _run(application(config))
+            _run(application(checked.config))
             yield f"http://{host}:{port}"
         finally:
             serve.delete(NAME)

@@ -11,7 +11,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, ModelPath, SamplingParams
 from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
 from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
 from ssd_ray.outputs import Prompt, RequestOutput, join
@@ -63,7 +63,7 @@ class AsyncLLM:
     models and machine when it starts.
     """
 
-    def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
+    def __init__(self, target: ModelPath = None, draft: ModelPath = None, **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
         self._started: Engine | None = None
 

@@ -267,6 +267,8 @@ def _print_figures(stats: Stats, seconds: float) -> None:
     from rich.table import Table
 
     misses = ", ".join(f"{count} {cause}" for cause, count in stats.misses.items() if count) or "none"
+    drafted = stats.sums.hits + sum(stats.misses.values()) > stats.misses["no_draft"]
+    looked_up = stats.backups["ngram"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("tokens/s", f"{stats.tokens / seconds:.1f}  ({stats.tokens} tokens in {seconds:.2f} s)"),
@@ -274,12 +276,13 @@ def _print_figures(stats: Stats, seconds: float) -> None:
         ("cached", stats.cached_tokens and f"{stats.cached_tokens} tokens were not prefilled: their KV was there"),
         ("preemptions", stats.preemptions and f"{stats.preemptions} times a request made room and waited again"),
         ("tokens per round", f"{stats.tokens_per_round:.2f}"),
-        ("hit rate", f"{stats.hit_rate:.1%}"),
-        ("misses", misses),
+        ("hit rate", drafted and f"{stats.hit_rate:.1%}"),
+        ("misses", drafted and misses),
+        ("from the text", looked_up and f"{looked_up} rounds began with what followed the same tokens earlier in it"),
         ("duty cycle", f"{stats.duty_cycle:.1%} of the time inside verification"),
         (
             "trees",
-            f"{stats.tree_use:.1%} of their tokens used, {stats.draft_waste:.1%} of the steps in vain",
+            drafted and f"{stats.tree_use:.1%} of their tokens used, {stats.draft_waste:.1%} of the steps in vain",
         ),
     ):
         if value:

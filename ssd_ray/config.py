@@ -1,7 +1,8 @@
 """Configuration: small frozen dataclasses that validate themselves.
 
-Validation is pure: it looks at the value alone and raises :class:`~ssd_ray.errors.ConfigError`, so that bad input is
-refused before anything is started. Paths and models are looked at by the loader.
+Validation looks at the value alone and raises :class:`~ssd_ray.errors.ConfigError`, so that bad input is refused before
+anything is started. Folders become absolute, since who reads them may stand elsewhere; models are looked at by the
+loader.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import isfinite
+from os import PathLike, fspath
+from os.path import expanduser
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssd_ray.errors import ConfigError
@@ -19,9 +23,14 @@ Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ModelPath = str | PathLike[str] | None
+"""A folder, a hub id or None; see :class:`EngineConfig`."""
 
 MAX_LOOKAHEAD = 7
 """Largest lookahead: a verification has one fixed shape of 8 tokens, the bonus token and 7 guesses."""
+
+TEXT_DRAFT = "ngram"
+"""In place of a draft model: the text itself, by what followed the same tokens earlier in it."""
 
 SEED_MASK = (1 << 63) - 1
 
@@ -83,6 +92,16 @@ def _bad_words_ids(value: Any) -> tuple[tuple[int, ...], ...]:
         for token in word:
             _integer("bad_words_ids", token, 0, 2**31 - 1)
     return tuple(map(tuple, words))
+
+
+def _model(name: str, value: Any) -> str | None:
+    """A model's folder, absolute, or its hub id."""
+    path: str | None = fspath(value) if isinstance(value, PathLike) else value
+    _require(path is None or (isinstance(path, str) and path != ""), name, "a folder, a hub id or None", value)
+    if path is None or value == TEXT_DRAFT:
+        return path
+    folder = Path(expanduser(path))
+    return str(folder.absolute()) if isinstance(value, PathLike) or folder.is_dir() else str(path)
 
 
 def _choice(name: str, value: object, literal: Any) -> None:
@@ -204,7 +223,8 @@ class EngineConfig:
 
     Attributes:
         target: folder or hub id of the target model; None is the bundled one.
-        draft: folder or hub id of the draft model; None is the bundled one.
+        draft: folder or hub id of the draft model. "ngram" is the text itself: what followed the same tokens earlier in
+            it. None is the bundled model if it fits the target, else "ngram".
         method: "ssd" (drafts work while the target verifies), "sd" (in turn, in one process) or "ar" (no draft).
         num_drafts: draft actors at the start; 0 is allowed and decodes without speculation.
         lookahead: tokens in one speculation at most, 1 to 7, or "auto".
@@ -233,6 +253,7 @@ class EngineConfig:
             the memory that is free. Where it is full, the latest requests wait.
         prefix_cache: keep the KV of ended requests, for prompts that begin as they did.
         prefill_chunk: prompt tokens that are prefilled between two rounds of the requests that decode.
+        trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
     """
 
     target: str | None = None
@@ -258,13 +279,13 @@ class EngineConfig:
     kv_memory: float | Literal["auto"] = "auto"
     prefix_cache: bool = True
     prefill_chunk: int = 256
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, literal in _CHOICES.items():
             _choice(name, getattr(self, name), literal)
         for name in ("target", "draft"):
-            path = getattr(self, name)
-            _require(path is None or (isinstance(path, str) and path != ""), name, "a folder, a hub id or None", path)
+            object.__setattr__(self, name, _model(name, getattr(self, name)))
         _integer("num_drafts", self.num_drafts, 0, 1024)
         if self.lookahead != "auto":
             _integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
@@ -284,10 +305,22 @@ class EngineConfig:
         _require(device.partition(":")[0] in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu' or 'cuda'", self.device)
         if self.kv_memory != "auto":
             _real("kv_memory", self.kv_memory, 0.0, 1e6, open_low=True)
-        for name in ("compile", "text_lookup", "prefix_cache"):
+        for name in ("compile", "text_lookup", "prefix_cache", "trust_remote_code"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         if self.backup == "ngram":
             _require(self.text_lookup, "text_lookup", "True with backup 'ngram'", self.text_lookup)
+        if self.drafts_from_text:
+            _require(self.text_lookup, "text_lookup", "True where the text itself is the draft", self.text_lookup)
+
+    @property
+    def drafts_from_text(self) -> bool:
+        """Whether the text itself takes the place of a draft model."""
+        return self.draft == TEXT_DRAFT and self.method != "ar"
+
+    @property
+    def draft_actors(self) -> int:
+        """How many draft actors there are at the start."""
+        return self.num_drafts if self.method == "ssd" and not self.drafts_from_text else 0
 
     @classmethod
     def from_kwargs(cls, **values: Any) -> EngineConfig:

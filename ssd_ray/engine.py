@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.models = check(config)
-        self.driver = Driver(replace(config, max_model_len=self.models.max_length))
+        self.driver = Driver(self.models.config, self.models.fingerprints)
         self._finalizer = weakref.finalize(self, self.driver.close)
         # At exit it has to come before Ray's own end, so it is registered after that, and not by weakref.
         self._finalizer.atexit = False

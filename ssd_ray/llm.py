@@ -10,7 +10,7 @@ from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, ModelPath, SamplingParams
 from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
 from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
 from ssd_ray.outputs import Completion, Prompt, RequestOutput, join
@@ -56,7 +56,8 @@ class LLM:
     ``LLM()`` takes the bundled pair of models. All methods may be called from any thread.
 
     Args:
-        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model.
+        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model. Without a draft that
+            fits, the text itself is the draft; see :class:`~ssd_ray.config.EngineConfig`.
         options: the other fields of :class:`~ssd_ray.config.EngineConfig`.
 
     Raises:
@@ -66,7 +67,7 @@ class LLM:
         EngineError: something else kept the engine from starting.
     """
 
-    def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
+    def __init__(self, target: ModelPath = None, draft: ModelPath = None, **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
         self._engine = Engine(self.config)
 

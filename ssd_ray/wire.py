@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from ssd_ray.config import MAX_LOGPROBS, SamplingParams
 from ssd_ray.errors import ConfigError, ProtocolError
 
-VERSION = 1
+VERSION = 2
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Token = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -71,6 +71,13 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
 class Lost(Message, frozen=True, tag="lost"):
     """The draft does not know the sequence's past (it joined late or missed an outcome): open it again."""
+
+    sequence: Count
+
+
+class Declined(Message, frozen=True, tag="declined"):
+    """The sequence is beyond the draft, in its length or with a token that the draft does not know: it goes on without
+    this draft."""
 
     sequence: Count
 
@@ -153,7 +160,7 @@ class Misses(Struct, frozen=True, array_like=True):
         late: the draft was at work on the round, but had not come to this outcome.
         stale: the draft was still at work on an earlier round.
         cold: no draft had sent anything for this sequence yet.
-        no_draft: no draft was connected.
+        no_draft: no draft took part: none is connected, or the text is beyond them.
     """
 
     fan_out: int = 0
@@ -255,7 +262,7 @@ class Output(Message, frozen=True, tag="output"):
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=64)] = []
 
 
-AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Begin | Close | Output
+AnyMessage = Hello | Nodes | Lost | Declined | Goodbye | Open | Outcome | Begin | Close | Output
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], Meta(max_length=4096)]])

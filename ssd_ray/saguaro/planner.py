@@ -51,6 +51,14 @@ class Plan:
         return f"{planned}{drawn}, on a miss {what}: {self.why}"
 
 
+def plan_without_draft(lookahead: int, pace: Pace, *, looks_up: bool) -> str:
+    """What a round is like while no draft is connected; ``looks_up`` says whether the text itself is asked."""
+    if not lookahead or not looks_up:
+        return "go on without speculation: no draft is connected"
+    why = f"first token accepted {pace.lookup_acceptance[0]:.0%}" if pace.verify_ms else "nothing is measured yet"
+    return f"speculate up to {lookahead} tokens that followed the same ones earlier in the text, without a draft: {why}"
+
+
 class Choice(Generic[T]):
     """A value that is kept until another one has promised clearly more for several rounds in a row."""
 

@@ -166,7 +166,7 @@ class TargetSession:
     def look_up(self, drafts: Collection[str]) -> bool:
         """Count the last outcome as a hit or a miss, and say which: whether a speculation for it is there.
 
-        ``drafts`` are those that are connected, for the cause of a miss.
+        ``drafts`` are those that take part, for the cause of a miss.
         """
         self.hit = self.cache.available(1) > 0
         if self.hit:

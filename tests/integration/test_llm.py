@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ from time import monotonic, sleep
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -34,6 +36,14 @@ pytestmark = pytest.mark.ray
 PROMPT = "def add(a, b):"
 PARAMS = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, seed=5, ignore_eos=True)
+
+
+def with_weights(source, folder, changes):
+    """A copy of a model with other weights; None takes one away."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors") | changes
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +376,25 @@ def test_the_command_line_writes_the_same_text(cluster, pair, expected, tmp_path
     assert "(48 tokens in" in result.stderr
 
 
+def test_the_text_itself_is_the_draft_where_none_fits(cluster, pair, expected, tmp_path, monkeypatch, caplog):
+    """The folder is a relative one, though actors stand elsewhere, and has a weight too many."""
+    with_weights(pair[0], tmp_path / "model", {"surplus": torch.zeros(1)})
+    monkeypatch.chdir(tmp_path)
+    with LLM("model") as engine:
+        assert "the bundled one does not fit, so the text itself is the draft" in caplog.text
+        assert f"target: {tmp_path / 'model'} has weights that the model has not: surplus" in caplog.text
+        assert list(engine._engine.driver.actors) == ["target"]
+        assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
+        looping = engine.generate(PROMPT, SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True))[0]
+        assert looping.stats.backups["ngram"] > 0
+        assert looping.stats.tokens_per_round > 1.0
+        assert engine.stats().plan.startswith(
+            "speculate up to 7 tokens that followed the same ones earlier in the text"
+        )
+        with pytest.raises(ConfigError, match=r"^draft: expected a model, of which there can be several, got 'ngram'"):
+            engine.scale_drafts(1)
+
+
 def test_a_dead_target_ends_every_request(cluster, pair):
     engine = LLM(pair[0], method="ar")
     stream = engine.stream(PROMPT, LONG)
@@ -384,14 +413,12 @@ def test_a_dead_target_ends_every_request(cluster, pair):
 
 
 def test_a_failed_start_leaves_nothing_running(cluster, llm, pair, tmp_path):
-    """Both models pass the checks, but the draft's weights turn out to be broken."""
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((Path(pair[1]) / name).read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    """Both models pass the checks, but the draft turns out to lack a weight."""
+    with_weights(pair[1], tmp_path, {"model.norm.weight": None})
     llm.scale_drafts(0)
     wait_until(lambda: free_cpus() == ray.cluster_resources()["CPU"] - 1)  # the target of the module's engine
-    with pytest.raises(ModelError, match="draft: cannot load"):
-        LLM(pair[0], str(tmp_path))
+    with pytest.raises(ModelError, match=r"draft: .* lacks weights that the model has: model\.norm\.weight"):
+        LLM(pair[0], tmp_path)
     wait_until(lambda: free_cpus() == ray.cluster_resources()["CPU"] - 1)
 
 

@@ -54,7 +54,7 @@ def _in_threads(config: EngineConfig) -> Iterator[Generate]:
     target = TargetActor(config, hub, session=SESSION, cores=None)
     drafts = [
         DraftActor(config, MemorySpoke(hub.address, f"draft-{number}"), session=SESSION, cores=None)
-        for number in range(config.num_drafts if config.method == "ssd" else 0)
+        for number in range(config.draft_actors)
     ]
     threads = [Thread(target=actor.run, daemon=True) for actor in (target, *drafts)]
     for thread in threads:

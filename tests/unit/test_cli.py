@@ -17,7 +17,7 @@ from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, ResourceError
 from ssd_ray.flags import _explanations, from_flags
 from ssd_ray.stats import EngineStats, Stats
-from ssd_ray.wire import Misses, RequestStats, TokenLogprobs
+from ssd_ray.wire import Backups, Misses, RequestStats, TokenLogprobs
 
 SUMS = RequestStats(
     rounds=2, tokens=4, prompt_tokens=7, hits=1, misses=Misses(late=3), verify_ms=3.0, host_ms=1.0, prefill_ms=5.0
@@ -174,6 +174,14 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(llm):
     for figure in ("tokens/s", "(4 tokens in", "2.00", "25.0%", "3 late", "75.0%", "5 ms for 7 prompt tokens"):
         assert figure in result.stderr
     assert llm.made[0].closed
+
+
+def test_without_a_draft_nothing_is_said_of_one(monkeypatch):
+    alone = msgspec.structs.replace(SUMS, hits=0, misses=Misses(no_draft=3), backups=Backups(ngram=2, none=1))
+    monkeypatch.setitem(globals(), "SUMS", alone)
+    told = run("generate", "x").stderr
+    assert re.search(r"from the text +2 rounds began with what followed the same tokens earlier", told)
+    assert not re.search("hit rate|misses|trees", told)
 
 
 def test_what_memory_did_is_told_if_it_did_anything(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -57,6 +58,7 @@ BAD_ENGINE = {
     "kv_memory": [0, -1.0, "all"],
     "prefix_cache": ["yes"],
     "inline_max_bytes": [0],
+    "trust_remote_code": ["yes", 1, None],
 }
 
 
@@ -76,6 +78,35 @@ def test_engine_refuses(field: str, value: object) -> None:
 def test_every_field_is_looked_at() -> None:
     assert {field.name for field in fields(SamplingParams)} == set(BAD_SAMPLING)
     assert {field.name for field in fields(EngineConfig)} == set(BAD_ENGINE) | {"draft"}
+
+
+@pytest.mark.parametrize("field", ["target", "draft"])
+def test_folders_become_absolute_where_they_are_given(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(value: object) -> str | None:
+        path: str | None = getattr(EngineConfig.from_kwargs(**{field: value}), field)
+        return path
+
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "ngram").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = str(tmp_path / "there")
+    assert [kept(each) for each in ("there", "./there", "~/there", folder, Path("there"))] == [folder] * 5
+    assert kept("there/deep") == f"{folder}/deep"
+    assert kept(Path("not/there")) == f"{tmp_path}/not/there", "a Path is never a hub id"
+    assert [kept(each) for each in ("owner/model", "./missing", None)] == ["owner/model", "./missing", None]
+    assert kept("ngram") == "ngram"
+    assert kept(Path("ngram")) == kept("./ngram") == f"{tmp_path}/ngram"
+
+
+def test_what_the_text_is_the_draft_of() -> None:
+    config = EngineConfig(draft="ngram", num_drafts=3)
+    assert (config.drafts_from_text, config.draft_actors) == (True, 0)
+    assert not replace(config, method="ar").drafts_from_text
+    assert replace(config, draft=None).draft_actors == 3
+    assert replace(config, draft=None, method="sd").draft_actors == 0
 
 
 def test_unknown_fields_are_named_with_the_known_ones() -> None:

@@ -109,12 +109,12 @@ def test_the_tokenizer_comes_back(pair: tuple[str, str]) -> None:
 
 
 def test_a_pair_shares_one_vocabulary(pair: tuple[str, str], tmp_path: Path) -> None:
-    assert check_pair(*pair) == 96
+    check_pair(*pair)
     # Embeddings may be padded differently, as in families of one tokenizer.
     padded = save_model(tmp_path / "padded", tiny_model(vocab=104))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(pair[0]) / name, padded / name)
-    assert check_pair(pair[0], str(padded)) == 96
+    check_pair(pair[0], str(padded))
 
 
 def test_other_tokenizers_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_other_tokenizers_are_refused(pair: tuple[str, str], tmp_path: Path) -> 
 def test_without_tokenizers_sizes_decide(tmp_path: Path) -> None:
     target = save_config(tmp_path / "a", "llama", vocab_size=96)
     same, other = (save_config(tmp_path / name, "llama", vocab_size=size) for name, size in (("b", 96), ("c", 97)))
-    assert check_pair(target, same) == 96
+    check_pair(target, same)
     with pytest.raises(VocabularyMismatchError, match=r"^draft: .* 97 tokens, .* 96"):
         check_pair(target, other)
 
