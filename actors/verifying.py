@@ -125,7 +125,7 @@ class Target:
         self._outbox: deque[Output] = deque()
         self._done = RequestStats()
         self._requests = 0
-        self._moving = RLock()  # whoever asks for figures sees every request once, also one that is just admitted or ends
+        self._moving = RLock()  # figures are asked for meanwhile, and tell of every request once
         self._pace = Pace()
         self._planner = Planner(self._pace, lookahead, saguaro_c if sampler == "rejection" else None)
         self.malformed = 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from socket import create_connection
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import ray
@@ -61,6 +61,12 @@ def is_private() -> bool:
     return (_shared.kind if _shared.users else _next_kind()) == "private"
 
 
+def logs_folder() -> str:
+    """Where Ray, to which this process is connected, keeps the logs of the actors on this machine."""
+    node = ray._private.worker._global_node
+    return "the folder of the Ray that it is a client of" if node is None else str(node.get_logs_dir_path())
+
+
 class RayRuntime:
     """Connects to the Ray that is there, or starts one; :meth:`close` undoes exactly that.
 
@@ -80,6 +86,7 @@ class RayRuntime:
         with _shared.lock:
             if not _shared.users:
                 _shared.kind, _shared.end = _connect()
+                logger.info("the logs of Ray and of its actors on this machine are in %s", logs_folder())
             _shared.users += 1
             self.kind = _shared.kind
 
@@ -182,7 +189,7 @@ def _next_kind() -> Kind:
 def _start_ray(folder: str) -> None:
     """Start Ray in a folder of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    context = ray.init(
+    ray.init(
         address="local",
         num_cpus=max(LOGICAL_CPUS, cores),
         object_store_memory=OBJECT_STORE_BYTES,
@@ -192,24 +199,22 @@ def _start_ray(folder: str) -> None:
         _temp_dir=folder,
         _node_ip_address="127.0.0.1",
     )
-    _tell_logs(context)
 
 
 def _join(address: str) -> None:
     logger.info("joining the Ray cluster at %s", address)
     require_cluster()
     try:
-        context = ray.init(log_to_driver=logger.isEnabledFor(logging.DEBUG), logging_level=logging.ERROR)
+        ray.init(log_to_driver=logger.isEnabledFor(logging.DEBUG), logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError: whatever Ray makes of the address
         raise ResourceError(
             f"no Ray cluster at {address} (RAY_ADDRESS): {error}; one that wants a token is joined with "
             "RAY_AUTH_MODE=token"
         ) from error
-    _tell_logs(context)
 
 
 def require_cluster() -> None:
-    """Check that the cluster which ``ray.init()`` would join answers, if it would join one: Ray itself tries for minutes.
+    """Check that the cluster which ``ray.init()`` would join answers: Ray itself tries for minutes.
 
     That is the one which ``RAY_ADDRESS`` names, or else the latest that was started on this machine. Ray keeps a record
     of it, also when it has crashed.
@@ -227,13 +232,6 @@ def require_cluster() -> None:
         where = f"{given} (RAY_ADDRESS)" if given else f"{address}, where the latest of this machine was"
         other = "" if given else "; RAY_ADDRESS=local starts another"
         raise ResourceError(f"no Ray cluster answers at {where}: {error}{other}") from error
-
-
-def _tell_logs(context: Any) -> None:
-    """Say where the logs of actors are; a client of a remote cluster is not told."""
-    folder = getattr(context, "address_info", {}).get("session_dir")
-    if folder is not None:
-        logger.info("the logs of Ray and its actors are in %s/logs", folder)
 
 
 def _settings(folder: str) -> dict[str, str]:

@@ -82,11 +82,11 @@ class ProtocolError(SsdRayError):
 
 
 def quoted_error(text: str) -> SsdRayError | None:
-    """The last error of this package that is quoted in a text such as a traceback, as what it was; None if there is none.
+    """The last error of this package that is quoted in a text such as a traceback, if one is.
 
-    Its attributes are lost; its words are not.
+    It has its class and its words, and none of its attributes.
     """
-    quotes = re.findall(rf"^\W*{re.escape(__name__)}\.(\w+): (.*(?:\n(?! |Traceback).+)*)", text, re.MULTILINE)
+    quotes = re.findall(rf"^\W*{re.escape(__name__)}\.(\w+Error): (.*(?:\n(?! |Traceback).+)*)", text, re.MULTILINE)
     if not quotes:
         return None
     name, words = quotes[-1]

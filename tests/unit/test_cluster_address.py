@@ -52,7 +52,7 @@ def test_an_address_that_is_none(monkeypatch, address):
 
 def test_a_server_is_not_built_for_a_cluster_of_which_only_the_record_is_left(record, silent):
     record.write_text(silent)
-    with pytest.raises(ResourceError, match="no Ray cluster answers at .*, where the latest of this machine was: .*refused"):
+    with pytest.raises(ResourceError, match=r"no Ray cluster answers at .*, where the latest .* was: .*refused"):
         build({})
 
 
