@@ -30,7 +30,7 @@ from ssd_ray.errors import ConfigError, ModelError, SsdRayError
 from ssd_ray.models.loader import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 PROMPT = "def add(a, b):"
 SHORT = {"max_tokens": 24, "seed": 3, "extra_body": {"ignore_eos": True}}
@@ -342,7 +342,7 @@ from ssd_ray.cluster.serve import build
 build({"num_drafts": "2"})
 assert not ray.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=Path(__file__).parents[2])
 
 
 class TestCommand:
