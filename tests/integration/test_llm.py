@@ -128,11 +128,10 @@ def two_drafts(llm):
     wait_until(lambda: len(llm.stats().drafts) == 1)
 
 
-def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair, two_drafts):
-    prompt = "x = 1\n" * 60
+def watching():
+    """What to do in a draft's process; local, so that it need not import this module."""
 
     def watch(process):
-        process.frames, process.prompts = [], []
         channel, handover = process._actor._channel, process._actor._draft._handover
         receive, give = channel.receive, handover.give
 
@@ -148,23 +147,43 @@ def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair, two_drafts)
 
         channel.receive, handover.give = watched_receive, watched_give
 
+    def clear(process):
+        process.frames, process.prompts = [], []
+
+    def seen(process):
+        return max(process.frames, default=0), set(process.prompts), len(process._actor._draft._handover)
+
+    return watch, clear, seen
+
+
+def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair, two_drafts):
+    """To a draft that is late the target says all of a sequence again, so not every attempt on a busy machine shows it;
+    and what reaches a draft behind a sequence's end stays until the next one begins."""
+    prompt, params = "x = 1\n" * 60, replace(PARAMS, max_tokens=100)
+    watch, clear, seen = watching()
     tokens = llm._engine.models.prompt(prompt)
     assert 4 * len(tokens) > llm.config.inline_max_bytes
-    (expected,) = target_alone(pair[0], [tokens], PARAMS)
+    (expected,) = target_alone(pair[0], [tokens], params)
     for name in two_drafts:
+        call(llm, name, clear)
         call(llm, name, watch)
 
-    def drafted():
-        output = llm.generate(prompt, PARAMS)[0]
+    def attempt():
+        for name in two_drafts:
+            call(llm, name, clear)
+        output = llm.generate(prompt, params)[0]
         assert output.token_ids == expected
-        return output.stats.sums.tree_tokens
+        return output.stats.sums.tree_tokens, [call(llm, name, seen) for name in two_drafts]
 
-    in_time(drafted, bool)
-    for name in two_drafts:
-        wait_until(lambda name=name: not call(llm, name, lambda process: len(process._actor._draft._handover)))
-        frames, prompts = call(llm, name, lambda process: (process.frames, process.prompts))
-        assert set(prompts) == {(len(tokens), False, False)}  # views of memory that is the object store's
-        assert 0 < max(frames) < len(tokens)  # bytes: no message had the prompt
+    def enough(result):
+        tree_tokens, drafts = result
+        # Views of memory that is the object store's, and no message, in bytes, had the prompt.
+        one_copy = {(len(tokens), False, False)}
+        return tree_tokens and all(
+            0 < longest < len(tokens) and prompts == one_copy and not left for longest, prompts, left in drafts
+        )
+
+    in_time(attempt, enough)
 
 
 def test_threads_may_share_an_engine(llm, expected):
