@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 from itertools import islice
 from math import inf
+from threading import RLock
 from time import perf_counter
 from typing import Any, Literal
 
@@ -124,6 +126,7 @@ class Target:
         self._outbox: deque[Output] = deque()
         self._done = RequestStats()
         self._requests = 0
+        self._moving = RLock()  # figures are asked for meanwhile, and tell of every request once
         self._pace = Pace()
         self._planner = Planner(self._pace, lookahead, saguaro_c if sampler == "rejection" else None)
         self.malformed = 0
@@ -160,19 +163,17 @@ class Target:
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
-        total = self._done
-        for row in self.batch.all:
-            total = add(total, row.session.stats())
-        return EngineStats(
-            sums=total,
-            requests=self._requests,
-            running=len(self.batch.rows),
-            waiting=len(self.batch.waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
-            drafts=tuple(self._drafts),
-            kv_pages=self.batch.pool.size,
-            kv_pages_free=self.batch.pool.available,
-            plan=self._plan(),
-        )
+        with self._moving:
+            return EngineStats(
+                sums=reduce(add, (row.session.stats() for row in self.batch.all), self._done),
+                requests=self._requests,
+                running=len(self.batch.rows),
+                waiting=len(self.batch.waiting) + sum(isinstance(each, Request) for each in tuple(self._commands)),
+                drafts=tuple(self._drafts),
+                kv_pages=self.batch.pool.size,
+                kv_pages_free=self.batch.pool.available,
+                plan=self._plan(),
+            )
 
     def _plan(self) -> str:
         if self._drafts:
@@ -183,11 +184,14 @@ class Target:
 
     def turn(self, idle_seconds: float = IDLE_SECONDS) -> bool:
         """Run one round of what is there; without requests wait for a message. Returns whether there was work."""
-        self._take_commands()
-        self._end_late()
+        with self._moving:
+            self._take_commands()
+            self._end_late()
         self._receive(0.0)
         self._flush()
-        for row in self.batch.admit():
+        with self._moving:
+            admitted = self.batch.admit()
+        for row in admitted:
             for draft in self._drafters(row):
                 self._open(draft, row)
         if not self.batch.rows:
@@ -209,7 +213,9 @@ class Target:
             row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
 
     def _round(self, rows: Sequence[Row]) -> None:
-        for row in self.batch.make_room(rows):
+        with self._moving:
+            gone = self.batch.make_room(rows)
+        for row in gone:
             self._tell(Close(row.session.sequence))
         rows = [row for row in rows if row.lease is not None]
         if rows:
@@ -445,10 +451,11 @@ class Target:
         session = row.session
         if row.lease is not None or row.holders:
             self._tell(Close(session.sequence))
-        self.batch.remove(row)
         stats = session.stats()
-        self._done = add(self._done, stats)
-        self._requests += 1
+        with self._moving:
+            self.batch.remove(row)
+            self._done = add(self._done, stats)
+            self._requests += 1
         self._outbox.append(Output(session.sequence, [], session.finish_reason, stats))
 
     # Messages

@@ -31,6 +31,7 @@ Cores = Sequence[int] | None
 
 
 class _Process(RefEndpoint):
+    @ray.method(concurrency_group="inbox")
     def info(self) -> dict[str, Any]:
         """Where the process runs: pid, node, cores and GPUs that it may use."""
         return {
@@ -62,6 +63,7 @@ class TargetProcess(_Process):
             channel, self._address = HybridChannel(hub, self.refs, config.inline_max_bytes), hub.address
         self._actor = TargetActor(config, channel, session=session, cores=cores)
 
+    @ray.method(concurrency_group="inbox")
     def address(self) -> ZmqAddress | None:
         """Where spokes connect; None if frames travel in actor calls."""
         return self._address
@@ -125,9 +127,6 @@ class DraftProcess(_Process):
         if address is not None:
             channel = HybridChannel(ZmqSpoke(address, name), self.refs, config.inline_max_bytes)
         self._actor = DraftActor(config, channel, session=session, cores=cores)
-
-    def ready(self) -> None:
-        """Return when the model is loaded."""
 
     def run(self) -> None:
         """Draft until :meth:`stop`."""

@@ -186,9 +186,13 @@ class Supervisor:
             raise EngineError("the engine has no target")
         if drafts:
             logger.info("loading %s", "the draft" if len(drafts) == 1 else f"{len(drafts)} drafts")
-        loads = [self._load(draft, name=draft.name, address=self._address, target=target.handle) for draft in drafts]
-        for draft, load in zip(drafts, loads, strict=True):
-            _pass_on(_get(load, draft.name))
+        loads = {
+            self._load(draft, name=draft.name, address=self._address, target=target.handle): draft.name
+            for draft in drafts
+        }
+        while loads:  # the first that fails is told at once, while others load
+            (load, *_), _ = ray.wait(list(loads))
+            _pass_on(_get(load, loads.pop(load)))
         for draft in drafts:
             _get(target.handle.attach.remote(draft.name, draft.handle), "target")
             with self._changing:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
@@ -49,20 +50,42 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except SsdRayError as error:
-            if ctx.params.get("verbose"):
+            verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
+            if verbose:
                 logging.getLogger(__name__).exception("the command failed")
             typer.echo(f"ssd-ray: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2 if isinstance(error, INPUT_ERRORS) else 1) from error
+            if isinstance(error, INPUT_ERRORS):
+                raise typer.Exit(2) from error
+            if not verbose:
+                typer.echo("ssd-ray: --verbose shows what Ray and the actors log", err=True)
+            raise typer.Exit(1) from error
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return [*super().list_commands(ctx), *(["bench"] if find_spec("ssd_ray.bench.cli") else [])]
 
     def get_command(self, ctx: typer.Context, name: str) -> Any:  # type: ignore[override]
+        command: Any = super().get_command(ctx, name)
         if name == "bench" and find_spec("ssd_ray.bench.cli"):
             command = typer.main.get_command(import_module("ssd_ray.bench.cli").app)
             command.name = name
-            return command
-        return super().get_command(ctx, name)
+        if command is not None:
+            _take_flag(command, self._verbose())
+        return command
+
+    def _verbose(self) -> Any:
+        """The flag of the group for its commands."""
+        flag = copy(next(parameter for parameter in self.params if parameter.name == "verbose"))
+        flag.expose_value = False
+        flag.callback = lambda _context, _flag, wanted: _log_to_stderr(logging.DEBUG) if wanted else None
+        return flag
+
+
+def _take_flag(command: Any, flag: Any) -> None:
+    """Let a command, and those below it, take a flag that acts by its callback alone."""
+    for each in getattr(command, "commands", {}).values():
+        _take_flag(each, flag)
+    if not any(parameter.name == flag.name for parameter in command.params):
+        command.params.append(flag)
 
 
 app = typer.Typer(
@@ -88,7 +111,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Log what happens, also in actors, and where the logs are. Show tracebacks."
+        ),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -105,7 +133,7 @@ def _options(
 
     Exit code: 0, or 2 if the input is at fault, or 1.
     """
-    _log_to_stderr(logging.INFO if verbose else logging.WARNING)
+    _log_to_stderr(logging.DEBUG if verbose else logging.WARNING)
 
 
 @app.command()
@@ -192,8 +220,11 @@ def serve(
     if find_spec("fastapi") is None:
         raise ResourceError("the server needs more packages: pip install 'ssd-ray[serve]'")
     with _serving(config, host, port) as address:
+        from ssd_ray.cluster.runtime import logs_folder
+
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # not earlier: Ray has set a handler of its own
         typer.echo(f"serving at {address}", err=True)
+        typer.echo(f"the logs are in {logs_folder()}", err=True)
         with suppress(KeyboardInterrupt):
             Event().wait()
 
@@ -322,7 +353,7 @@ def _follow(show: Any) -> Iterator[None]:
     logger = logging.getLogger("ssd_ray")
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(min(level, logging.INFO))
     try:
         yield
     finally:

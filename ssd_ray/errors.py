@@ -18,6 +18,8 @@ The command line maps ConfigError, ModelError, RequestError and ResourceError to
 
 from __future__ import annotations
 
+import re
+
 
 class SsdRayError(Exception):
     """Base of all errors of this package."""
@@ -77,3 +79,18 @@ class EngineClosedError(EngineError):
 
 class ProtocolError(SsdRayError):
     """A frame is not a message of this protocol."""
+
+
+def quoted_error(text: str) -> SsdRayError | None:
+    """The last error of this package that is quoted in a text such as a traceback, if one is.
+
+    It has its class and its words, and none of its attributes.
+    """
+    quotes = re.findall(rf"^\W*{re.escape(__name__)}\.(\w+Error): (.*(?:\n(?! |Traceback).+)*)", text, re.MULTILINE)
+    if not quotes:
+        return None
+    name, words = quotes[-1]
+    kind = globals().get(name, SsdRayError)
+    error: SsdRayError = kind.__new__(kind)
+    error.args = (words.strip(),)
+    return error

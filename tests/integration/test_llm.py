@@ -29,7 +29,7 @@ from ssd_ray.errors import (
     PromptTooLongError,
     RequestError,
 )
-from tests.support.engines import at_rest, target_alone
+from tests.support.engines import at_rest, in_time, target_alone
 
 pytestmark = pytest.mark.ray
 
@@ -66,7 +66,7 @@ def expected(llm):
 
 def info(engine, name):
     handle = engine._engine.driver.actors[name]
-    return ray.get(handle.info.options(concurrency_group="inbox").remote())
+    return ray.get(handle.info.remote())
 
 
 def wait_until(condition, seconds=20.0):
@@ -128,11 +128,20 @@ def call(engine, name, function):
     return ray.get(handle.__ray_call__.options(concurrency_group="inbox").remote(function))
 
 
-def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair):
-    prompt = "x = 1\n" * 60
+@pytest.fixture
+def two_drafts(llm):
+    """Their names; afterwards there is one again, whatever happened."""
+    llm.scale_drafts(2)
+    wait_until(lambda: len(llm.stats().drafts) == 2)
+    yield llm.stats().drafts
+    llm.scale_drafts(1)
+    wait_until(lambda: len(llm.stats().drafts) == 1)
+
+
+def watching():
+    """What to do in a draft's process; local, so that it need not import this module."""
 
     def watch(process):
-        process.frames, process.prompts = [], []
         channel, handover = process._actor._channel, process._actor._draft._handover
         receive, give = channel.receive, handover.give
 
@@ -148,28 +157,43 @@ def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair):
 
         channel.receive, handover.give = watched_receive, watched_give
 
+    def clear(process):
+        process.frames, process.prompts = [], []
+
+    def seen(process):
+        return max(process.frames, default=0), set(process.prompts), len(process._actor._draft._handover)
+
+    return watch, clear, seen
+
+
+def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair, two_drafts):
+    """To a draft that is late the target says all of a sequence again, so not every attempt on a busy machine shows it;
+    and what reaches a draft behind a sequence's end stays until the next one begins."""
+    prompt, params = "x = 1\n" * 60, replace(PARAMS, max_tokens=100)
+    watch, clear, seen = watching()
     tokens = llm._engine.models.prompt(prompt)
     assert 4 * len(tokens) > llm.config.inline_max_bytes
-    (expected,) = target_alone(pair[0], [tokens], PARAMS)
-    llm.scale_drafts(2)
-    names = llm.stats().drafts
-    assert len(names) == 2
-    for name in names:
+    (expected,) = target_alone(pair[0], [tokens], params)
+    for name in two_drafts:
+        call(llm, name, clear)
         call(llm, name, watch)
 
-    def drafted():
-        output = llm.generate(prompt, PARAMS)[0]
+    def attempt():
+        for name in two_drafts:
+            call(llm, name, clear)
+        output = llm.generate(prompt, params)[0]
         assert output.token_ids == expected
-        return output.stats.sums.tree_tokens
+        return output.stats.sums.tree_tokens, [call(llm, name, seen) for name in two_drafts]
 
-    assert any(drafted() for _ in range(30))  # on a busy machine a draft may be late
-    for name in names:
-        wait_until(lambda name=name: not call(llm, name, lambda process: len(process._actor._draft._handover)))
-        frames, prompts = call(llm, name, lambda process: (process.frames, process.prompts))
-        assert set(prompts) == {(len(tokens), False, False)}  # views of memory that is the object store's
-        assert 0 < max(frames) < len(tokens)  # bytes: no message had the prompt
-    llm.scale_drafts(1)
-    wait_until(lambda: len(llm.stats().drafts) == 1)
+    def enough(result):
+        tree_tokens, drafts = result
+        # Views of memory that is the object store's, and no message, in bytes, had the prompt.
+        one_copy = {(len(tokens), False, False)}
+        return tree_tokens and all(
+            0 < longest < len(tokens) and prompts == one_copy and not left for longest, prompts, left in drafts
+        )
+
+    in_time(attempt, enough)
 
 
 def test_threads_may_share_an_engine(llm, expected):
@@ -251,12 +275,15 @@ def test_a_closed_stream_cancels_its_request(llm, expected):
 
 
 def test_a_text_can_be_cut_short(llm):
-    stream = llm.stream(PROMPT, LONG)
-    first = next(stream)
-    threading.Thread(target=stream.cancel).start()
-    output = stream.wait()
-    assert output.finish_reason == "cancelled"
-    assert output.text.startswith(first)
+    def cut():
+        stream = llm.stream(PROMPT, LONG)
+        first = next(stream)
+        threading.Thread(target=stream.cancel).start()
+        output = stream.wait()
+        assert output.text.startswith(first)
+        return output
+
+    output = in_time(cut, lambda output: output.finish_reason == "cancelled")
     assert 0 < len(output.token_ids) < 400
 
 
@@ -275,7 +302,8 @@ def test_figures_are_summed(llm):
     after = llm.stats()
     assert after.tokens - before.tokens == output.stats.tokens
     assert after.requests == before.requests + 1
-    assert after.drafts == ("draft-0",)
+    assert after.drafts == before.drafts
+    assert len(after.drafts) == 1
 
 
 @pytest.mark.parametrize(
@@ -397,11 +425,12 @@ def test_the_text_itself_is_the_draft_where_none_fits(cluster, pair, expected, t
 
 def test_a_dead_target_ends_every_request(cluster, pair):
     engine = LLM(pair[0], method="ar")
-    stream = engine.stream(PROMPT, LONG)
-    next(stream)
-    os.kill(info(engine, "target")["pid"], signal.SIGKILL)
+    target = info(engine, "target")["pid"]
+    first, *_, last = [engine.stream(PROMPT, LONG) for _ in range(50)]
+    next(first)
+    os.kill(target, signal.SIGKILL)
     with pytest.raises(EngineError, match="target died"):
-        list(stream)
+        list(last)
     with pytest.raises(EngineError, match="target died"):
         engine.generate(PROMPT)
     with pytest.raises(ConfigError, match="draft actors"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Thread
 from time import monotonic, sleep
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import ray
 
 from ssd_ray.actors.draft import DraftActor
 from ssd_ray.actors.target import TargetActor
@@ -18,6 +22,8 @@ from ssd_ray.transport.memory import MemoryHub, MemorySpoke
 from ssd_ray.wire import Output, RequestStats, decode
 
 SESSION = 11
+
+T = TypeVar("T")
 
 
 Params = SamplingParams | Sequence[SamplingParams]
@@ -96,6 +102,26 @@ def target_alone(target: str, prompts: Sequence[list[int]], params: Params) -> l
     """Token ids that the target writes without any draft."""
     with engine(EngineConfig(target=target, method="ar"), "memory") as generate:
         return generate(prompts, params)[0]
+
+
+@contextmanager
+def stopped(llm: LLM, name: str) -> Iterator[None]:
+    """An engine of which one actor stands still meanwhile, as if its machine had no time for it."""
+    process = ray.get(llm._engine.driver.actors[name].info.remote())["pid"]
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def in_time(attempt: Callable[[], T], enough: Callable[[T], bool], tries: int = 30) -> T:
+    """What the first attempt gives that is enough: on a busy machine a draft, or this very process, may come too late
+    to see a text in its middle, which says nothing about the engine."""
+    for _ in range(tries):
+        if enough(result := attempt()):
+            return result
+    raise AssertionError(f"not once in {tries} tries: {result}")
 
 
 def at_rest(figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:

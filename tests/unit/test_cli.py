@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ssd_ray import __version__
@@ -288,7 +290,6 @@ def test_bad_flags_are_refused_before_anything_starts(llm, arguments):
         (ModelError("target: no folder at x"), 2),
         (PromptTooLongError("prompt: too long"), 2),
         (ResourceError("memory: too little"), 2),
-        (EngineError("target died: why"), 1),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(llm, monkeypatch, error, code):
@@ -298,11 +299,43 @@ def test_errors_are_one_line_and_an_exit_code(llm, monkeypatch, error, code):
     assert result.stderr == f"ssd-ray: {error}\n"
 
 
-def test_verbose_shows_the_traceback(llm, monkeypatch):
+def test_an_engine_that_fails_says_how_to_see_more(llm, monkeypatch):
+    monkeypatch.setattr(llm, "failure", EngineError("target died: why"))
+    result = run("generate", "x")
+    assert result.exit_code == 1
+    assert result.stderr == "ssd-ray: target died: why\nssd-ray: --verbose shows what Ray and the actors log\n"
+
+
+@pytest.mark.parametrize("arguments", [["--verbose", "generate"], ["generate", "--verbose"], ["generate", "-v"]])
+def test_verbose_shows_the_traceback_and_what_is_logged(llm, monkeypatch, arguments):
     monkeypatch.setattr(llm, "failure", EngineError("why"))
-    result = run("--verbose", "generate", "x")
+    before = llm.__init__
+
+    def logging_init(self, **options):
+        logging.getLogger("ssd_ray.cluster").debug("level %d", logging.getLogger("ssd_ray").level)
+        before(self, **options)
+
+    monkeypatch.setattr(llm, "__init__", logging_init)
+    result = run(*arguments, "x")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
+    assert f"ssd-ray: level {logging.DEBUG}\n" in result.stderr
+    assert result.stderr.endswith("ssd-ray: why\n")
+
+
+def every_command(command, words=()):
+    yield command, words
+    names = command.list_commands(typer.Context(command)) if hasattr(command, "list_commands") else ()
+    for name in names:
+        yield from every_command(command.get_command(typer.Context(command), name), (*words, name))
+
+
+def test_every_command_takes_verbose():
+    commands = {words: command for command, words in every_command(typer.main.get_command(app))}
+    assert {("generate",), ("serve",), ("bench",), ("bench", "methods")} <= commands.keys()
+    for words, command in commands.items():
+        (flag,) = [parameter for parameter in command.params if "--verbose" in parameter.opts]
+        assert "-v" in flag.opts, words
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
