@@ -30,7 +30,8 @@ Pools = list[KeysValues]
 """K and V of each layer."""
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward may call its KV cache: transformers' models from 5.24 on, and those before and with code of their own."""
+"""What a forward may call its KV cache: the models of transformers from 5.24 on; those before, and with code of their
+own."""
 
 MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
@@ -105,8 +106,6 @@ class StaticLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Slots that can be read."""
         return self._extent
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
 
 def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor]:

@@ -112,8 +112,6 @@ class SlotLayer(CacheLayerMixin):
         """Slots of the pool."""
         return self.keys.shape[2]
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
-
 
 def write(pool: Tensor, addresses: Tensor, states: Tensor) -> None:
     """Write states [R, heads, T or more, dim] to addresses, int64 [R * T], of a pool [1, heads, slots, dim]."""
