@@ -7,12 +7,13 @@ so that launching costs few calls instead of hundreds: one compilation for each 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -28,21 +29,37 @@ int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; address
 Pools = list[KeysValues]
 """K and V of each layer."""
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward may call its KV cache: the models of transformers from 5.24 on; those before, and with code of their
+own."""
+
 MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
 
 
+def caller(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor, Cache], Any]:
+    """A model's forward, or its decoder's, as (tokens, positions, mask, cache) -> output, whatever its signature calls
+    the cache."""
+    taken = inspect.signature(module.forward).parameters
+    # A forward that names neither hands all keywords on, or keeps no KV, which is found by running it.
+    name = next((each for each in CACHE_NAMES if each in taken), CACHE_NAMES[-1])
+
+    def call(tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Any:
+        kwargs = {"attention_mask": mask, "position_ids": positions, name: cache}
+        return module(input_ids=tokens, use_cache=True, **kwargs)
+
+    return call
+
+
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     """The plain forward of a model."""
+    call = caller(model)
 
     def forward(
         rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, written: Tensor, mask: Tensor
     ) -> Tensor:
         kv.aim(rows, extents, written)
-        output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=True
-        )
-        logits: Tensor = output.logits
+        logits: Tensor = call(tokens, positions, mask, kv).logits
         return logits
 
     return forward
@@ -95,6 +112,7 @@ def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor
     """A forward without Python state over pools [1, heads, slots, dim]: ``written``, int64 [R, T], are addresses in
     them, ``pages``, int64 [R, P], what is gathered. Without pages the pools are what one row reads, E slots, and
     nothing is copied."""
+    call = caller(model)
 
     def step(
         pools: Pools,
@@ -105,14 +123,7 @@ def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor
         mask: Tensor,
     ) -> Tensor:
         layers = [StaticLayer(pair, written, pages, page_slots, mask.shape[-1]) for pair in pools]
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-        )
-        logits: Tensor = output.logits
+        logits: Tensor = call(tokens, positions, mask, Cache(layers=layers)).logits
         return logits
 
     return step

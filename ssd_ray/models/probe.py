@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import NAME
-from ssd_ray.models.graphs import eager_forward
+from ssd_ray.models.graphs import caller, eager_forward
 from ssd_ray.models.slots import LayerShape, SlotCache
 
 NUM_CHECKED = 6
@@ -32,7 +32,7 @@ def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
     try:
-        model(input_ids=zero, attention_mask=mask, position_ids=zero, past_key_values=cache, use_cache=True)
+        caller(model)(zero, zero, mask, cache)
     except Exception as error:  # whatever a foreign model raises means the same: it cannot run this way
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run with a custom KV cache, a 4-D mask and explicit positions: {error}"

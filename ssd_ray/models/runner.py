@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import NAME, PERIOD, choose_attention, steady_extents
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
-from ssd_ray.models.graphs import decoding_forward
+from ssd_ray.models.graphs import caller, decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
 from ssd_ray.models.slots import LayerShape, SlotCache
@@ -60,7 +60,7 @@ class HFRunner(ModelRunner):
         self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
-        self._body = model.get_decoder()
+        self._body = caller(model.get_decoder())
         shapes = probe_layers(model)
         check_addressing(model, shapes)
         self._steady = _steady_extents(model, shapes[0], page_slots)
@@ -132,13 +132,7 @@ class HFRunner(ModelRunner):
         positions, mask = self._trunk([start], padded, extent)
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
         self._kv.aim([row], [extent], self._tensor([written]))
-        self._body(
-            input_ids=inputs.to(self.device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._kv,
-            use_cache=True,
-        )
+        self._body(inputs.to(self.device), positions, mask, self._kv)
 
     def _steady_extent(self, needed: int) -> int:
         """Slots to read so that tokens get the same bits in whichever forward they come."""

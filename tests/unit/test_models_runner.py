@@ -108,12 +108,16 @@ def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.Monke
     attention = type(model.model.layers[0].self_attn)
     plain = attention.forward
 
-    def looks(self: torch.nn.Module, *args: object, past_key_values: Cache, **kwargs: object) -> object:
-        class Looking:
-            def update(self, *args: object) -> list[torch.Tensor]:
-                return [states.clone() for states in past_key_values.update(*args)]
+    class Looking:
+        def __init__(self, cache: Cache) -> None:
+            self.cache = cache
 
-        return plain(self, *args, past_key_values=Looking() if past_key_values is not None else None, **kwargs)
+        def update(self, *args: object, **kwargs: object) -> list[torch.Tensor]:
+            return [states.clone() for states in self.cache.update(*args, **kwargs)]
+
+    def looks(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        seen = {name: Looking(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return plain(self, *args, **seen)
 
     monkeypatch.setattr(attention, "forward", looks)
     assert not takes_rows_apart(model, probe_layers(model))
