@@ -14,6 +14,7 @@ from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
+from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import LayerShape, SlotCache
 
 SMALLEST_CHUNK = 8
@@ -53,16 +54,17 @@ class HFRunner(ModelRunner):
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
-        if packable(model.device, model.dtype) and not compile:
-            pack_linears(model)
         self.max_length = max_length
         self.page_slots = page_slots
         self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
         self._body = model.get_decoder()
+        fix_frequencies(model, max_length)
         shapes = probe_layers(model)
-        check_addressing(model, shapes)
+        check_addressing(model, shapes, max_length)
+        if packable(model.device, model.dtype) and not compile:
+            pack_linears(model)
         self._steady = _steady_extents(model, shapes[0], page_slots)
         self._kv = SlotCache(
             shapes,
