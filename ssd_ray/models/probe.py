@@ -32,7 +32,8 @@ def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
     """Run one token and see what each layer puts into the cache.
 
     Raises:
-        UnsupportedModelError: some layer puts nothing there (recurrent or shared state, or the cache is ignored).
+        UnsupportedModelError: some layer puts nothing there (recurrent or shared state, or the cache is ignored), or
+            something of another dtype than the model's.
     """
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -49,6 +50,11 @@ def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps keys and values of {len(shapes)} of its {expected} layers in the KV cache; "
             "recurrent state and shared layers cannot be addressed by slot"
+        )
+    kinds = {states.dtype for layer in cache.layers for states in (layer.keys, layer.values)}
+    if kinds != {model.dtype}:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps keys and values as {', '.join(sorted(map(str, kinds)))}, but is {model.dtype}"
         )
     return shapes
 
