@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: run test check lint types pytest bench clean
+.PHONY: run test check lint types pytest real bench clean
 # One thing at a time, whatever MAKEFLAGS says: the tests take all cores.
 .NOTPARALLEL:
 
@@ -24,6 +24,9 @@ types: $(STAMP)
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses=logical --maxprocesses=4 $(PYTEST_ARGS)
+
+real: $(STAMP)  ## tests on real models: SSD_RAY_REAL_MODELS=target,draft:other-target make real
+	$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## compare ssd, sd and ar on the bundled pair
 	$(BIN)/ssd-ray bench
