@@ -51,11 +51,10 @@ def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
             f"{type(model).__name__} keeps keys and values of {len(shapes)} of its {expected} layers in the KV cache; "
             "recurrent state and shared layers cannot be addressed by slot"
         )
-    kinds = {states.dtype for layer in cache.layers for states in (layer.keys, layer.values)}
-    if kinds != {model.dtype}:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps keys and values as {', '.join(sorted(map(str, kinds)))}, but is {model.dtype}"
-        )
+    dtypes = {states.dtype for layer in cache.layers for states in (layer.keys, layer.values)}
+    if dtypes != {model.dtype}:
+        kept = ", ".join(sorted(map(str, dtypes)))
+        raise UnsupportedModelError(f"{type(model).__name__} keeps keys and values as {kept}, but is {model.dtype}")
     return shapes
 
 
