@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PYTEST := -m pytest --numprocesses=logical --maxprocesses=4
 
-.PHONY: run test test-newest test-oldest check lint types pytest bench clean
+.PHONY: run test test-newest test-oldest check lint types pytest real bench clean
 # One thing at a time, whatever MAKEFLAGS says: the tests take all cores.
 .NOTPARALLEL:
 
@@ -34,6 +34,9 @@ types: $(STAMP)
 
 pytest: $(STAMP)
 	$(BIN)/python $(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+real: $(STAMP)  ## tests on real models: SSD_RAY_REAL_MODELS=target,draft:other-target make real
+	$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## compare ssd, sd and ar on the bundled pair
 	$(BIN)/ssd-ray bench

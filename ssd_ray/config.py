@@ -248,7 +248,8 @@ class EngineConfig:
         compile: compile the forwards at their fixed shapes with torch.compile.
         max_num_seqs: sequences that decode at the same time at most.
         max_queue: requests that wait or run at most; a further one is refused at once.
-        max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit.
+        max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit. Rotary
+            frequencies that depend on the length (LongRoPE, dynamic NTK) are those of this one, for all texts.
         kv_memory: GiB for the KV of each model. "auto" is what the longest sequences need together, or else a part of
             the memory that is free. Where it is full, the latest requests wait.
         prefix_cache: keep the KV of ended requests, for prompts that begin as they did.

@@ -14,6 +14,7 @@ from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import caller, decoding_forward
 from ssd_ray.models.packing import pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_rows_apart
+from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import LayerShape, SlotCache
 
 SMALLEST_CHUNK = 8
@@ -23,9 +24,10 @@ class HFRunner(ModelRunner):
     """Runs one model; see :class:`~ssd_ray.models.contract.ModelRunner` for the operations.
 
     Args:
-        model: a causal LM on its device, in its dtype. Its attention implementation is set here, and in bfloat16 on a
-            CPU its linear layers are packed.
-        rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages.
+        model: a causal LM on its device, in its dtype, for this runner alone: its attention implementation and its
+            rotary frequencies are set here, and in bfloat16 on a CPU its linear layers are packed.
+        rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages. Rotary frequencies that
+            depend on the length are those of ``max_length`` tokens.
         page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
         prefill_chunk: tokens in one prefill forward at most, which ends at a multiple of it; fewer are padded to a
             power of two.
@@ -34,7 +36,7 @@ class HFRunner(ModelRunner):
 
     Raises:
         UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given, or does not
-            take positions and mask as they are given.
+            take positions and mask as they are given, each row for itself.
     """
 
     def __init__(
@@ -53,16 +55,17 @@ class HFRunner(ModelRunner):
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
-        if packable(model.device, model.dtype) and not compile:
-            pack_linears(model)
         self.max_length = max_length
         self.page_slots = page_slots
         self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
         self._body = caller(model.get_decoder())
+        fix_frequencies(model, max_length)
         shapes = probe_layers(model)
-        check_addressing(model, shapes)
+        check_addressing(model, shapes, max_length)
+        if packable(model.device, model.dtype) and not compile:
+            pack_linears(model)
         self._steady = _steady_extents(model, shapes[0], page_slots)
         self._kv = SlotCache(
             shapes,
@@ -80,7 +83,8 @@ class HFRunner(ModelRunner):
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
         # Not -inf: a token that sees nothing then gives a finite average instead of NaN, and its KV harms nobody.
-        self._hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
+        # Nor the lowest number, which becomes -inf in float16 when a score is added to it.
+        self._hidden = torch.full((), torch.finfo(self.dtype).min / 2, dtype=self.dtype, device=self.device)
         self._strip = self._causal_strip(prefill_chunk)
 
     def extent(self, needed: int) -> int:
