@@ -15,7 +15,7 @@ import typer
 Config = TypeVar("Config")
 Command = Callable[..., None]
 
-_WIDEST_METAVAR = 12
+_WIDEST_METAVAR = 10
 _WIDEST_SWITCH = 16
 
 

@@ -43,7 +43,7 @@ def test_the_first_draft_that_fails_is_told_while_others_load(monkeypatch):
 
     monkeypatch.setattr(module.ray, "get", get)
     monkeypatch.setattr(module.ray, "wait", lambda refs: ([failed], [slow]))
-    supervisor = Supervisor(EngineConfig(), 1, None, lambda _: None)
+    supervisor = Supervisor(EngineConfig(), {}, 1, None, lambda _: None)
     supervisor._target = object.__new__(Member)
     supervisor._target.handle = None
     place = type("Place", (), {"cores": None})
