@@ -217,7 +217,8 @@ class Draft:
             strict=self._strict,
             text_lookup=self._text_lookup,
         )
-        seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
+        seed = message.params.noise_seed
+        seed = seed if self._proposing is None else stream_seed(seed, "draft")
         noise = NoiseRows(seed, self._runner.vocab_size)
         seat = Seat(session, noise, self._penalties(message), min(free), lease)
         self._runner.bind(seat.row, 0, lease.pages)
