@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from ssd_ray.chat import chat_prompt
 from ssd_ray.config import SamplingParams
 from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
-from ssd_ray.outputs import Prompt
+from ssd_ray.prompts import Prompt
 
 Document = dict[str, Any]
 """A JSON object."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from ssd_ray.cluster.runtime import is_private
 from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError
+from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError, shown
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.loader import (
     ModelInfo,
@@ -21,6 +20,7 @@ from ssd_ray.models.loader import (
     load_tokenizer,
     model_info,
 )
+from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
 
 SHARE_OF_MEMORY = 0.95
@@ -41,24 +41,31 @@ class Checked:
     vocab_size: int
     max_length: int
 
-    def prompt(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into tokens.
 
         Raises:
             RequestError: it is no prompt: empty, or with tokens that the model does not know.
             PromptTooLongError: it leaves no room for a single token.
         """
-        tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        said = plain(prompt)
+        tokens = self._tokens(said) if isinstance(said, str) else said
         if not tokens:
             raise RequestError("prompt: it is empty")
         for token in tokens:
-            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
-                raise RequestError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, got {token!r}")
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise RequestError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, got {shown(token)}")
         if len(tokens) >= self.max_length:
             raise PromptTooLongError(
                 f"prompt: it has {len(tokens)} tokens; the context of {self.max_length} has to hold it and the text"
             )
         return [int(token) for token in tokens]
+
+    def _tokens(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer(text)["input_ids"])
+        except Exception as error:  # a tokenizer raises what its author liked
+            raise RequestError(f"prompt: the tokenizer does not take it: {error}") from error
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Look at a request's parameters.

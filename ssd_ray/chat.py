@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssd_ray.errors import RequestError
-from ssd_ray.outputs import Prompt
+from ssd_ray.prompts import Prompt
 
 Message = Mapping[str, str]
 """Who speaks (``role``) and what (``content``)."""
