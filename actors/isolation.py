@@ -1,0 +1,63 @@
+"""What one sequence raises ends that sequence, and neither the loop nor the others that it serves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BROKEN: tuple[type[Exception], ...] = (getattr(torch, "AcceleratorError", NotImplementedError),)
+"""Errors after which the device serves nobody any more: whoever raised them, the loop has to end."""
+
+LONGEST = 1000
+"""Characters of an error that its request is told."""
+
+
+class Isolation:
+    """Does for sequences what a loop does for them, and takes out those for which it raises.
+
+    Args:
+        end: ends a sequence because of an error; it is given whatever was worked on.
+    """
+
+    def __init__(self, end: Callable[[Any, Exception], None]) -> None:
+        self._end = end
+
+    def each(self, sequences: Iterable[T], step: Callable[[T], R]) -> list[tuple[T, R]]:
+        """Do something for one after the other; returns those that went well, and what came of them."""
+        done = []
+        for sequence in sequences:
+            try:
+                done.append((sequence, step(sequence)))
+            except BROKEN:
+                raise
+            except Exception as error:  # whatever it is, the others go on
+                logger.exception("a sequence is ended by its error")
+                self._end(sequence, error)
+        return done
+
+    def together(self, sequences: Sequence[T], step: Callable[[Sequence[T]], Iterable[R]]) -> list[tuple[T, R]]:
+        """Do something for all at once that may be done again; should it fail, for each alone, to see whose fault it
+        is."""
+        if not sequences:
+            return []
+        try:
+            return list(zip(sequences, step(sequences), strict=True))
+        except BROKEN:
+            raise
+        except Exception as error:
+            logger.warning("what failed for %d sequences is tried for each alone: %s", len(sequences), told(error))
+        return self.each(sequences, lambda sequence: next(iter(step([sequence]))))
+
+
+def told(error: Exception) -> str:
+    """An error in a message: short, and a text that can be written."""
+    text = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
+    return text[:LONGEST]
