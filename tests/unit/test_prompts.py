@@ -116,7 +116,7 @@ def test_what_is_neither_a_prompt_nor_several(prompts):
     ids=type,
 )
 def test_what_is_no_prompt(models, prompt):
-    with pytest.raises(RequestError, match="^prompt: ") as caught:
+    with pytest.raises(RequestError, match=r"^prompt: ") as caught:
         models.prompt(prompt)
     str(caught.value).encode()
 
@@ -140,17 +140,17 @@ def test_a_text_is_pythons_own_afterwards():
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, "x", 3, SamplingParams])
 def test_what_are_no_parameters(params):
-    with pytest.raises(ConfigError, match="^params: expected a SamplingParams"):
+    with pytest.raises(ConfigError, match=r"^params: expected a SamplingParams"):
         _params(params)
-    with pytest.raises(ConfigError, match="^params: expected a SamplingParams"):
+    with pytest.raises(ConfigError, match=r"^params: expected a SamplingParams"):
         list(_pairs(["x"], params))
-    with pytest.raises(ConfigError, match="^params: expected a SamplingParams"):
+    with pytest.raises(ConfigError, match=r"^params: expected a SamplingParams"):
         list(_pairs(["x", "y"], [SamplingParams(), params]))
 
 
 @pytest.mark.parametrize("params", [[SamplingParams()], [SamplingParams()] * 3])
 def test_one_for_each_prompt(params):
-    with pytest.raises(ConfigError, match="^params: expected one SamplingParams, or one for each prompt"):
+    with pytest.raises(ConfigError, match=r"^params: expected one SamplingParams, or one for each prompt"):
         list(_pairs(["x", "y"], params))
 
 
