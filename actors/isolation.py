@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from ssd_ray.errors import EngineError
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-BROKEN: tuple[type[Exception], ...] = (getattr(torch, "AcceleratorError", NotImplementedError),)
-"""Errors after which the device serves nobody any more: whoever raised them, the loop has to end."""
+BROKEN: tuple[type[Exception], ...] = (EngineError, getattr(torch, "AcceleratorError", EngineError))
+"""Errors after which nobody can be served, on a device or a channel that has failed: the loop has to end."""
 
 LONGEST = 1000
 """Characters of an error that its request is told."""

@@ -25,9 +25,10 @@ THREADS = 6
 WITNESS = {"prompt": "def add(a, b):", "seed": 3, "max_tokens": 24, "ignore_eos": True}
 
 
-def short(values, most=12):
-    """With a bound on how much is written: what is asked for is at issue, not how long it takes."""
-    return values if isinstance(values.get("max_tokens"), int) else values | {"max_tokens": most}
+def short(values, tokens=12, texts=3):
+    """With bounds on how much is written: what is asked for is at issue, not how long it takes."""
+    values = values if isinstance(values.get("max_tokens"), int) else values | {"max_tokens": tokens}
+    return values | {"n": texts} if values.get("n") == 1024 else values
 
 
 def together(ask, witness):

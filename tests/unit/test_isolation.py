@@ -12,6 +12,7 @@ from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.isolation import Isolation, told
 from ssd_ray.actors.verifying import Target
 from ssd_ray.config import SamplingParams
+from ssd_ray.errors import EngineError
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.penalties import Penalties
 from ssd_ray.sampling.verifier import CoupledVerifier
@@ -176,22 +177,17 @@ def test_what_failed_is_not_found_by_those_that_begin_alike(pump, alone, monkeyp
     assert again.stats.cached_tokens == 0
 
 
-def test_a_broken_device_ends_the_loop(pump, monkeypatch):
-    class DeviceError(Exception):
-        pass
-
-    monkeypatch.setattr(isolation, "BROKEN", (DeviceError,))
-
+def test_what_breaks_the_engine_ends_the_loop(pump, monkeypatch):
     def broken(*_):
-        raise DeviceError("device-side assert")
+        raise EngineError("the channel is gone")
 
     monkeypatch.setattr(Batch, "prefill", broken)
-    with pytest.raises(DeviceError):
+    with pytest.raises(EngineError):
         run(pump)
 
 
 def test_torchs_own_word_for_a_broken_device_is_known():
-    assert getattr(torch, "AcceleratorError", NotImplementedError) in isolation.BROKEN
+    assert getattr(torch, "AcceleratorError", EngineError) in isolation.BROKEN
 
 
 def test_the_penalties_of_one_row_are_its_own(pump, alone, monkeypatch):
