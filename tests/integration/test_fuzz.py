@@ -20,15 +20,15 @@ from tests.support.engines import at_rest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-CASES = 300
+CASES = 2_000
 THREADS = 6
-WITNESS = {"prompt": "def add(a, b):", "seed": 3, "max_tokens": 24, "ignore_eos": True}
+WITNESS = {"prompt": "def add(a, b):", "seed": 3, "max_tokens": 12, "ignore_eos": True}
 
 
 def short(values, tokens=12, texts=3):
     """With bounds on how much is written: what is asked for is at issue, not how long it takes."""
     values = values if isinstance(values.get("max_tokens"), int) else values | {"max_tokens": tokens}
-    return values | {"n": texts} if values.get("n") == 1024 else values
+    return values | {"n": texts} if repr(values.get("n")) == "1024" else values  # not all values can be compared
 
 
 def together(ask, witness):
@@ -52,7 +52,7 @@ def together(ask, witness):
 
 @pytest.mark.parametrize("method", ["ssd", "sd"])
 def test_a_library(cluster, pair, method):
-    with LLM(*pair, method=method, max_model_len=64) as llm:
+    with LLM(*pair, method=method, max_model_len=32) as llm:
 
         def ask(case):
             dice = random.Random(case)
@@ -79,7 +79,7 @@ def test_a_server(cluster, pair):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = EngineConfig(target=pair[0], draft=pair[1], max_model_len=64)
+    config = EngineConfig(target=pair[0], draft=pair[1], max_model_len=32)
     with serving(config, "127.0.0.1", port):
 
         def ask(case):
