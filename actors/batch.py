@@ -27,7 +27,7 @@ REWRITING = 8
 """How much longer than prefilling a token it takes to write its KV as in decoding, roughly."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """A request as it waits for its turn."""
 
@@ -60,6 +60,7 @@ class Row:
     wanted: int = 0  # tokens to wait for
     looked_up: bool = False  # the next speculation was found in the text
     whole: bool = False  # the next speculation was as long as can be when it was looked up
+    error: str | None = None  # what ended it
 
     @property
     def ready(self) -> bool:
@@ -188,8 +189,8 @@ class Batch:
             row.lease.publish(self._known(row))
 
     def _known(self, row: Row) -> Sequence[int]:
-        """The tokens of a row whose KV is in place."""
-        if not self._caching:
+        """The tokens of a row whose KV is in place, and as it should be."""
+        if not self._caching or row.error is not None:
             return ()
         return row.session.tokens[: row.session.position if row.ready else row.filled]
 

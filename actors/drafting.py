@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ssd_ray.actors.handover import Handover
-from ssd_ray.config import MAX_LOOKAHEAD
+from ssd_ray.actors.isolation import Isolation
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
@@ -25,9 +26,12 @@ from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import DraftSession, Item, Ranking
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
-from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Open, Outcome, decode, encode
+from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Nodes, Open, Outcome, decode, encode
 
 logger = logging.getLogger(__name__)
+
+ToDraft = Open | Outcome | Begin | Close
+"""What a target tells a draft, of one sequence each."""
 
 RANKED = 32
 """Tokens that are kept of each distribution, best first."""
@@ -52,6 +56,11 @@ class Seat:
     penalties: Penalties | None
     row: int
     lease: Lease
+
+    @property
+    def sequence(self) -> int:
+        """The sequence's number."""
+        return self.session.sequence
 
 
 class Draft:
@@ -105,6 +114,7 @@ class Draft:
         self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
         self.pool = PagePool(range(runner.num_pages), runner.page_slots)
         self._seats: dict[int, Seat] = {}
+        self._isolation = Isolation(self._give_up)
         self._handover = Handover()
         self._asked: dict[int, float] = {}  # the round in which a sequence was last asked for; inf: never again
         self._hello_due = 0.0
@@ -161,14 +171,14 @@ class Draft:
         received = self._channel.receive(timeout)
         while received is not None:
             try:
-                for message in decode(self._session, received[1]):
-                    self._handle(message)
+                messages = [each for each in decode(self._session, received[1]) if isinstance(each, ToDraft)]
+                self._isolation.each(messages, self._handle)
             except ProtocolError as error:
                 self.malformed += 1
                 logger.debug("dropped a frame: %s", error)
             received = self._channel.receive(0.0)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: ToDraft) -> None:
         match message:
             case Open():
                 self._handover.put(message)
@@ -182,9 +192,15 @@ class Draft:
             case _:
                 pass
 
+    def _give_up(self, failed: Seat | ToDraft, error: Exception) -> None:
+        """Leave a sequence alone because of an error of its own: it goes on without this draft."""
+        seat = self._seats.pop(failed.sequence, None)
+        if seat is not None:
+            seat.lease.release()  # what it wrote may not be as it should be
+        self._decline(failed.sequence)
+
     def _open_whole(self) -> None:
-        for message in self._handover.take():
-            self._open(message)
+        self._isolation.each(self._handover.take(), self._open)
 
     def _open(self, message: Open) -> None:
         self._asked.pop(message.sequence, None)
@@ -220,8 +236,19 @@ class Draft:
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
         if not free:
             return
+        noise, penalties = self._noise(message.params), self._penalties(message)
         lease = self.pool.lease(message.tokens[:-1] if self._prefix_cache else ())
-        session = DraftSession(
+        try:
+            seat = Seat(self._new_session(message, lease), noise, penalties, min(free), lease)
+            self._runner.bind(seat.row, 0, lease.pages)
+        except Exception:
+            lease.release()
+            raise
+        self._seats[message.sequence] = seat
+        self._make_room(message.sequence, seat)
+
+    def _new_session(self, message: Open, lease: Lease) -> DraftSession:
+        return DraftSession(
             message,
             self._policy,
             filled=lease.shared * self.pool.slots,
@@ -231,12 +258,10 @@ class Draft:
             strict=self._strict,
             text_lookup=self._text_lookup,
         )
-        seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
-        noise = NoiseRows(seed, self._runner.vocab_size)
-        seat = Seat(session, noise, self._penalties(message), min(free), lease)
-        self._runner.bind(seat.row, 0, lease.pages)
-        self._seats[message.sequence] = seat
-        self._make_room(message.sequence, seat)
+
+    def _noise(self, params: SamplingParams) -> NoiseRows:
+        seed = params.noise_seed
+        return NoiseRows(seed if self._proposing is None else stream_seed(seed, "draft"), self._runner.vocab_size)
 
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
@@ -280,14 +305,20 @@ class Draft:
         return self._step() or prefilled
 
     def _prefill(self) -> bool:
-        for seat in self._seats.values():
-            prefill = seat.session.prefill(self._prefill_chunk)
-            if prefill is not None:
-                self._runner.prefill(seat.row, prefill.tokens, prefill.start)
-                if self._prefix_cache:
-                    seat.lease.publish(seat.session.known)
+        for seat in list(self._seats.values()):
+            if any(wrote for _, wrote in self._isolation.each([seat], self._prefill_chunk_of)):
                 return True
         return False
+
+    def _prefill_chunk_of(self, seat: Seat) -> bool:
+        """Write the KV of a sequence's next tokens, if many lack it."""
+        prefill = seat.session.prefill(self._prefill_chunk)
+        if prefill is None:
+            return False
+        self._runner.prefill(seat.row, prefill.tokens, prefill.start)
+        if self._prefix_cache:
+            seat.lease.publish(seat.session.known)
+        return True
 
     def _step(self) -> bool:
         """Run one step: of the sequences that the target waits for, if there are any, else of all."""
@@ -295,17 +326,25 @@ class Draft:
         seats = [seat for seat in self._seats.values() if seat.session.complete_past]
         seats = [seat for seat in seats if seat.session.urgent] or seats
         width = max(1, (max(self._width, WIDTH * len(seats)) if self._branching else 1) // max(1, len(seats)))
-        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width))]
+        planned = self._isolation.each(seats, lambda seat: seat.session.next_step(width))
+        work = {seat: items for seat, items in planned if items}
         if not work:
             return False
-        made = [
-            seat.session.complete(items, rankings, step_ms=self._step_ms, sequences=self._shared_by)
-            for (seat, items), rankings in zip(work, self._rankings(work), strict=True)
-        ]
-        if nodes := [each for each in made if each is not None]:
-            self._send(*nodes)
+        rankings = self._isolation.together(
+            list(work), lambda seats: self._rankings([(seat, work[seat]) for seat in seats])
+        )
+        self._push(work, dict(rankings))
         self._step_ms, self._shared_by = 1e3 * (self._clock() - start), len(work)
         return True
+
+    def _push(self, work: Mapping[Seat, Sequence[Item]], rankings: Mapping[Seat, list[Ranking]]) -> None:
+        """Grow the trees by what the model has said, and send what is new."""
+
+        def complete(seat: Seat) -> Nodes | None:
+            return seat.session.complete(work[seat], rankings[seat], step_ms=self._step_ms, sequences=self._shared_by)
+
+        if nodes := [made for _, made in self._isolation.each(rankings, complete) if made is not None]:
+            self._send(*nodes)
 
     @torch.inference_mode()
     def _rankings(self, work: Work) -> list[list[Ranking]]:

@@ -1,14 +1,15 @@
 """The loop of the target: requests in, one batched verification after the other, tokens out.
 
 A round is: fix the speculations, one forward, choose, commit, tell the drafts, tell the driver, wait where that pays.
-Nothing in it asks anybody anything: speculations are looked up in the target's own memory.
+Nothing in it asks anybody anything: speculations are looked up in the target's own memory. What is done for a row is
+done alone: should it raise, that row ends with the error, and the others do not notice.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import reduce
 from itertools import islice
 from math import inf
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from ssd_ray.actors.batch import Batch, Request, Row
+from ssd_ray.actors.isolation import Isolation, told
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
@@ -121,6 +123,7 @@ class Target:
         self._prefill_chunk = prefill_chunk
         self._looks_up = backup in ("ngram", "auto")
         self.batch = Batch(runner, concurrency, SHAPE, caching=prefix_cache)
+        self._isolation = Isolation(self._fail)
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
         self._drafts: list[str] = []
         self._outbox: deque[Output] = deque()
@@ -192,8 +195,8 @@ class Target:
         with self._moving:
             admitted = self.batch.admit()
         for row in admitted:
-            for draft in self._drafters(row):
-                self._open(draft, row)
+            row.unaware = self._drafters(row)
+        self._each(admitted, self._introduce)
         if not self.batch.rows:
             self._receive(idle_seconds)
             return False
@@ -208,9 +211,13 @@ class Target:
             missing = row.session.position - row.filled
             if left < self._prefill_chunk and missing > left:
                 return
-            start = self._clock()
-            left -= self.batch.prefill(row, self._prefill_chunk)
-            row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
+            left -= sum(cost for _, cost in self._isolation.each([row], self._prefill_chunk_of))
+
+    def _prefill_chunk_of(self, row: Row) -> int:
+        start = self._clock()
+        cost = self.batch.prefill(row, self._prefill_chunk)
+        row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
+        return cost
 
     def _round(self, rows: Sequence[Row]) -> None:
         with self._moving:
@@ -224,16 +231,14 @@ class Target:
     def _run_round(self, rows: Sequence[Row]) -> None:
         start = self._clock()
         wait_ms = self._wait(rows)
-        self._begin(rows)
+        rows = self._begin(rows)
         verify_start = self._clock()
-        logits = self._verify(rows)
+        logits = dict(self._isolation.together(rows, self._verify))
         verify_ms = 1e3 * (self._clock() - verify_start)
-        for row, decision in zip(rows, self._decide(rows, logits), strict=True):
-            self._commit(row, decision, verify_ms)
+        rows = self._each(rows, lambda row: self._commit(row, self._decide(row, logits[row]), verify_ms))
         self._receive(0.0)  # after the outcomes are known: most of a tree is done with then
         self._announce(rows)
-        for row, row_logits in zip(rows, logits, strict=True):
-            self._report(row, row_logits)
+        rows = self._each(rows, lambda row: self._report(row, logits[row]))
         self._flush()
         host_ms = 1e3 * (self._clock() - start) - verify_ms - wait_ms
         for row in rows:
@@ -243,14 +248,26 @@ class Target:
         if (plan := self._planner.update()) is not None:
             logger.info("plan: %s", plan)
 
-    def _begin(self, rows: Sequence[Row]) -> None:
-        changed = [row for row in rows if row.session.begin(self._lookahead) != row.announced]
+    def _each(self, rows: Iterable[Row], step: Callable[[Row], None]) -> list[Row]:
+        """Do something for each row that still runs; returns those that are left."""
+        done = self._isolation.each([row for row in rows if row.lease is not None], step)
+        return [row for row, _ in done]
+
+    def _begin(self, rows: Sequence[Row]) -> list[Row]:
+        rows = self._each(rows, self._fix_speculation)
+        changed = [row for row in rows if row.session.cache.speculation != row.announced]
         for share, draft in enumerate(self._drafts):
             self._send(draft, *(self._begun(row.session, share) for row in changed))
-        for row in rows:
-            for draft in row.unaware:
-                self._open(draft, row)
-            row.unaware.clear()
+        return self._each(rows, self._introduce)
+
+    def _fix_speculation(self, row: Row) -> None:
+        row.session.begin(self._lookahead)
+
+    def _introduce(self, row: Row) -> None:
+        """Open the sequence to drafts that do not know of it."""
+        for draft in row.unaware:
+            self._open(draft, row)
+        row.unaware.clear()
 
     def _begun(self, session: TargetSession, share: int) -> Begin:
         return Begin(session.sequence, session.round, session.cache.speculation, share, len(self._drafts))
@@ -265,16 +282,10 @@ class Target:
         return self._runner.append([row.number for row in rows], tokens, [row.session.position for row in rows])
 
     @torch.inference_mode()
-    def _decide(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Decision]:
-        decisions = []
-        for row, row_logits in zip(rows, logits, strict=True):
-            session = row.session
-            speculation = session.cache.speculation
-            proposals = session.proposals
-            decisions.append(
-                row.verifier.decide(row_logits[: len(speculation) + 1], session.tokens, speculation, proposals)
-            )
-        return decisions
+    def _decide(self, row: Row, logits: torch.Tensor) -> Decision:
+        session = row.session
+        speculation = session.cache.speculation
+        return row.verifier.decide(logits[: len(speculation) + 1], session.tokens, speculation, session.proposals)
 
     def _study(self, p: torch.Tensor, proposal: Proposal) -> None:
         """Learn what other C's would have done at a position."""
@@ -313,14 +324,14 @@ class Target:
 
     def _announce(self, rows: Sequence[Row]) -> None:
         """Tell the drafts the outcomes and what is verified next."""
-        going = [row for row in rows if row.session.finish_reason is None]
-        for row in going:
-            self._look_up(row)
+        going = self._each((row for row in rows if row.session.finish_reason is None), self._look_up)
         self._plan_wait(going)
-        for row in going:
-            row.announced = row.session.cache.speculate(row.session.most(self._lookahead))
+        going = self._each(going, self._speculate)
         for share, draft in enumerate(self._drafts):
             self._send(draft, *(self._outcome(row, share) for row in going if self._follows(draft, row)))
+
+    def _speculate(self, row: Row) -> None:
+        row.announced = row.session.cache.speculate(row.session.most(self._lookahead))
 
     def _look_up(self, row: Row) -> None:
         """Find what is prepared for the outcome."""
@@ -410,7 +421,8 @@ class Target:
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, Request):
-                self.batch.add(self._row(command))
+                for _, row in self._isolation.each([command], self._row):
+                    self.batch.add(row)
             elif isinstance(command, int):
                 self._end_early({command}, "cancelled")
             else:
@@ -446,6 +458,17 @@ class Target:
         ngrams = NgramIndex(tokens if self._looks_up else ())
         return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
 
+    def _fail(self, failed: Row | Request, error: Exception) -> None:
+        """End a request because of an error of its own."""
+        message = f"the target could not go on with it: {told(error)}"
+        if isinstance(failed, Request):
+            self._requests += 1
+            self._outbox.append(Output(failed.number, [], "error", error=message))
+            return
+        failed.error = message
+        failed.session.finish("error")
+        self._end(failed)
+
     def _end(self, row: Row) -> None:
         """Say goodbye to a row that has a finish reason."""
         session = row.session
@@ -456,7 +479,7 @@ class Target:
             self.batch.remove(row)
             self._done = add(self._done, stats)
             self._requests += 1
-        self._outbox.append(Output(session.sequence, [], session.finish_reason, stats))
+        self._outbox.append(Output(session.sequence, [], session.finish_reason, stats, row.error))
 
     # Messages
 
@@ -481,7 +504,7 @@ class Target:
                 self._pace.saw_step(message.step_ms)
                 row = self._running(message.sequence)
                 if row is not None:
-                    row.session.add(peer, message)
+                    self._isolation.each([row], lambda row: row.session.add(peer, message))
                 else:  # it may have missed the end, and would keep a row and memory for ever
                     self._send(peer, Close(message.sequence))
             case Hello() if message.name == peer and peer not in self._drafts:

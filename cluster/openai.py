@@ -13,14 +13,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Strict, create_model
 
 from ssd_ray.chat import chat_prompt
 from ssd_ray.config import SamplingParams
-from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
-from ssd_ray.outputs import Prompt
+from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError, RequestFailedError
+from ssd_ray.prompts import Prompt
 from ssd_ray.text import Spelling
 
 Document = dict[str, Any]
@@ -55,10 +55,19 @@ UNLIKELY = -9999.0
 
 
 def _optional_sampling() -> Any:
-    """Every field of the sampling, none of them required."""
+    """Every field of the sampling, none of them required.
+
+    Numbers and truth values are what they are in JSON, and not what they could be read as. The rest is looked at by
+    the sampling itself.
+    """
     hints = get_type_hints(SamplingParams)
-    optional: Any = {each.name: (hints[each.name] | None, None) for each in fields(SamplingParams)}
+    optional: Any = {each.name: (_strict(hints[each.name]), None) for each in fields(SamplingParams)}
     return create_model("Sampling", **optional)
+
+
+def _strict(hint: Any) -> Any:
+    kinds = set(get_args(hint) or (hint,)) - {type(None)}
+    return Annotated[kinds.pop(), Strict()] | None if kinds <= {int, float, bool} else Any
 
 
 Sampling: Any = _optional_sampling()
@@ -104,8 +113,7 @@ class Request(Sampling):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    logprobs: Any = None  # in a chat whether, in a completion how many; False is none
 
     @abstractmethod
     def prompts(self, tokenizer: Any) -> list[Prompt]:
@@ -291,7 +299,7 @@ class UnknownModelError(RequestError):
 def error_reply(error: Exception) -> tuple[int, Document]:
     """The status and the body that tell of an error."""
     status, kind, code = 500, "server_error", None
-    if isinstance(error, RequestError | ConfigError):
+    if isinstance(error, RequestError | ConfigError) and not isinstance(error, RequestFailedError):
         status, kind = 400, "invalid_request_error"
     match error:
         case QueueFullError():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from ssd_ray.cluster.runtime import is_private
 from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError
+from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError, shown
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.loader import (
     ModelInfo,
@@ -25,6 +25,7 @@ from ssd_ray.models.loader import (
     model_fingerprint,
     model_info,
 )
+from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
 
 logger = logging.getLogger(__name__)
@@ -56,24 +57,31 @@ class Checked:
     max_length: int
     end_tokens: tuple[int, ...] = ()
 
-    def prompt(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into tokens.
 
         Raises:
             RequestError: it is no prompt: empty, or with tokens that the model does not know.
             PromptTooLongError: it leaves no room for a single token.
         """
-        tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        said = plain(prompt)
+        tokens = self._tokens(said) if isinstance(said, str) else said
         if not tokens:
             raise RequestError("prompt: it is empty")
         for token in tokens:
-            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
-                raise RequestError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, got {token!r}")
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise RequestError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, got {shown(token)}")
         if len(tokens) >= self.max_length:
             raise PromptTooLongError(
                 f"prompt: it has {len(tokens)} tokens; the context of {self.max_length} has to hold it and the text"
             )
         return [int(token) for token in tokens]
+
+    def _tokens(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer(text)["input_ids"])
+        except Exception as error:  # a tokenizer raises what its author liked
+            raise RequestError(f"prompt: the tokenizer does not take it: {error}") from error
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Look at a request's parameters, and turn bad words into tokens.

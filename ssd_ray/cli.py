@@ -13,6 +13,7 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
+from io import TextIOWrapper
 from itertools import tee
 from pathlib import Path
 from threading import Event
@@ -24,8 +25,8 @@ import typer
 from typer.core import TyperGroup
 
 from ssd_ray import __version__
-from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
-from ssd_ray.errors import ConfigError, ModelError, RequestError, ResourceError, SsdRayError
+from ssd_ray.config import EngineConfig, OnError, SamplingParams, check_timeout, is_text
+from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, with_flags
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 
@@ -46,19 +47,14 @@ BUNDLED_LINES = 24
 class _Commands(TyperGroup):
     """The commands. Errors of this package end them with one line, and ``bench`` is imported when it is asked for."""
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        with _errors_end_it():
+            _require_text(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        try:
+        with _errors_end_it():
             return super().invoke(ctx)
-        except SsdRayError as error:
-            verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
-            if verbose:
-                logging.getLogger(__name__).exception("the command failed")
-            typer.echo(f"ssd-ray: {' '.join(str(error).split())}", err=True)
-            if isinstance(error, INPUT_ERRORS):
-                raise typer.Exit(2) from error
-            if not verbose:
-                typer.echo("ssd-ray: --verbose shows what Ray and the actors log", err=True)
-            raise typer.Exit(1) from error
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return [*super().list_commands(ctx), *(["bench"] if find_spec("ssd_ray.bench.cli") else [])]
@@ -86,6 +82,29 @@ def _take_flag(command: Any, flag: Any) -> None:
         _take_flag(each, flag)
     if not any(parameter.name == flag.name for parameter in command.params):
         command.params.append(flag)
+
+
+@contextmanager
+def _errors_end_it() -> Iterator[None]:
+    try:
+        yield
+    except SsdRayError as error:
+        verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
+        if verbose:
+            logging.getLogger(__name__).exception("the command failed")
+        typer.echo(f"ssd-ray: {' '.join(str(error).split())}", err=True)
+        if isinstance(error, INPUT_ERRORS) and not isinstance(error, RequestFailedError):
+            raise typer.Exit(2) from error
+        if not verbose:
+            typer.echo("ssd-ray: --verbose shows what Ray and the actors log", err=True)
+        raise typer.Exit(1) from error
+
+
+def _require_text(args: list[str]) -> None:
+    """Refuse arguments in another encoding: Ray, which is told the command line, does not start with them."""
+    for number, argument in enumerate(args, 1):
+        if not is_text(argument):
+            raise ConfigError(f"argument {number}", "text in UTF-8", argument)
 
 
 app = typer.Typer(
@@ -147,8 +166,8 @@ def generate(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts, one a line. In a file named .jsonl each line is a JSON string, or an object with a `prompt` "
-            "and, if need be, sampling fields of its own.",
+            help="Prompts, one a line. In a file named .jsonl or .json each line is a JSON string, or an object with a "
+            "`prompt` and, if need be, sampling fields of its own; or the file is one JSON array of these.",
         ),
     ] = None,
     output: Annotated[
@@ -158,6 +177,13 @@ def generate(
             "on where it was interrupted.",
         ),
     ] = None,
+    on_error: Annotated[
+        OnError,
+        typer.Option(
+            help="With `--prompt-file`: what a prompt does that cannot be served. `continue`: its result is an "
+            "`error`, the others go on, and the exit code is 1. `stop`: it ends the command.",
+        ),
+    ] = "continue",
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a text ends with what has come so far.")
     ] = None,
@@ -180,7 +206,7 @@ def generate(
         raise ConfigError("output", "--prompt-file beside it", str(output))
     check_timeout(timeout)
     if prompt_file is not None:
-        _generate_file(config, params, prompt_file, output, timeout)
+        _generate_file(config, params, prompt_file, output, timeout, on_error)
         return
     text = _prompt(prompt)
     with _engine(config) as llm:
@@ -192,15 +218,23 @@ def generate(
 
 
 def _generate_file(
-    config: EngineConfig, params: SamplingParams, prompts: Path, output: Path | None, timeout: float | None
+    config: EngineConfig,
+    params: SamplingParams,
+    prompts: Path,
+    output: Path | None,
+    timeout: float | None,
+    on_error: OnError,
 ) -> None:
     total = count_prompts(prompts, params)  # a bad line is refused before anything is started
     items = read_prompts(prompts, params)
     with ExitStack() as stack:
-        results = stack.enter_context(ResultFile(output, items, config)) if output else None
-        if results is None or results.done != total:
+        results = stack.enter_context(ResultFile(output, items, config)) if output else Printed(items)
+        if results.done != total:
             llm = stack.enter_context(_engine(config))
-            _serve_file(llm, results.left if results else items, results, total, timeout)
+            _serve_file(llm, results, total, timeout, on_error)
+    if results.failed:
+        typer.echo(f"ssd-ray: prompts that could not be served: {results.failed}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -260,23 +294,40 @@ def _print_json(llm: LLM, prompt: str, params: SamplingParams, timeout: float | 
     typer.echo(json.dumps(_document(output) | {"seconds": perf_counter() - start}))
 
 
-def _serve_file(llm: LLM, items: Iterator[Item], results: ResultFile | None, total: int | None, timeout: Any) -> None:
+class Printed:
+    """Results that are printed, as :class:`~ssd_ray.prompt_files.ResultFile` has those that are written to a file."""
+
+    figures = True
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self.done, self.failed, self.left = 0, 0, items
+
+    def write(self, item: Item, result: dict[str, Any]) -> None:
+        """Print a result."""
+        self.failed += "error" in result
+        typer.echo(json.dumps(result))
+
+
+def _serve_file(
+    llm: LLM, results: ResultFile | Printed, total: int | None, timeout: float | None, on_error: OnError
+) -> None:
     """Print the result of each prompt, or write it to the file of results, as soon as it is there."""
     from ssd_ray.progress import track
 
     start = perf_counter()
-    prompts, params, items = tee(items, 3)  # they stay as close together as requests are under way
-    outputs = llm.outputs((item.prompt for item in prompts), (item.params for item in params), timeout=timeout)
-    for output in track(outputs, total=total, done=results.done if results else 0):
-        if results is None:
-            typer.echo(json.dumps(_document(output)))
-        else:
-            results.write(next(items), _document(output, figures=False))  # they differ from run to run
+    prompts, params, items = tee(results.left, 3)  # they stay as close together as requests are under way
+    outputs = llm.outputs(
+        (item.prompt for item in prompts), (item.params for item in params), timeout=timeout, on_error=on_error
+    )
+    for output in track(outputs, total=total, done=results.done):
+        results.write(next(items), _document(output, figures=results.figures))
     _print_figures(llm.stats(), perf_counter() - start)
 
 
 def _document(output: RequestOutput, *, figures: bool = True) -> dict[str, Any]:
-    """A result as JSON has it: the prompt and its first text, and the others if there are any."""
+    """A result as JSON has it: the prompt and its first text, and the others if there are any; or why there is none."""
+    if output.error is not None:
+        return {"error": output.error, "prompt": output.prompt}
     first, *others = [_text_document(completion, figures) for completion in output.outputs]
     return {"prompt": output.prompt} | first | ({"others": others} if others else {})
 
@@ -286,6 +337,7 @@ def _text_document(completion: Completion, figures: bool) -> dict[str, Any]:
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
     }
     if figures:
         document["stats"] = completion.stats.as_dict()
@@ -323,7 +375,7 @@ def _print_figures(stats: Stats, seconds: float) -> None:
 
 def _prompt(prompt: str | None) -> str:
     if prompt == "-":
-        return sys.stdin.read()
+        return _standard_input()
     if prompt is not None:
         return prompt
     folder = files("ssd_ray") / "assets" / "prompts"
@@ -331,6 +383,13 @@ def _prompt(prompt: str | None) -> str:
     if not bundled:
         return FALLBACK_PROMPT
     return "".join((folder / bundled[0]).read_text(encoding="utf-8").splitlines(keepends=True)[:BUNDLED_LINES])
+
+
+def _standard_input() -> str:
+    try:
+        return TextIOWrapper(typer.get_binary_stream("stdin"), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise ConfigError("prompt", "text in UTF-8 on standard input", str(error)) from None
 
 
 @contextmanager

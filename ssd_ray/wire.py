@@ -76,8 +76,8 @@ class Lost(Message, frozen=True, tag="lost"):
 
 
 class Declined(Message, frozen=True, tag="declined"):
-    """The sequence is beyond the draft, in its length or with a token that the draft does not know: it goes on without
-    this draft."""
+    """The sequence is beyond the draft, in its length or with a token that the draft does not know, or ended there with
+    an error: it goes on without this draft."""
 
     sequence: Count
 

@@ -91,7 +91,8 @@ class TargetSession:
         self._node = SampledNode if sampled else CachedNode
         self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=self._node)
         self.prompt_tokens = len(self.tokens)
-        self._room = min(params.max_tokens, max_length - self.prompt_tokens)
+        room = max_length - self.prompt_tokens
+        self._room = room if params.max_tokens is None else min(params.max_tokens, room)
         self._end_tokens = frozenset(params.stop_token_ids)
 
     @property

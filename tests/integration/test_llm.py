@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -28,6 +29,7 @@ from ssd_ray.errors import (
     ModelError,
     PromptTooLongError,
     RequestError,
+    RequestFailedError,
 )
 from tests.support.engines import at_rest, in_time, target_alone
 
@@ -322,6 +324,67 @@ def test_a_bad_prompt_is_refused_before_anything_is_started(llm, prompt, error, 
     with pytest.raises(error, match=message):
         llm.generate(prompt)
     assert llm.stats().requests == before
+
+
+def test_callers_may_keep_their_habits(llm, expected):
+    tokens = llm._engine.models.prompt(PROMPT)
+    prompts = [{"prompt": PROMPT}, {"prompt_token_ids": tokens}, torch.tensor(tokens), np.array(tokens)]
+    assert [output.token_ids for output in llm.generate(prompts, PARAMS)] == [expected.token_ids] * 4
+    assert [output.token_ids for output in llm.generate(np.array([tokens] * 2), PARAMS)] == [expected.token_ids] * 2
+    assert llm.generate(PROMPT, replace(PARAMS, top_k=-1, seed=3 - 2**63))[0].token_ids == expected.token_ids
+    (whole,) = llm.generate(PROMPT, replace(PARAMS, max_tokens=None))
+    assert len(whole.token_ids) == 512 - len(tokens)
+    assert whole.token_ids[:24] == expected.token_ids
+
+
+def test_without_a_seed_each_text_has_another_one_and_names_it(llm, expected):
+    assert expected.seed == 3
+    outputs = llm.generate([PROMPT] * 2, replace(PARAMS, seed=None, n=2))
+    texts = [text for output in outputs for text in output.outputs]
+    assert len({text.seed for text in texts}) == len({tuple(text.token_ids) for text in texts}) == 4
+    for text in texts:
+        assert llm.generate(PROMPT, replace(PARAMS, seed=text.seed))[0].token_ids == text.token_ids
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.5}, "greedy", [None, {}]])
+def test_what_are_no_parameters(llm, params):
+    with pytest.raises(ConfigError, match="params: expected a SamplingParams"):
+        llm.generate([PROMPT] * 2, params)
+    with pytest.raises(ConfigError, match="params: expected a SamplingParams"):
+        llm.stream(PROMPT, params)
+
+
+def test_a_prompt_that_cannot_be_served_may_be_a_result(llm, expected):
+    prompts = [PROMPT, "x" * 600, "\ud83d", PROMPT]
+    first, long, half, last = llm.outputs(prompts, PARAMS, on_error="continue")
+    assert [first.text, last.text] == [expected.text] * 2
+    assert (long.text, long.token_ids, long.finish_reason) == ("", [], "error")
+    assert "the context of 512" in long.error
+    assert "UTF-8" in half.error
+    assert first.error is None
+    with pytest.raises(ConfigError, match="on_error: expected 'stop' or 'continue'"):
+        llm.outputs(prompts, PARAMS, on_error="shrug")
+
+
+def test_what_one_request_raises_in_the_target_ends_that_request(llm, expected):
+    def raise_for_seed_77(process):
+        target = process._actor._target
+        make = target._row
+
+        def row(request):
+            if request.params.seed == 77:
+                raise ArithmeticError("a mistake")
+            return make(request)
+
+        target._row = row
+
+    call(llm, "target", raise_for_seed_77)
+    params = [PARAMS, replace(PARAMS, seed=77), PARAMS]
+    first, bad, last = llm.outputs([PROMPT] * 3, params, on_error="continue")
+    assert [first.text, last.text] == [expected.text] * 2
+    assert bad.error == "the target could not go on with it: ArithmeticError: a mistake"
+    with pytest.raises(RequestFailedError, match="ArithmeticError: a mistake"):
+        llm.generate([PROMPT] * 3, params)
 
 
 def test_there_is_one_set_of_parameters_for_each_prompt(llm):

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from http.client import HTTPConnection
@@ -242,6 +244,8 @@ def test_two_streams_at_the_same_time(complete, chat, expected):
         ({"echo": True}, openai.BadRequestError, "echo", "invalid_value"),
         ({"prompt": "x" * 600}, openai.BadRequestError, None, "context_length_exceeded"),
         ({"prompt": ""}, openai.BadRequestError, None, None),
+        ({"extra_body": {"repetition_penalty": 1e-45}}, openai.BadRequestError, "repetition_penalty", "invalid_value"),
+        ({"temperature": True}, openai.BadRequestError, "temperature", "invalid_type"),
         ({"prompt": ["x"] * (MAX_QUEUE + 1)}, openai.RateLimitError, None, "rate_limit_exceeded"),
     ],
 )
@@ -252,6 +256,23 @@ def test_errors_have_openais_shape(client, complete, options, error, param, code
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.body["message"]
     assert free_rows(client)["running"] == 0
+
+
+def test_half_a_character_is_refused(address):
+    """JSON can carry it, where UTF-8 cannot."""
+    for path, said in (
+        ("completions", {"prompt": "\ud83d"}),
+        ("completions", {"prompt": "x", "stop": "\ud83d"}),
+        ("completions", {"prompt": "x", "\ud83d": 1}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}),
+    ):
+        body = urllib.request.Request(f"{address}/v1/{path}", json.dumps(said).encode())
+        body.add_header("content-type", "application/json")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(body, timeout=60.0)
+        with caught.value as reply:
+            assert reply.status == 400
+            assert json.load(reply)["error"]["type"] == "invalid_request_error"
 
 
 def test_an_unknown_path_is_an_error_of_the_same_shape(client):

@@ -16,6 +16,7 @@ import ray
 from ssd_ray.actors.draft import DraftActor
 from ssd_ray.actors.target import TargetActor
 from ssd_ray.actors.verifying import DRIVER
+from ssd_ray.cluster.preflight import Checked
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.llm import LLM
 from ssd_ray.transport.memory import MemoryHub, MemorySpoke
@@ -102,6 +103,12 @@ def target_alone(target: str, prompts: Sequence[list[int]], params: Params) -> l
     """Token ids that the target writes without any draft."""
     with engine(EngineConfig(target=target, method="ar"), "memory") as generate:
         return generate(prompts, params)[0]
+
+
+def checked(tokenizer: Any, vocab_size: int, max_length: int) -> Checked:
+    """What a driver knows of a model that is nowhere."""
+    sizes = {"vocab_size": vocab_size, "max_length": max_length}
+    return Checked(config=EngineConfig(), fingerprints={}, tokenizer=tokenizer, **sizes)
 
 
 @contextmanager

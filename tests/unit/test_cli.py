@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ssd_ray import __version__
 from ssd_ray.cli import _prompt, app
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, ResourceError
+from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, RequestFailedError, ResourceError
 from ssd_ray.flags import _explanations, from_flags
 from ssd_ray.stats import EngineStats, Stats
 from ssd_ray.wire import Backups, Misses, RequestStats, TokenLogprobs
@@ -35,6 +35,8 @@ class Output:
     stats: Stats = dataclasses.field(default_factory=lambda: Stats(sums=SUMS))
     n: int = 1
     logprobs: list | None = None
+    seed: int = 9
+    error: str | None = None
 
     @property
     def outputs(self):
@@ -77,11 +79,16 @@ class FakeLLM:
         self.params.append(params)
         return Stream(prompt)
 
-    def outputs(self, prompts, params, *, timeout=None):
+    def outputs(self, prompts, params, *, timeout=None, on_error="stop"):
         self.timeout = timeout
         logprobs = [TokenLogprobs(1, -0.5, 2, {3: -0.25})]
         for prompt, each in zip(prompts, params, strict=True):
             self.params.append(each)
+            if "long" in prompt and on_error == "stop":
+                raise PromptTooLongError("prompt: too long")
+            if "long" in prompt:
+                yield Output(prompt, error="prompt: too long")
+                continue
             yield Output(prompt, n=each.n, logprobs=None if each.logprobs is None else logprobs)
 
     def generate(self, prompts, params, *, timeout=None):
@@ -347,6 +354,77 @@ def test_help_imports_nothing_heavy(arguments):
     )
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+LONG = "one\na long one\ntwo\n"
+
+
+def test_a_prompt_that_cannot_be_served_is_a_result_and_the_others_go_on(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(LONG)
+    result = run("generate", "--prompt-file", file)
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [document["prompt"] for document in documents] == ["one", "a long one", "two"]
+    assert documents[1] == {"prompt": "a long one", "error": "prompt: too long"}
+    assert documents[2]["text"] == "one two"
+    assert result.exit_code == 1
+    assert "ssd-ray: prompts that could not be served: 1\n" in result.stderr
+
+
+def test_so_it_is_in_a_file_of_results_which_is_complete_then(llm, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text(LONG)
+    for _ in range(2):
+        result = run("generate", "--prompt-file", prompts, "--output", output)
+        assert result.exit_code == 1
+        assert result.stderr.endswith("ssd-ray: prompts that could not be served: 1\n")
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line.get("error") for line in lines] == [None, "prompt: too long", None]
+    assert len(llm.made) == 1
+
+
+def test_or_it_ends_the_command(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(LONG)
+    result = run("generate", "--prompt-file", file, "--on-error", "stop")
+    assert result.exit_code == 2
+    assert result.stderr == "ssd-ray: prompt: too long\n"
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_result_names_its_seed():
+    assert json.loads(run("generate", "--json", "x").stdout)["seed"] == 9
+
+
+@pytest.mark.parametrize("arguments", [["generate", "caf\udce9"], ["generate", "--target", "\udcff"], ["\udcff"]])
+def test_arguments_in_another_encoding_are_refused(llm, arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"ssd-ray: argument \d: expected text in UTF-8, got '.*\\udc..'\n", result.stderr)
+    assert llm.made == []
+
+
+def test_standard_input_in_another_encoding_is_refused(llm):
+    result = run("generate", "-", stdin=b"caf\xe9")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("ssd-ray: prompt: expected text in UTF-8 on standard input, got ")
+    assert llm.made == []
+
+
+def test_a_byte_order_mark_on_standard_input_is_no_text():
+    document = json.loads(run("generate", "--json", "-", stdin="\N{BYTE ORDER MARK}é\r\n".encode()).stdout)
+    assert document["prompt"] == "é\n"
+
+
+@pytest.mark.parametrize(("flag", "kept"), [("--seed=-1", {"seed": -1}), ("--top-k=-1", {"top_k": 0})])
+def test_flags_take_what_callers_are_used_to(llm, flag, kept):
+    assert run("generate", flag, "x").exit_code == 0
+    assert llm.made[0].params == [SamplingParams(**kept)]
+
+
+def test_an_error_of_the_target_is_no_fault_of_the_input(llm, monkeypatch):
+    monkeypatch.setattr(llm, "failure", RequestFailedError("the target could not go on with it"))
+    assert run("generate", "x").exit_code == 1
 
 
 def test_results_go_to_a_file_without_figures_that_differ_from_run_to_run(llm, tmp_path):

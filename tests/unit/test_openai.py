@@ -9,8 +9,16 @@ from pydantic import ValidationError
 
 from ssd_ray.chat import chat_prompt
 from ssd_ray.cluster.openai import ChatRequest, CompletionRequest, Reply, error_reply
+from ssd_ray.cluster.routes import Json
 from ssd_ray.config import SamplingParams
-from ssd_ray.errors import ConfigError, EngineError, PromptTooLongError, QueueFullError, RequestError
+from ssd_ray.errors import (
+    ConfigError,
+    EngineError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestError,
+    RequestFailedError,
+)
 from ssd_ray.stats import Stats
 from ssd_ray.text import Characters, spelling
 from ssd_ray.wire import RequestStats
@@ -73,6 +81,53 @@ class TestParameters:
             completion(**field).params(512)
         assert caught.value.field == name
 
+    def test_false_is_no_log_probabilities(self):
+        for fields in ({"logprobs": False}, {"logprobs": None}, {}):
+            assert completion(**fields, seed=1).params(512).logprobs is None
+            assert chat(**fields, seed=1).params(512).logprobs is None
+        assert completion(logprobs=0).params(512).logprobs == 0
+
+    @pytest.mark.parametrize("fields", [{"top_k": -1}, {"seed": -1}, {"seed": 2**70}, {"logit_bias": {"3": 1}}])
+    def test_habits_of_callers(self, fields):
+        given = {"seed": 1} | fields
+        assert completion(**given).params(512) == SamplingParams(max_tokens=16, **given)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"temperature": True},
+            {"temperature": "1"},
+            {"max_tokens": 2.5},
+            {"max_tokens": "3"},
+            {"seed": True},
+            {"ignore_eos": 1},
+            {"temperature": 10**400},
+        ],
+    )
+    def test_numbers_are_what_they_are_in_json(self, fields):
+        with pytest.raises(ValidationError):
+            completion(**fields)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"logprobs": "x"},
+            {"logprobs": True},
+            {"stop": "\ud83d"},
+            {"stop": [3]},
+            {"stop_token_ids": [2**70]},
+            {"logit_bias": {"x": 1}},
+            {"repetition_penalty": 1e-45},
+            {"colour \N{SNOWMAN}": 1},
+        ],
+    )
+    def test_the_rest_is_looked_at_by_the_sampling(self, fields):
+        with pytest.raises(ConfigError) as caught:
+            completion(**fields).params(512)
+        status, body = error_reply(caught.value)
+        assert (status, body["error"]["param"]) == (400, *fields)
+        assert json.loads(Json(body).body) == body
+
     @pytest.mark.parametrize("prompt", [None, 3, {"text": "x"}, [1, "x"]])
     def test_what_is_no_prompt(self, prompt):
         with pytest.raises(ValidationError):
@@ -103,6 +158,14 @@ class TestPrompts:
         tokenizer.chat_template = "{{ raise_exception('no system here') }}"
         with pytest.raises(RequestError, match="no system here"):
             chat_prompt(tokenizer, MESSAGES)
+
+    @pytest.mark.parametrize("template", [None, TEMPLATE])
+    @pytest.mark.parametrize("name", ["role", "content"])
+    def test_half_a_character_is_refused(self, template, name):
+        tokenizer = tiny_tokenizer(96)
+        tokenizer.chat_template = template
+        with pytest.raises(RequestError, match="messages: expected texts that UTF-8 can write"):
+            chat_prompt(tokenizer, [MESSAGES[0] | {name: "a\ud83d"}])
 
 
 class TestReplies:
@@ -216,6 +279,7 @@ class TestLogprobs:
         (PromptTooLongError("long"), 400, "invalid_request_error", "context_length_exceeded"),
         (RequestError("empty"), 400, "invalid_request_error", None),
         (ConfigError("top_p", "less", 2), 400, "invalid_request_error", "invalid_value"),
+        (RequestFailedError("a mistake"), 500, "server_error", None),
         (EngineError("dead"), 500, "server_error", None),
         (ValueError("a mistake"), 500, "server_error", None),
     ],

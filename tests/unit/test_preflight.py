@@ -2,15 +2,15 @@
 
 import pytest
 
-from ssd_ray.cluster.preflight import Checked
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import SamplingParams
 from ssd_ray.errors import RequestError
+from tests.support.engines import checked
 from tests.support.tokenizers import BYTES, END
 
 
 @pytest.fixture(scope="module")
 def models():
-    return Checked(config=EngineConfig(), fingerprints={}, tokenizer=BYTES, vocab_size=257, max_length=64)
+    return checked(BYTES, 257, 64)
 
 
 def test_bad_words_become_tokens_with_and_without_a_space_before_them(models):
