@@ -1,6 +1,7 @@
 """What every test shares: an environment without network, without surprises from Ray, and with one thread for maths."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -44,6 +45,16 @@ class WholeSystemsTakeTurns(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return WholeSystemsTakeTurns(config, log)
+
+
+@pytest.fixture(autouse=True)
+def library_logger():
+    """The library's logger is as it was after a test: commands log to the standard error that they find."""
+    logger = logging.getLogger("ssd_ray")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 def pytest_runtest_setup(item):
