@@ -25,7 +25,7 @@ REWRITING = 8
 """How much longer than prefilling a token it takes to write its KV as in decoding, roughly."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """A request as it waits for its turn."""
 
@@ -50,6 +50,7 @@ class Row:
     lease: Lease | None = None
     filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
     holders: set[str] = field(default_factory=set)  # drafts that have the prompt by another way and do not know it yet
+    declined: set[str] = field(default_factory=set)  # drafts that it is beyond: it goes on without them
     unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
     accepted: int = 0  # tokens of the last speculation
     added: list[int] = field(default_factory=list)  # tokens of the last round
@@ -59,6 +60,7 @@ class Row:
     said: list[int] = field(default_factory=list)  # what drafts say of the chances of those that are verified
     looked_up: bool = False  # the next speculation was found in the text
     whole: bool = False  # the next speculation was as long as can be when it was looked up
+    error: str | None = None  # what ended it
 
     @property
     def ready(self) -> bool:
@@ -200,8 +202,8 @@ class Batch:
             row.lease.publish(self._known(row))
 
     def _known(self, row: Row) -> Sequence[int]:
-        """The tokens of a row whose KV is in place."""
-        if not self._caching:
+        """The tokens of a row whose KV is in place, and as it should be."""
+        if not self._caching or row.error is not None:
             return ()
         return row.session.tokens[: row.session.position if row.ready else row.filled]
 

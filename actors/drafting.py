@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ssd_ray.actors.handover import Handover
-from ssd_ray.config import MAX_LOOKAHEAD
+from ssd_ray.actors.isolation import Isolation
+from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
@@ -25,9 +27,12 @@ from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import DraftSession, Item, Ranking
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
-from ssd_ray.wire import Begin, Close, Goodbye, Hello, Lost, Message, Open, Outcome, decode, encode
+from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Nodes, Open, Outcome, decode, encode
 
 logger = logging.getLogger(__name__)
+
+ToDraft = Open | Outcome | Begin | Close
+"""What a target tells a draft, of one sequence each."""
 
 RANKED = 32
 """Tokens that are kept of each distribution, best first."""
@@ -53,6 +58,11 @@ class Seat:
     row: int
     lease: Lease
 
+    @property
+    def sequence(self) -> int:
+        """The sequence's number."""
+        return self.session.sequence
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -68,7 +78,8 @@ class Draft:
 
     Args:
         runner: the model; each sequence takes one of its rows. Sequences for which there is no row or no memory are
-            left alone.
+            left alone, and so are those that are beyond it: longer than it can take, or with a token that it does not
+            know.
         channel: to the target.
         session: the engine's number on the wire.
         policy: makes the fan-out policy, which learns from all sequences together.
@@ -113,8 +124,9 @@ class Draft:
         self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
         self.pool = PagePool(range(runner.num_pages), runner.page_slots)
         self._seats: dict[int, Seat] = {}
+        self._isolation = Isolation(self._give_up)
         self._handover = Handover()
-        self._asked: dict[int, int] = {}
+        self._asked: dict[int, float] = {}  # the round in which a sequence was last asked for; inf: never again
         self._hello_due = 0.0
         self._last = Step()
         self._costs = Costs(runner.measured)
@@ -172,14 +184,14 @@ class Draft:
         received = self._channel.receive(timeout)
         while received is not None:
             try:
-                for message in decode(self._session, received[1]):
-                    self._handle(message)
+                messages = [each for each in decode(self._session, received[1]) if isinstance(each, ToDraft)]
+                self._isolation.each(messages, self._handle)
             except ProtocolError as error:
                 self.malformed += 1
                 logger.debug("dropped a frame: %s", error)
             received = self._channel.receive(0.0)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: ToDraft) -> None:
         match message:
             case Open():
                 self._handover.put(message)
@@ -193,13 +205,22 @@ class Draft:
             case _:
                 pass
 
+    def _give_up(self, failed: Seat | ToDraft, error: Exception) -> None:
+        """Leave a sequence alone because of an error of its own: it goes on without this draft."""
+        seat = self._seats.pop(failed.sequence, None)
+        if seat is not None:
+            seat.lease.release()  # what it wrote may not be as it should be
+        self._decline(failed.sequence)
+
     def _open_whole(self) -> None:
-        for message in self._handover.take():
-            self._open(message)
+        self._isolation.each(self._handover.take(), self._open)
 
     def _open(self, message: Open) -> None:
         self._asked.pop(message.sequence, None)
-        if not message.tokens or len(message.tokens) > self._runner.max_length:
+        if not message.tokens:
+            return
+        if self._is_beyond(len(message.tokens), message.tokens):
+            self._decline(message.sequence)
             return
         seat = self._seats.get(message.sequence)
         if seat is not None and self._agrees(seat, message):
@@ -210,6 +231,15 @@ class Draft:
         self._close(message.sequence)
         self._take_seat(message)
 
+    def _is_beyond(self, length: int, added: Sequence[int]) -> bool:
+        """Whether a sequence is too long for the model, or got a token that it does not know."""
+        return length > self._runner.max_length or max(added) >= self._runner.vocab_size
+
+    def _decline(self, sequence: int) -> None:
+        self._close(sequence)
+        self._asked[sequence] = inf
+        self._send(Declined(sequence))
+
     def _agrees(self, seat: Seat, message: Open) -> bool:
         """Whether what others may read of a sequence's KV is as the message has it."""
         shared = len(seat.lease.cached) * self.pool.slots
@@ -219,8 +249,19 @@ class Draft:
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
         if not free:
             return
+        noise, penalties = self._noise(message.params), self._penalties(message)
         lease = self.pool.lease(message.tokens[:-1] if self._prefix_cache else ())
-        session = DraftSession(
+        try:
+            seat = Seat(self._new_session(message, lease), noise, penalties, min(free), lease)
+            self._runner.bind(seat.row, 0, lease.pages)
+        except Exception:
+            lease.release()
+            raise
+        self._seats[message.sequence] = seat
+        self._make_room(message.sequence, seat)
+
+    def _new_session(self, message: Open, lease: Lease) -> DraftSession:
+        return DraftSession(
             message,
             self._policy,
             filled=lease.shared * self.pool.slots,
@@ -230,12 +271,10 @@ class Draft:
             strict=self._strict,
             text_lookup=self._text_lookup,
         )
-        seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
-        noise = NoiseRows(seed, self._runner.vocab_size)
-        seat = Seat(session, noise, self._penalties(message), min(free), lease)
-        self._runner.bind(seat.row, 0, lease.pages)
-        self._seats[message.sequence] = seat
-        self._make_room(message.sequence, seat)
+
+    def _noise(self, params: SamplingParams) -> NoiseRows:
+        seed = params.noise_seed
+        return NoiseRows(seed if self._proposing is None else stream_seed(seed, "draft"), self._runner.vocab_size)
 
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
@@ -255,6 +294,9 @@ class Draft:
         self._time_is_worth += 0.1 * (self._last_rate - self._time_is_worth)
         moves = seat.session.advance(message)
         self._runner.move(seat.row, moves.source, moves.destination)
+        if self._is_beyond(len(seat.session.tokens), seat.session.tokens[-message.accepted - 1 :]):
+            self._decline(message.sequence)
+            return
         self._make_room(message.sequence, seat)
 
     def _ask(self, message: Outcome) -> None:
@@ -277,14 +319,20 @@ class Draft:
         return self._step() or prefilled
 
     def _prefill(self) -> bool:
-        for seat in self._seats.values():
-            prefill = seat.session.prefill(self._prefill_chunk)
-            if prefill is not None:
-                self._runner.prefill(seat.row, prefill.tokens, prefill.start)
-                if self._prefix_cache:
-                    seat.lease.publish(seat.session.known)
+        for seat in list(self._seats.values()):
+            if any(wrote for _, wrote in self._isolation.each([seat], self._prefill_chunk_of)):
                 return True
         return False
+
+    def _prefill_chunk_of(self, seat: Seat) -> bool:
+        """Write the KV of a sequence's next tokens, if many lack it."""
+        prefill = seat.session.prefill(self._prefill_chunk)
+        if prefill is None:
+            return False
+        self._runner.prefill(seat.row, prefill.tokens, prefill.start)
+        if self._prefix_cache:
+            seat.lease.publish(seat.session.known)
+        return True
 
     def _step(self) -> bool:
         """Run one step: of the sequences that the target waits for, if there are any, else of all."""
@@ -293,25 +341,34 @@ class Draft:
         seats = [seat for seat in seats if seat.session.urgent] or seats
         width = max(1, (max(self._width, WIDTH * len(seats)) if self._branching else 1) // max(1, len(seats)))
         costs = self._step_ms(len(seats)), self._time_is_worth / max(1, len(seats))
-        work = [(seat, items) for seat in seats if (items := seat.session.next_step(width, *costs))]
+        planned = self._isolation.each(seats, lambda seat: seat.session.next_step(width, *costs))
+        work = {seat: items for seat, items in planned if items}
         if not work:
             self._last_rate = 0.0
             return False
-        made = [
-            seat.session.complete(items, rankings, **asdict(self._last))
-            for (seat, items), rankings in zip(work, self._rankings(work), strict=True)
-        ]
-        if nodes := [each for each in made if each is not None]:
-            self._send(*nodes)
-        self._last = Step(1e3 * (self._clock() - start), len(work), sum(len(items) for _, items in work))
-        self._costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=False)
-        self._last_rate = sum(seat.session.worth for seat, _ in work) / max(self._last.step_ms, 1e-9)
+        rankings = self._isolation.together(
+            list(work), lambda seats: self._rankings([(seat, work[seat]) for seat in seats])
+        )
+        self._push(work, dict(rankings))
+        self._last = Step(1e3 * (self._clock() - start), len(work), sum(map(len, work.values())))
+        self._costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=0.0)
+        self._last_rate = sum(seat.session.worth for seat in work) / max(self._last.step_ms, 1e-9)
         return True
 
     def _step_ms(self, sequences: int) -> Callable[[int], float]:
         """Milliseconds of a step by the tokens of each of some sequences."""
         load = Load(sequences)
         return lambda tokens: self._costs.alone_ms(tokens * sequences, load)
+
+    def _push(self, work: Mapping[Seat, Sequence[Item]], rankings: Mapping[Seat, list[Ranking]]) -> None:
+        """Grow the trees by what the model has said, and send what is new."""
+        last = asdict(self._last)
+
+        def complete(seat: Seat) -> Nodes | None:
+            return seat.session.complete(work[seat], rankings[seat], **last)
+
+        if nodes := [made for _, made in self._isolation.each(rankings, complete) if made is not None]:
+            self._send(*nodes)
 
     @torch.inference_mode()
     def _rankings(self, work: Work) -> list[list[Ranking]]:
@@ -356,8 +413,10 @@ class Draft:
         flat = [item for row in padded for item in row]
         fields = [*(item.token for item in flat), *(item.position for item in flat), *(item.slot for item in flat)]
         tokens, positions, slots = torch.tensor(fields).view(3, len(padded), count)  # one call: each costs microseconds
-        # The target's vocabulary may have more padding than the draft's.
+        # Others may guess tokens that this model does not know, and guesses may lie beyond its last position. They are
+        # run as something else: a sequence that gets there goes on without this draft.
         tokens = tokens.clamp(max=self._runner.vocab_size - 1)
+        positions = positions.clamp(max=self._runner.max_length - 1)
         rows = [seat.row for seat, _ in work]
         return self._runner.extend(rows, tokens, positions, slots, torch.from_numpy(visible))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from ssd_ray.actors.batch import Batch, Row
+from ssd_ray.actors.isolation import Isolation
 from ssd_ray.errors import ProtocolError
 from ssd_ray.saguaro.backup import NARROW, Pace
 from ssd_ray.saguaro.planner import Planner
@@ -18,6 +19,7 @@ from ssd_ray.transport.channel import Channel
 from ssd_ray.wire import (
     Begin,
     Close,
+    Declined,
     Goodbye,
     Hello,
     Lost,
@@ -47,6 +49,7 @@ class Links:
         session: the engine's number on the wire.
         batch: the rows that messages are about.
         pace: learns how fast drafts are.
+        isolation: takes out rows that cannot take what drafts say.
 
     Attributes:
         drafts: names of the drafts that are connected.
@@ -55,7 +58,7 @@ class Links:
         malformed: frames that were dropped.
     """
 
-    def __init__(self, channel: Channel, session: int, batch: Batch, pace: Pace) -> None:
+    def __init__(self, channel: Channel, session: int, batch: Batch, pace: Pace, isolation: Isolation) -> None:
         self.channel = channel
         self.drafts: list[str] = []
         self.malformed = 0
@@ -64,6 +67,7 @@ class Links:
         self._session = session
         self._batch = batch
         self._pace = pace
+        self._isolation = isolation
         self._outbox: deque[Output] = deque()
 
     # From drafts
@@ -85,27 +89,36 @@ class Links:
 
     def _handle(self, peer: str, message: Message) -> None:
         match message:
-            case Nodes() if peer in self.drafts:
-                self._take(peer, message)
             case Hello() if message.name == peer and peer not in self.drafts:
                 self.drafts.append(peer)
                 for row in self._batch.rows:
                     row.unaware.append(peer)
-            case Lost() if peer in self.drafts:
+            case Nodes() if peer in self.drafts:
+                self._take(peer, message)
+            case Lost() | Declined() if peer in self.drafts:
                 row = self._batch.running(message.sequence)
-                if row is not None and peer not in row.unaware:
-                    row.unaware.append(peer)
+                if row is not None:
+                    self._let_go(peer, row, declined=isinstance(message, Declined))
             case Goodbye():
                 self.remove(peer)
             case _:
                 pass
+
+    @staticmethod
+    def _let_go(draft: str, row: Row, *, declined: bool) -> None:
+        """A draft does not follow a row any more: it has to be told again, or is left alone with it."""
+        if declined:
+            row.declined.add(draft)
+            row.session.cache.forget(draft)
+        elif draft not in row.unaware:
+            row.unaware.append(draft)
 
     def _take(self, draft: str, nodes: Nodes) -> None:
         self.drafted_ms += nodes.step_ms / nodes.sequences
         self._pace.saw_step(nodes.step_ms, narrow=nodes.step_tokens <= NARROW * nodes.sequences)
         row = self._batch.running(nodes.sequence)
         if row is not None:
-            row.session.add(draft, nodes)
+            self._isolation.each([row], lambda row: row.session.add(draft, nodes))
         else:  # it may have missed the end, and would keep a row and memory for ever
             self._send(draft, Close(nodes.sequence))
 
@@ -116,13 +129,19 @@ class Links:
             for row in self._batch.rows:
                 row.session.cache.forget(draft)
                 row.unaware = [name for name in row.unaware if name != draft]
+                row.declined.discard(draft)
+
+    def drafters(self, row: Row) -> list[str]:
+        """The drafts that take part in a row."""
+        return [draft for draft in self.drafts if draft not in row.declined]
 
     # To drafts
 
-    def open(self, row: Row, c: float, drafts: Sequence[str] | None = None) -> None:
-        """Tell drafts, all by default, of a sequence as it stands."""
-        for draft in self.drafts if drafts is None else drafts:
+    def introduce(self, row: Row, c: float) -> None:
+        """Open a sequence, as it stands, to the drafts that do not know of it."""
+        for draft in row.unaware:
             self._send(draft, self._opening(draft, row, c))
+        row.unaware.clear()
 
     def _opening(self, draft: str, row: Row, c: float) -> Open:
         session = row.session
@@ -155,7 +174,7 @@ class Links:
         price = planner.price / max(1, len(rows))  # a step serves all rows
         self.expected = planner.drafts_work
         for share, draft in enumerate(self.drafts):
-            known = [row for row in rows if draft not in row.unaware]
+            known = [row for row in rows if draft not in row.unaware and draft not in row.declined]
             self._send(draft, *(self._outcome(row, share, planner, price) for row in known))
 
     def _outcome(self, row: Row, share: int, planner: Planner, price: float) -> Outcome:

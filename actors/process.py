@@ -33,7 +33,9 @@ def lookahead(config: EngineConfig) -> int:
 
 
 def backup(config: EngineConfig) -> Backup:
-    """What a row does on a miss. Plain sd always drafts."""
+    """What a row does on a miss. Plain sd always drafts, unless the text itself is the draft."""
+    if config.drafts_from_text:
+        return "ngram"
     if config.method != "ssd" or (config.backup == "auto" and not config.text_lookup):
         return "draft"
     return config.backup
@@ -74,4 +76,5 @@ def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:
         compile=config.compile,
         prefill_chunk=config.prefill_chunk,
         calibrated=True,
+        trust_remote_code=config.trust_remote_code,
     )

@@ -6,7 +6,7 @@ Nothing in it asks anybody anything: speculations are looked up in the target's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
@@ -14,6 +14,7 @@ from time import perf_counter
 import torch
 
 from ssd_ray.actors.batch import Row
+from ssd_ray.actors.isolation import Isolation
 from ssd_ray.actors.links import Links
 from ssd_ray.config import MAX_LOOKAHEAD, Backup
 from ssd_ray.models.contract import ModelRunner
@@ -27,6 +28,7 @@ from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.wire import Output, TokenLogprobs
 
 logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
@@ -58,6 +60,7 @@ class Rounds:
         links: to drafts and driver.
         rules: how speculations are made.
         planner, pace, costs: what the rounds follow, and what learns from them.
+        isolation: takes out rows that raise.
         clock: seconds.
     """
 
@@ -69,6 +72,7 @@ class Rounds:
         planner: Planner,
         pace: Pace,
         costs: Costs,
+        isolation: Isolation,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._runner = runner
@@ -77,6 +81,7 @@ class Rounds:
         self._planner = planner
         self._pace = pace
         self._costs = costs
+        self._isolation = isolation
         self._clock = clock
         self._calibration = Calibration()
 
@@ -84,21 +89,23 @@ class Rounds:
         """Run one round of rows that can decode. Those that it ends have a finish reason afterwards."""
         start = self._clock()
         wait_ms = self._wait(rows)
-        self._begin(rows)
+        rows = self._begin(rows)
         verify_start = self._clock()
-        logits = self._verify(rows)
+        logits = dict(self._isolation.together(rows, self._verify))
         verify_ms = 1e3 * (self._clock() - verify_start)
-        for row, row_logits in zip(rows, logits, strict=True):
-            self._commit(row, self._decide(row, row_logits))
+        rows = self.each(rows, lambda row: self._commit(row, self._decide(row, logits[row])))
         self._links.receive(0.0)  # after the outcomes are known: most of a tree is done with then
         self._learn(rows, verify_ms)
         self._announce(rows)
-        for row, row_logits in zip(rows, logits, strict=True):
-            self._report(row, row_logits)
+        rows = self.each(rows, lambda row: self._report(row, logits[row]))
         self._links.flush()
         total_ms = 1e3 * (self._clock() - start)
-        self._account(rows, verify_ms, wait_ms, total_ms - verify_ms - wait_ms)
-        self._pace.saw_round(sum(len(row.added) for row in rows), total_ms, total_ms - verify_ms - wait_ms)
+        self._account(rows, total_ms, verify_ms, wait_ms)
+
+    def each(self, rows: Iterable[Row], step: Callable[[Row], None]) -> list[Row]:
+        """Do something for each row that still runs; returns those that are left."""
+        done = self._isolation.each([row for row in rows if row.lease is not None], step)
+        return [row for row, _ in done]
 
     # What is verified
 
@@ -137,6 +144,8 @@ class Rounds:
 
     def _worth_waiting(self, row: Row) -> bool:
         """Whether some draft is at work on this sequence: it has said something about the round before this one."""
+        if not self._links.drafters(row):
+            return False
         latest = max(row.session.cache.latest.values(), default=-1)
         at_work = latest >= max(0, row.session.round - 1) or (latest >= 0 and not self._links.expected)
         return self._rules.patient or (self._rules.backup in ("draft", "auto") and at_work)
@@ -155,16 +164,22 @@ class Rounds:
             steps = self._plan(rows)
         waited_ms = 1e3 * (self._clock() - start)
         made = max(now - then for now, then in zip(_lengths(rows), before, strict=True))
-        self._pace.saw_wait(waited_ms, made or first, came=steps <= 0)
+        # The draft in this process is never late: what does not come is not to be had, and nothing was lost by asking.
+        self._pace.saw_wait(waited_ms, made or first, came=self._rules.patient or steps <= 0)
         return waited_ms
 
-    def _begin(self, rows: Sequence[Row]) -> None:
-        changed = [row for row in rows if row.session.begin(row.length, self._rules.lookahead) != row.announced]
-        self._links.begin(changed)
-        for row in rows:
-            row.said = [node.said for node in row.session.cache.tree.trunk[1:]]
-            self._links.open(row, self._planner.c or 0.0, row.unaware)
-            row.unaware.clear()
+    def _begin(self, rows: Sequence[Row]) -> list[Row]:
+        rows = self.each(rows, self._fix_speculation)
+        self._links.begin([row for row in rows if row.session.cache.speculation != row.announced])
+        return self.each(rows, self.introduce)
+
+    def _fix_speculation(self, row: Row) -> None:
+        row.session.begin(row.length, self._rules.lookahead)
+        row.said = [node.said for node in row.session.cache.tree.trunk[1:]]
+
+    def introduce(self, row: Row) -> None:
+        """Open the sequence to drafts that do not know of it."""
+        self._links.introduce(row, self._planner.c or 0.0)
 
     # The forward, and what it decides
 
@@ -196,6 +211,8 @@ class Rounds:
         row.look_for_stop()
 
     def _learn(self, rows: Sequence[Row], verify_ms: float) -> None:
+        if not rows:
+            return
         tokens = sum(1 + len(row.said) for row in rows)
         self._planner.saw_verification(tokens, _load(rows), verify_ms, self._links.drafted_ms)
         self._calibration.end_round()
@@ -207,18 +224,20 @@ class Rounds:
     def _announce(self, rows: Sequence[Row]) -> None:
         """Tell the drafts the outcomes and what is verified next."""
         going = [row for row in rows if row.session.finish_reason is None]
-        for row in going:
-            self._look_up(row, _load(going))
+        load = _load(going)
+        going = self.each(going, lambda row: self._look_up(row, load))
         steps = self._plan(going) if going else 0
-        for row in going:
-            length = row.session.most(self._rules.lookahead) if steps else row.length
-            row.announced = row.session.cache.speculate(length)
-        self._links.announce(going, self._planner)
+        self._links.announce(self.each(going, lambda row: self._speculate(row, waits=steps > 0)), self._planner)
+
+    def _speculate(self, row: Row, *, waits: bool) -> None:
+        """What is verified if nothing else comes: what pays, or, if the round waits for more, all that is there."""
+        length = row.session.most(self._rules.lookahead) if waits else row.length
+        row.announced = row.session.cache.speculate(length)
 
     def _look_up(self, row: Row, load: Load) -> None:
         """Find what is prepared for the outcome."""
         session = row.session
-        hit = session.look_up(self._links.drafts)
+        hit = session.look_up(self._links.drafters(row))
         if self._planner.factors is not None and row.accepted == len(row.said) > 0:
             self._planner.factors.saw_whole(hit)
         most = session.most(self._rules.lookahead)
@@ -246,11 +265,12 @@ class Rounds:
             wanted = [TokenLogprobs(*entry) for entry in logprobs(logits, row.added, most)]
         self._links.put(Output(row.session.sequence, row.added, logprobs=wanted))
 
-    @staticmethod
-    def _account(rows: Sequence[Row], *milliseconds: float) -> None:
+    def _account(self, rows: Sequence[Row], total_ms: float, verify_ms: float, wait_ms: float) -> None:
         """Share out the milliseconds of a round: verifying, waiting, the rest."""
+        host_ms = total_ms - verify_ms - wait_ms
         for row in rows:
-            row.session.tally.spent(*(each / len(rows) for each in milliseconds))
+            row.session.tally.spent(*(each / len(rows) for each in (verify_ms, wait_ms, host_ms)))
+        self._pace.saw_round(sum(len(row.added) for row in rows), total_ms, host_ms)
 
 
 def _load(rows: Sequence[Row]) -> Load:

@@ -9,7 +9,7 @@ from ssd_ray.actors.inline import INLINE, InlineChannel
 from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
 from ssd_ray.actors.verifying import MOST_TOKENS, Target
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.models.loader import load_tokenizer, model_info
+from ssd_ray.models.loader import end_tokens, load_tokenizer, model_info
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import Channel
 from ssd_ray.transport.memory import MemorySpoke
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TargetActor:
-    """Verifies. With method "sd" its draft lives in the same process.
+    """Verifies. With method "sd" its draft lives in the same process, if it is a model.
 
     Args:
         config: what to load.
@@ -31,8 +31,10 @@ class TargetActor:
         pin(cores)
         self._cores = cores
         self._stopping = False
-        self._channel = InlineChannel(channel) if config.method == "sd" else channel
-        inline = isinstance(self._channel, InlineChannel)
+        inline = config.method == "sd" and not config.drafts_from_text
+        self._channel = InlineChannel(channel) if inline else channel
+        trust = config.trust_remote_code
+        tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
         runner = load_model(config, "target", MOST_TOKENS)
         self._target = Target(
             runner,
@@ -48,8 +50,8 @@ class TargetActor:
             concurrency=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
             prefix_cache=config.prefix_cache,
-            end_tokens=model_info(config.target).eos_token_ids,
-            tokenizer=load_tokenizer(config.target),
+            end_tokens=end_tokens(model_info(config.target, trust_remote_code=trust), tokenizer),
+            tokenizer=tokenizer,
         )
         if isinstance(self._channel, InlineChannel):
             self._channel.host(load_draft(config, MemorySpoke(self._channel.address, INLINE), session))

@@ -1,16 +1,22 @@
-"""The loop of the target: requests in, one batched verification after the other, tokens out."""
+"""The loop of the target: requests in, one batched verification after the other, tokens out.
+
+What is done for a row is done alone: should it raise, that row ends with the error, and the others do not notice.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 from math import inf
+from threading import RLock
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 
 from ssd_ray.actors.batch import Batch, Request, Row
+from ssd_ray.actors.isolation import Isolation, told
 from ssd_ray.actors.links import Links
 from ssd_ray.actors.rounds import Rounds, Rules
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
@@ -19,7 +25,7 @@ from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.costs import Costs, Measured
 from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
-from ssd_ray.saguaro.planner import Planner
+from ssd_ray.saguaro.planner import Planner, plan_without_draft
 from ssd_ray.sampling.rejection import Proposal, weigh
 from ssd_ray.sampling.verifier import verifier
 from ssd_ray.speculation.target import FinishReason, TargetSession
@@ -85,10 +91,13 @@ class Target:
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
         self._done = RequestStats()
         self._requests = 0
-        pace, self.costs = Pace(), Costs(measured)
-        self._planner = Planner(pace, self.costs, lookahead, saguaro_c if sampler == "rejection" else None)
-        self._links = Links(channel, session, self.batch, pace)
-        self._rounds = Rounds(runner, self._links, self._rules, self._planner, pace, self.costs, clock)
+        self._moving = RLock()  # figures are asked for meanwhile, and tell of every request once
+        self._isolation = Isolation(self._fail)
+        self._pace, self.costs = Pace(), Costs(measured)
+        self._planner = Planner(self._pace, self.costs, lookahead, saguaro_c if sampler == "rejection" else None)
+        self._links = Links(channel, session, self.batch, self._pace, self._isolation)
+        estimates = self._planner, self._pace, self.costs
+        self._rounds = Rounds(runner, self._links, self._rules, *estimates, self._isolation, clock)
 
     @property
     def malformed(self) -> int:
@@ -127,31 +136,37 @@ class Target:
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far, the running ones included."""
-        total = self._done
-        for row in self.batch.all:
-            total = add(total, row.session.stats())
-        plan = str(self._planner.plan)
-        return EngineStats(
-            sums=total,
-            requests=self._requests,
-            running=len(self.batch.rows),
-            waiting=len(self.batch.waiting) + sum(isinstance(command, Request) for command in tuple(self._commands)),
-            drafts=tuple(self._links.drafts),
-            kv_pages=self.batch.pool.size,
-            kv_pages_free=self.batch.pool.available,
-            plan=plan,
-        )
+        with self._moving:
+            return EngineStats(
+                sums=reduce(add, (row.session.stats() for row in self.batch.all), self._done),
+                requests=self._requests,
+                running=len(self.batch.rows),
+                waiting=len(self.batch.waiting) + sum(isinstance(each, Request) for each in tuple(self._commands)),
+                drafts=tuple(self._links.drafts),
+                kv_pages=self.batch.pool.size,
+                kv_pages_free=self.batch.pool.available,
+                plan=self._plan(),
+            )
+
+    def _plan(self) -> str:
+        if self._links.drafts:
+            return str(self._planner.plan)
+        return plan_without_draft(self._rules.lookahead, self._pace, looks_up=self._rules.looks_up)
 
     # The loop
 
     def turn(self, idle_seconds: float = IDLE_SECONDS) -> bool:
         """Run one round of what is there; without requests wait for a message. Returns whether there was work."""
-        self._take_commands()
-        self._end_late()
+        with self._moving:
+            self._take_commands()
+            self._end_late()
         self._links.receive(0.0)
         self._links.flush()
-        for row in self.batch.admit():
-            self._links.open(row, self._planner.c or 0.0)
+        with self._moving:
+            admitted = self.batch.admit()
+        for row in admitted:
+            row.unaware = self._links.drafters(row)
+        self._rounds.each(admitted, self._rounds.introduce)
         if not self.batch.rows:
             self._links.receive(idle_seconds)
             return False
@@ -166,18 +181,24 @@ class Target:
             missing = row.session.position - row.filled
             if left < self._prefill_chunk and missing > left:
                 return
-            start = self._clock()
-            left -= self.batch.prefill(row, self._prefill_chunk)
-            row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
+            left -= sum(cost for _, cost in self._isolation.each([row], self._prefill_chunk_of))
+
+    def _prefill_chunk_of(self, row: Row) -> int:
+        start = self._clock()
+        cost = self.batch.prefill(row, self._prefill_chunk)
+        row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
+        return cost
 
     def _round(self, rows: Sequence[Row]) -> None:
-        for row in self.batch.make_room(rows):
+        with self._moving:
+            gone = self.batch.make_room(rows)
+        for row in gone:
             self._links.tell(Close(row.session.sequence))
         rows = [row for row in rows if row.lease is not None]
         if rows:
             self._rounds.run(rows)
         for row in rows:
-            if row.session.finish_reason is not None:
+            if row.lease is not None and row.session.finish_reason is not None:
                 self._end(row)
 
     # Requests
@@ -186,7 +207,8 @@ class Target:
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, Request):
-                self.batch.add(self._row(command))
+                for _, row in self._isolation.each([command], self._row):
+                    self.batch.add(row)
             elif isinstance(command, int):
                 self._end_early({command}, "cancelled")
             else:
@@ -218,7 +240,7 @@ class Target:
         )
         study = self._study if self._planner.factors is not None else None
         verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
-        text = Detokenizer(self._tokenizer, params.stop, tokens, params.min_tokens) if params.stop else None
+        text = Detokenizer(self._tokenizer, params, tokens) if params.stop else None
         ngrams = NgramIndex(tokens if self._rules.looks_up else ())
         return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
 
@@ -227,13 +249,25 @@ class Target:
         if self._planner.factors is not None and proposal.plain is not None:
             self._planner.factors.saw_position(weigh(p, proposal, FACTORS))
 
+    def _fail(self, failed: Row | Request, error: Exception) -> None:
+        """End a request because of an error of its own."""
+        message = f"the target could not go on with it: {told(error)}"
+        if isinstance(failed, Request):
+            self._requests += 1
+            self._links.put(Output(failed.number, [], "error", error=message))
+            return
+        failed.error = message
+        failed.session.finish("error")
+        self._end(failed)
+
     def _end(self, row: Row) -> None:
         """Say goodbye to a row that has a finish reason."""
         session = row.session
         if row.lease is not None or row.holders:
             self._links.tell(Close(session.sequence))
-        self.batch.remove(row)
         stats = session.stats()
-        self._done = add(self._done, stats)
-        self._requests += 1
-        self._links.put(Output(session.sequence, [], session.finish_reason, stats))
+        with self._moving:
+            self.batch.remove(row)
+            self._done = add(self._done, stats)
+            self._requests += 1
+        self._links.put(Output(session.sequence, [], session.finish_reason, stats, row.error))

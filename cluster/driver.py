@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from ssd_ray.actors.links import DRIVER
 from ssd_ray.cluster.placement import Placer
+from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.refs import DrainChannel
 from ssd_ray.cluster.runtime import RayRuntime
 from ssd_ray.cluster.supervisor import Supervisor, own_error
@@ -41,12 +42,17 @@ another thread, and returns at once."""
 class Driver:
     """Starts an engine and talks to it. All methods may be called from any thread.
 
+    Args:
+        config: of the engine, as :func:`~ssd_ray.cluster.preflight.check` completed it.
+        fingerprints: of the models that were looked at; actors refuse to load others.
+
     Raises:
         SsdRayError: the engine cannot be started; whatever was started is stopped again.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, fingerprints: Fingerprints) -> None:
         self._config = config
+        self._fingerprints = fingerprints
         self._session = secrets.randbits(53)
         self._numbers = count()
         self._requests: dict[int, Deliver] = {}
@@ -61,10 +67,11 @@ class Driver:
 
     def _start(self, undo: ExitStack) -> None:
         config = self._config
-        drafts = config.num_drafts if config.method == "ssd" else 0
+        drafts = config.draft_actors
         runtime = RayRuntime()
         undo.callback(runtime.close)
-        self._supervisor = Supervisor(config, self._session, Placer(config.device, drafts), self._fail)
+        placer = Placer(config.device, drafts)
+        self._supervisor = Supervisor(config, self._fingerprints, self._session, placer, self._fail)
         undo.callback(self._supervisor.close)
         self._target, address = self._supervisor.start(drafts)
         self._pump = threading.Thread(target=self._pump_frames, args=(address,), name="ssd-ray-pump", daemon=True)
@@ -115,6 +122,8 @@ class Driver:
         """
         if self._config.method != "ssd":
             raise ConfigError("method", "'ssd', the method that has draft actors", self._config.method)
+        if self._config.drafts_from_text:
+            raise ConfigError("draft", "a model, of which there can be several", self._config.draft)
         self._check()
         self._supervisor.scale_drafts(replace(self._config, num_drafts=count).num_drafts)
 

@@ -10,23 +10,21 @@ from __future__ import annotations
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import accumulate
-from typing import Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Strict, create_model
 
 from ssd_ray.chat import chat_prompt
 from ssd_ray.config import SamplingParams
-from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
-from ssd_ray.outputs import Prompt
+from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError, RequestFailedError
+from ssd_ray.prompts import Prompt
+from ssd_ray.text import Spelling
 
 Document = dict[str, Any]
 """A JSON object."""
-
-Decode = Callable[[int], str]
-"""The text of one token."""
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -52,14 +50,49 @@ COMPLETION_TOKENS = 16
 """OpenAI's default of ``max_tokens`` for completions. A chat may go on to the end of the context."""
 
 
+UNLIKELY = -9999.0
+"""The log-probability of what is as good as impossible; JSON has no infinity."""
+
+
 def _optional_sampling() -> Any:
-    """Every field of the sampling, none of them required."""
+    """Every field of the sampling, none of them required.
+
+    Numbers and truth values are what they are in JSON, and not what they could be read as. The rest is looked at by
+    the sampling itself.
+    """
     hints = get_type_hints(SamplingParams)
-    optional: Any = {each.name: (hints[each.name] | None, None) for each in fields(SamplingParams)}
+    optional: Any = {each.name: (_strict(hints[each.name]), None) for each in fields(SamplingParams)}
     return create_model("Sampling", **optional)
 
 
+def _strict(hint: Any) -> Any:
+    kinds = set(get_args(hint) or (hint,)) - {type(None)}
+    return Annotated[kinds.pop(), Strict()] | None if kinds <= {int, float, bool} else Any
+
+
 Sampling: Any = _optional_sampling()
+
+
+class Token(NamedTuple):
+    """A token of a text, or a candidate for its place, as a reply has it.
+
+    Attributes:
+        id: its number.
+        text: what it adds to the text; a candidate by its name.
+        data: the bytes of UTF-8 that it writes, which may be a part of a character.
+        logprob: in nats.
+        top: the likeliest candidates for its place, best first.
+    """
+
+    id: int
+    text: str
+    data: bytes
+    logprob: float
+    top: Sequence[Token] = ()
+
+
+Scored = Sequence[Token] | None
+"""The tokens of a text, if their log-probabilities were asked for."""
 
 
 class StreamOptions(BaseModel):
@@ -80,8 +113,7 @@ class Request(Sampling):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    logprobs: Any = None  # in a chat whether, in a completion how many; False is none
 
     @abstractmethod
     def prompts(self, tokenizer: Any) -> list[Prompt]:
@@ -99,11 +131,11 @@ class Request(Sampling):
         return SamplingParams(**defaults | {name: value for name, value in given.items() if value is not None})
 
     @abstractmethod
-    def choice(self, text: str, logprobs: Any, decode: Decode) -> Document:
+    def choice(self, text: str, tokens: Scored) -> Document:
         """A text as a reply has it."""
 
     @abstractmethod
-    def delta(self, text: str | None, logprobs: Any, decode: Decode) -> Document:
+    def delta(self, text: str | None, tokens: Scored) -> Document:
         """A piece of a text as a part has it; None is the empty piece that ends a text."""
 
     def opening(self) -> Document | None:
@@ -131,11 +163,11 @@ class CompletionRequest(Request):
         one = isinstance(prompt, str) or all(isinstance(token, int) for token in prompt)
         return [prompt] if one else prompt
 
-    def choice(self, text: str, logprobs: Any, decode: Decode) -> Document:
-        return {"text": text, "logprobs": None if logprobs is None else _completion_logprobs(logprobs, decode)}
+    def choice(self, text: str, tokens: Scored) -> Document:
+        return {"text": text, "logprobs": None if tokens is None else _completion_logprobs(tokens)}
 
-    def delta(self, text: str | None, logprobs: Any, decode: Decode) -> Document:
-        return self.choice(text or "", logprobs, decode)
+    def delta(self, text: str | None, tokens: Scored) -> Document:
+        return self.choice(text or "", tokens)
 
 
 class TextPart(BaseModel):
@@ -172,13 +204,13 @@ class ChatRequest(Request):
     def prompts(self, tokenizer: Any) -> list[Prompt]:
         return [chat_prompt(tokenizer, [message.plain() for message in self.messages])]
 
-    def choice(self, text: str, logprobs: Any, decode: Decode) -> Document:
+    def choice(self, text: str, tokens: Scored) -> Document:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": None if logprobs is None else _chat_logprobs(logprobs, decode)}
+        return {"message": message, "logprobs": None if tokens is None else _chat_logprobs(tokens)}
 
-    def delta(self, text: str | None, logprobs: Any, decode: Decode) -> Document:
+    def delta(self, text: str | None, tokens: Scored) -> Document:
         content = {} if text is None else {"content": text}
-        return {"delta": content, "logprobs": None if logprobs is None else _chat_logprobs(logprobs, decode)}
+        return {"delta": content, "logprobs": None if tokens is None else _chat_logprobs(tokens)}
 
     def opening(self) -> Document | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -197,13 +229,13 @@ class Reply:
     Args:
         request: what was asked.
         model: the model's name.
-        decode: the text of a token.
+        spelling: what tokens write.
         texts: texts of each prompt.
     """
 
-    def __init__(self, request: Request, model: str, decode: Decode, texts: int = 1) -> None:
+    def __init__(self, request: Request, model: str, spelling: Spelling, texts: int = 1) -> None:
         self._request = request
-        self._decode = decode
+        self._spelling = spelling
         self._texts = texts
         self._head = {"id": f"{request.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         asked = request.stream_options is not None and request.stream_options.include_usage
@@ -212,7 +244,7 @@ class Reply:
     def whole(self, outputs: Sequence[Any]) -> Document:
         """All texts at once."""
         choices = [
-            self._choice(index, self._request.choice(output.text, output.logprobs, self._decode), output)
+            self._choice(index, self._request.choice(output.text, _scored(output, self._spelling)), output)
             for index, output in enumerate(outputs)
         ]
         return self._head | {"object": self._request.whole, "choices": choices, "usage": self._usage(outputs)}
@@ -224,11 +256,11 @@ class Reply:
 
     def piece(self, index: int, text: str) -> Document:
         """A part with a piece of a text."""
-        return self._part(self._choice(index, self._request.delta(text, None, self._decode)))
+        return self._part(self._choice(index, self._request.delta(text, None)))
 
     def end(self, index: int, output: Any) -> Document:
         """The last part of a text; it has the log-probabilities of all of it."""
-        return self._part(self._choice(index, self._request.delta(None, output.logprobs, self._decode), output))
+        return self._part(self._choice(index, self._request.delta(None, _scored(output, self._spelling)), output))
 
     def usage(self, outputs: Sequence[Any]) -> list[Document]:
         """The part that ends a stream, if it was asked for."""
@@ -267,7 +299,7 @@ class UnknownModelError(RequestError):
 def error_reply(error: Exception) -> tuple[int, Document]:
     """The status and the body that tell of an error."""
     status, kind, code = 500, "server_error", None
-    if isinstance(error, RequestError | ConfigError):
+    if isinstance(error, RequestError | ConfigError) and not isinstance(error, RequestFailedError):
         status, kind = 400, "invalid_request_error"
     match error:
         case QueueFullError():
@@ -297,24 +329,46 @@ def _refuse_unknown(extra: Document) -> None:
             raise ConfigError(name, "no such field", value)
 
 
-def _completion_logprobs(entries: Any, decode: Decode) -> Document:
-    tokens = [decode(entry.token_id) for entry in entries]
+def _scored(output: Any, spelling: Spelling) -> Scored:
+    """The tokens of a text with their log-probabilities; None if they were not asked for."""
+    if output.logprobs is None:
+        return None
+    return [_token(entry, piece, spelling) for entry, piece in zip(output.logprobs, output.pieces, strict=True)]
+
+
+def _token(entry: Any, piece: str, spelling: Spelling) -> Token:
+    """A token of the text, which adds ``piece`` to it: there it is written so, and among its candidates, too."""
+
+    def token(number: int, logprob: float) -> Token:
+        text = piece if number == entry.token_id else spelling.name(number)
+        return Token(number, text, spelling.data(number), max(logprob, UNLIKELY))
+
+    top = [token(*pair) for pair in entry.top.items()]
+    return token(entry.token_id, entry.logprob)._replace(top=top)
+
+
+def _completion_logprobs(tokens: Sequence[Token]) -> Document:
+    pieces = [token.text for token in tokens]
     return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [{decode(token): value for token, value in entry.top.items()} for entry in entries],
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
+        "tokens": pieces,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_by_name(token) for token in tokens],
+        "text_offset": list(accumulate(map(len, pieces[:-1]), initial=0)) if pieces else [],
     }
 
 
-def _chat_logprobs(entries: Any, decode: Decode) -> Document:
-    def item(token: int, value: float) -> Document:
-        return {"token": decode(token), "logprob": value, "bytes": list(decode(token).encode())}
+def _by_name(token: Token) -> dict[str, float]:
+    """The candidates for a place, itself included, each under a name of its own; the token's is what it adds."""
+    named: dict[str, float] = {}
+    for each in [*token.top, *([] if token.id in {each.id for each in token.top} else [token])]:
+        taken = each.text in named or (each.text == token.text and each.id != token.id)
+        named[f"token_id:{each.id}" if taken else each.text] = each.logprob
+    return named
 
-    return {
-        "content": [
-            item(entry.token_id, entry.logprob) | {"top_logprobs": [item(*pair) for pair in entry.top.items()]}
-            for entry in entries
-        ],
-        "refusal": None,
-    }
+
+def _chat_logprobs(tokens: Sequence[Token]) -> Document:
+    def item(token: Token) -> Document:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
+
+    content = [item(token) | {"top_logprobs": [item(each) for each in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}

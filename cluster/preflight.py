@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ssd_ray.cluster.runtime import is_private
-from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, PromptTooLongError, RequestError, ResourceError
+from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingParams
+from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError, shown
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.loader import (
     ModelInfo,
     Role,
+    check_files,
     check_pair,
     count_pages,
+    end_tokens,
     free_bytes,
     load_tokenizer,
+    model_fingerprint,
     model_info,
 )
+from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
+
+logger = logging.getLogger(__name__)
+
+Fingerprints = Mapping[Role, tuple[str, str]]
+"""What tells the models that were looked at from others, wherever they are loaded."""
 
 SHARE_OF_MEMORY = 0.95
 """Of the free memory that models may fill; Python and Ray need some beside."""
@@ -32,72 +42,135 @@ class Checked:
     """What the driver knows of models that have passed.
 
     Attributes:
+        config: the engine's, with what it left open: the draft, and the longest sequence.
+        fingerprints: of the models that are loaded.
         tokenizer: the target's.
-        vocab_size: token ids that target and draft both know.
+        vocab_size: token ids that the target knows.
         max_length: tokens of prompt and text together at most.
+        end_tokens: tokens that end a text.
     """
 
+    config: EngineConfig
+    fingerprints: Fingerprints
     tokenizer: Any
     vocab_size: int
     max_length: int
+    end_tokens: tuple[int, ...] = ()
 
-    def prompt(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into tokens.
 
         Raises:
             RequestError: it is no prompt: empty, or with tokens that the model does not know.
             PromptTooLongError: it leaves no room for a single token.
         """
-        tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        said = plain(prompt)
+        tokens = self._tokens(said) if isinstance(said, str) else said
         if not tokens:
             raise RequestError("prompt: it is empty")
         for token in tokens:
-            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
-                raise RequestError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, got {token!r}")
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise RequestError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, got {shown(token)}")
         if len(tokens) >= self.max_length:
             raise PromptTooLongError(
                 f"prompt: it has {len(tokens)} tokens; the context of {self.max_length} has to hold it and the text"
             )
         return [int(token) for token in tokens]
 
+    def _tokens(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer(text)["input_ids"])
+        except Exception as error:  # a tokenizer raises what its author liked
+            raise RequestError(f"prompt: the tokenizer does not take it: {error}") from error
+
     def params(self, params: SamplingParams) -> SamplingParams:
-        """Look at a request's parameters.
+        """Look at a request's parameters, and turn bad words into tokens.
 
         Raises:
-            RequestError: they have a bias for a token that the model does not know.
+            RequestError: they name a token that the model does not know.
         """
-        for token, _ in params.logit_bias:
+        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._require_known("bad_words_ids", (token for word in params.bad_words_ids for token in word))
+        if not params.bad_words:
+            return params
+        words = (tokens for word in params.bad_words for tokens in self._spellings(word))
+        return replace(params, bad_words=(), bad_words_ids=tuple(dict.fromkeys((*params.bad_words_ids, *words))))
+
+    def _require_known(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
             if token >= self.vocab_size:
-                raise RequestError(f"logit_bias: expected token ids from 0 to {self.vocab_size - 1}, got {token}")
-        return params
+                raise RequestError(f"{name}: expected token ids from 0 to {self.vocab_size - 1}, got {token}")
+
+    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The tokens of a word without a space before it, and with one."""
+        bare = word.lstrip() or word
+        spellings = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")]
+        if not all(spellings):
+            raise RequestError(f"bad_words: the tokenizer has no tokens for {word!r}")
+        return spellings
 
 
 def check(config: EngineConfig) -> Checked:
-    """Look at the models' configs and tokenizers, not at their weights.
+    """Look at the models' configs, tokenizers and files, without reading their weights.
 
     Raises:
-        ModelError: a model is not there or cannot work here, or the two do not share one vocabulary.
-        ConfigError: ``max_model_len`` is above what the models can take.
+        ModelError: a model is not there, or not whole, or cannot work here, or the two do not share one vocabulary.
+        ConfigError: ``max_model_len`` is above what the target can take.
         ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
-    infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target")}
-    vocab_size = infos["target"].vocab_size
+    trust = config.trust_remote_code
+    infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target", trust_remote_code=trust)}
     if config.method != "ar":
-        infos["draft"] = model_info(config.draft, role="draft")
-        vocab_size = check_pair(config.target, config.draft)
-    max_length = min(_max_length(config, info, role) for role, info in infos.items())
+        config = _with_draft(config)
+        if not config.drafts_from_text:
+            infos["draft"] = model_info(config.draft, role="draft", trust_remote_code=trust)
+    for role in infos:
+        check_files(getattr(config, role), role=role)
+    max_length = _max_length(config, infos["target"])
+    config = replace(config, max_model_len=max_length)
     if is_private():
         _require_machine(config, infos, max_length)
-    return Checked(tokenizer=load_tokenizer(config.target), vocab_size=vocab_size, max_length=max_length)
+    tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
+    return Checked(
+        config=config,
+        fingerprints={role: model_fingerprint(getattr(config, role), role=role) for role in infos},
+        tokenizer=tokenizer,
+        vocab_size=infos["target"].vocab_size,
+        max_length=max_length,
+        end_tokens=end_tokens(infos["target"], tokenizer),
+    )
 
 
-def _max_length(config: EngineConfig, info: ModelInfo, role: Role) -> int:
+def _with_draft(config: EngineConfig) -> EngineConfig:
+    """The configuration with its draft: the one that it names, or the bundled one, or the text itself where that does
+    not fit.
+
+    Raises:
+        ModelError: the draft that it names is not there or does not match the target.
+        ConfigError: it bars the text from being the draft.
+    """
+    if config.drafts_from_text:
+        logger.info("the text itself is the draft")
+        return config
+    try:
+        check_pair(config.target, config.draft, trust_remote_code=config.trust_remote_code)
+    except ModelError as error:
+        if config.draft is not None:
+            raise
+        logger.warning(
+            "no draft is given and the bundled one does not fit, so the text itself is the draft (%s)", error
+        )
+        return replace(config, draft=TEXT_DRAFT)
+    return config
+
+
+def _max_length(config: EngineConfig, info: ModelInfo) -> int:
     wanted, limit = config.max_model_len, info.max_length
     if wanted is not None and limit is not None and wanted > limit:
-        raise ConfigError("max_model_len", f"at most {limit}, the positions of the {role}", wanted)
+        raise ConfigError("max_model_len", f"at most {limit}, the positions of the target", wanted)
     length = wanted or limit
     if length is None:
-        raise ConfigError("max_model_len", f"a number, since the {role}'s config sets no limit", None)
+        raise ConfigError("max_model_len", "a number, since the target's config sets no limit", None)
     return length
 
 
@@ -111,7 +184,7 @@ def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_len
 
 
 def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
-    copies = {"target": 1, "draft": config.num_drafts if config.method == "ssd" else 1}
+    copies = {"target": 1, "draft": config.draft_actors if config.method == "ssd" else 1}
     weights = sum(copies[role] * info.parameter_bytes for role, info in infos.items())
     scratch = {"target": MAX_LOOKAHEAD + 1, "draft": SCRATCH}
     rows = 1 if config.kv_memory == "auto" else config.max_num_seqs
@@ -119,7 +192,8 @@ def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_leng
     for role, info in infos.items():
         page_bytes = info.kv_bytes_per_slot * PAGE_SLOTS
         wanted = None if config.kv_memory == "auto" else config.kv_memory
-        kv += copies[role] * page_bytes * count_pages(wanted, page_bytes, rows, max_length + scratch[role], 0)
+        slots = min(max_length, info.max_length or max_length) + scratch[role]
+        kv += copies[role] * page_bytes * count_pages(wanted, page_bytes, rows, slots, 0)
     free = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
     if weights + kv > free:
         raise ResourceError(

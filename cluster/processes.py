@@ -7,6 +7,7 @@ thread from start to stop, and its ref is the sentinel of the process; every oth
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,13 @@ import ray
 
 from ssd_ray.actors.draft import DraftActor
 from ssd_ray.actors.target import TargetActor
+from ssd_ray.cluster.placement import Role
+from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.refs import RefEndpoint
 from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.errors import ModelError
+from ssd_ray.models.checkpoint import same_model
+from ssd_ray.models.loader import model_fingerprint
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.hybrid import HybridChannel
@@ -25,6 +31,7 @@ Cores = Sequence[int] | None
 
 
 class _Process(RefEndpoint):
+    @ray.method(concurrency_group="inbox")
     def info(self) -> dict[str, Any]:
         """Where the process runs: pid, node, cores and GPUs that it may use."""
         return {
@@ -38,7 +45,16 @@ class _Process(RefEndpoint):
 class TargetProcess(_Process):
     """A :class:`~ssd_ray.actors.target.TargetActor` in a Ray actor."""
 
-    def __init__(self, config: EngineConfig, *, session: int, cores: Cores = None, one_node: bool = True) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        fingerprints: Fingerprints,
+        session: int,
+        cores: Cores = None,
+        one_node: bool = True,
+    ) -> None:
+        require_same(config, fingerprints, ("target",) if config.method == "ssd" else ("target", "draft"))
         super().__init__(HUB, config.inline_max_bytes)
         self._address: ZmqAddress | None = None
         channel: Channel = self.refs
@@ -47,6 +63,7 @@ class TargetProcess(_Process):
             channel, self._address = HybridChannel(hub, self.refs, config.inline_max_bytes), hub.address
         self._actor = TargetActor(config, channel, session=session, cores=cores)
 
+    @ray.method(concurrency_group="inbox")
     def address(self) -> ZmqAddress | None:
         """Where spokes connect; None if frames travel in actor calls."""
         return self._address
@@ -96,21 +113,20 @@ class DraftProcess(_Process):
         self,
         config: EngineConfig,
         *,
+        fingerprints: Fingerprints,
         session: int,
         name: str,
         address: ZmqAddress | None,
         target: Any,
         cores: Cores = None,
     ) -> None:
+        require_same(config, fingerprints, ("draft",))
         super().__init__(name, config.inline_max_bytes)
         self.refs.add_peer(HUB, target)
         channel: Channel = self.refs
         if address is not None:
             channel = HybridChannel(ZmqSpoke(address, name), self.refs, config.inline_max_bytes)
         self._actor = DraftActor(config, channel, session=session, cores=cores)
-
-    def ready(self) -> None:
-        """Return when the model is loaded."""
 
     def run(self) -> None:
         """Draft until :meth:`stop`."""
@@ -125,3 +141,22 @@ class DraftProcess(_Process):
     def stop(self) -> None:
         """Let :meth:`run` return."""
         self._actor.stop()
+
+
+def require_same(config: EngineConfig, fingerprints: Fingerprints, roles: Sequence[Role]) -> None:
+    """Refuse a model that has the place of one that was looked at, on another machine, and is not the same.
+
+    Raises:
+        ModelError: it differs, or is not there.
+    """
+    for role in set(roles) & set(fingerprints):
+        path = getattr(config, role)
+        try:
+            found = model_fingerprint(path, role=role)
+        except ModelError as error:
+            raise ModelError(f"{error}, on {socket.gethostname()}, where the {role} is to run") from None
+        if not same_model(fingerprints[role], found):
+            raise ModelError(
+                f"{role}: {path or 'the bundled model'} on {socket.gethostname()}, where it is to run, is not the one "
+                "that was looked at where the engine was started: config or weights differ"
+            )

@@ -28,6 +28,14 @@ from ssd_ray.cluster.openai import (
     model_card,
 )
 from ssd_ray.errors import SsdRayError
+from ssd_ray.text import spelling
+
+
+class Json(JSONResponse):
+    """JSON in ASCII: what repeats words of a request may hold halves of characters, which UTF-8 has not."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 def make_app(engine: Callable[[], AsyncLLM]) -> FastAPI:
@@ -85,7 +93,8 @@ class Server:
         llm = self._engine()
         params = request.params(llm.max_model_len)
         texts = params.texts()
-        reply = Reply(request, self.name, lambda token: llm.tokenizer.decode([token]), len(texts))
+        known = spelling(llm.tokenizer, skip_special_tokens=params.skip_special_tokens)
+        reply = Reply(request, self.name, known, len(texts))
         async with AsyncExitStack() as stack:
             streams = []
             for prompt in request.prompts(llm.tokenizer):
@@ -95,7 +104,7 @@ class Server:
             if request.stream:
                 events = _events(reply, streams, stack.pop_all())
                 return StreamingResponse(events, media_type="text/event-stream")
-            return JSONResponse(reply.whole([await stream.wait() for stream in streams]))
+            return Json(reply.whole([await stream.wait() for stream in streams]))
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -149,15 +158,15 @@ def _event(document: Document) -> str:
 
 async def _tell(_: HttpRequest, error: Exception) -> Response:
     status, body = error_reply(error)
-    return JSONResponse(body, status)
+    return Json(body, status)
 
 
 async def _tell_invalid(_: HttpRequest, error: RequestValidationError) -> Response:
     first: Any = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][1:]) or None
     message = f"{place or 'body'}: {first['msg']}"
-    return JSONResponse(error_body(message, "invalid_request_error", param=place, code="invalid_type"), 400)
+    return Json(error_body(message, "invalid_request_error", param=place, code="invalid_type"), 400)
 
 
 async def _tell_http(_: HttpRequest, error: HTTPException) -> Response:
-    return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code)
+    return Json(error_body(str(error.detail), "invalid_request_error"), error.status_code)

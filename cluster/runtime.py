@@ -10,9 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from socket import create_connection
 from typing import Literal
+from urllib.parse import urlsplit
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from ssd_ray.errors import EngineError, ResourceError
 
@@ -34,6 +37,12 @@ _LONGEST_DIR = 40
 
 _JANITOR_SECONDS = 15.0
 
+_ANSWER_SECONDS = 5.0
+"""How long the machine of a cluster may take to accept a connection."""
+
+_TIMED_OUT = "timed out"
+"""In Ray's words if its processes did not come up in the half minute that it gives them."""
+
 # Started apart from the driver's process group. Its standard input ends when the driver closes it or dies, however that
 # happens. Ray's own processes then go by themselves or, those that only look for their parent now and then, are ended.
 _JANITOR = """
@@ -50,6 +59,12 @@ rm -rf "$1"
 def is_private() -> bool:
     """Whether a runtime that is made now is a private Ray on this machine."""
     return (_shared.kind if _shared.users else _next_kind()) == "private"
+
+
+def logs_folder() -> str:
+    """Where Ray, to which this process is connected, keeps the logs of the actors on this machine."""
+    node = ray._private.worker._global_node
+    return "the folder of the Ray that it is a client of" if node is None else str(node.get_logs_dir_path())
 
 
 class RayRuntime:
@@ -71,6 +86,7 @@ class RayRuntime:
         with _shared.lock:
             if not _shared.users:
                 _shared.kind, _shared.end = _connect()
+                logger.info("the logs of Ray and of its actors on this machine are in %s", logs_folder())
             _shared.users += 1
             self.kind = _shared.kind
 
@@ -104,7 +120,18 @@ def _connect() -> tuple[Kind, Callable[[], None]]:
         _join(os.environ["RAY_ADDRESS"])
         return kind, ray.shutdown
     logger.info("starting Ray")
-    return kind, _PrivateRay().close
+    return kind, _start_private().close
+
+
+def _start_private() -> _PrivateRay:
+    """Start a private Ray. Where others keep the machine busy its processes may be late; they get a second chance."""
+    try:
+        return _PrivateRay()
+    except EngineError as error:
+        if _TIMED_OUT not in str(error):
+            raise
+        logger.warning("%s Trying once more", error)
+        return _PrivateRay()
 
 
 class _PrivateRay:
@@ -160,6 +187,7 @@ def _next_kind() -> Kind:
 
 
 def _start_ray(folder: str) -> None:
+    """Start Ray in a folder of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ray.init(
         address="local",
@@ -175,10 +203,35 @@ def _start_ray(folder: str) -> None:
 
 def _join(address: str) -> None:
     logger.info("joining the Ray cluster at %s", address)
+    require_cluster()
     try:
         ray.init(log_to_driver=logger.isEnabledFor(logging.DEBUG), logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError: whatever Ray makes of the address
-        raise ResourceError(f"no Ray cluster at {address} (RAY_ADDRESS): {error}") from error
+        raise ResourceError(
+            f"no Ray cluster at {address} (RAY_ADDRESS): {error}; one that wants a token is joined with "
+            "RAY_AUTH_MODE=token"
+        ) from error
+
+
+def require_cluster() -> None:
+    """Check that the cluster which ``ray.init()`` would join answers: Ray itself tries for minutes.
+
+    That is the one which ``RAY_ADDRESS`` names, or else the latest that was started on this machine. Ray keeps a record
+    of it, also when it has crashed.
+
+    Raises:
+        ResourceError: nothing answers.
+    """
+    address = given = os.environ.get("RAY_ADDRESS") or None
+    try:
+        address = urlsplit(given).netloc if given and "://" in given else canonicalize_bootstrap_address(None)
+        if address is not None:
+            host, _, port = address.rpartition(":")
+            create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError, ValueError) as error:
+        where = f"{given} (RAY_ADDRESS)" if given else f"{address}, where the latest of this machine was"
+        other = "" if given else "; RAY_ADDRESS=local starts another"
+        raise ResourceError(f"no Ray cluster answers at {where}: {error}{other}") from error
 
 
 def _settings(folder: str) -> dict[str, str]:

@@ -33,9 +33,9 @@ from ssd_ray.async_llm import AsyncLLM
 from ssd_ray.cluster.placement import gpus_of_an_actor
 from ssd_ray.cluster.preflight import check
 from ssd_ray.cluster.routes import make_app
-from ssd_ray.cluster.runtime import RayRuntime
+from ssd_ray.cluster.runtime import RayRuntime, require_cluster
 from ssd_ray.config import EngineConfig
-from ssd_ray.errors import ConfigError, EngineError
+from ssd_ray.errors import ConfigError, EngineError, SsdRayError, quoted_error
 
 NAME = "ssd-ray"
 """The application's name in Serve."""
@@ -75,6 +75,7 @@ def application(config: EngineConfig) -> Application:
     deployment = serve.deployment(
         name=NAME,
         max_ongoing_requests=config.max_queue + REFUSALS,
+        max_constructor_retry_count=1,  # an engine that is refused once is refused again; later replicas are retried
         ray_actor_options={"num_cpus": group[0]["CPU"]},
         placement_group_bundles=group,
     )
@@ -90,7 +91,7 @@ def bundles(config: EngineConfig, resources: Mapping[str, float]) -> list[dict[s
     Raises:
         ResourceError: ``device`` is "cuda" and the cluster has no GPU.
     """
-    actors = 1 + (config.num_drafts if config.method == "ssd" else 0)
+    actors = 1 + config.draft_actors
     share = floor(100 * resources.get("CPU", 1.0) / (1 + actors)) / 100
     cpu = {"CPU": max(0.01, min(1.0, share))}
     gpus = gpus_of_an_actor(config.device, resources)
@@ -102,6 +103,7 @@ def _cluster_resources() -> Mapping[str, float]:
     if ray.is_initialized():
         resources: Mapping[str, float] = ray.cluster_resources()
         return resources
+    require_cluster()
     with ray.init(log_to_driver=False, logging_level=logging.ERROR):
         return _cluster_resources()
 
@@ -113,13 +115,13 @@ def serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
     Raises:
         SsdRayError: the application does not start.
     """
-    check(config)
+    checked = check(config)
     _require_free(host, port)
     runtime = RayRuntime()
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
         try:
-            _run(application(config))
+            _run(application(checked.config))
             yield f"http://{host}:{port}"
         finally:
             serve.delete(NAME)
@@ -142,7 +144,15 @@ def _run(app: Application) -> None:
     try:
         serve.run(app, name=NAME, route_prefix="/")
     except RuntimeError as error:
-        raise EngineError(f"the server does not start: {error}") from error
+        raise _replicas_error() or EngineError(f"the server does not start: {error}") from error
+
+
+def _replicas_error() -> SsdRayError | None:
+    """Why a replica did not start, in its own words, which Serve keeps as text and does not pass on."""
+    application = serve.status().applications.get(NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    errors = (quoted_error(deployment.message) for deployment in deployments)
+    return next(filter(None, errors), None)
 
 
 def _app() -> FastAPI:

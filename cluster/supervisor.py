@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -19,6 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ssd_ray.cluster.placement import Place, Placer, Role
+from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.processes import DraftProcess, TargetProcess
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS
 from ssd_ray.config import EngineConfig
@@ -56,15 +58,22 @@ class Supervisor:
 
     Args:
         config: what the actors load.
+        fingerprints: of the models that they may load.
         session: the engine's number on the wire.
         placer: where they may run.
         on_failure: told why, from another thread, when the target dies.
     """
 
     def __init__(
-        self, config: EngineConfig, session: int, placer: Placer, on_failure: Callable[[EngineError], None]
+        self,
+        config: EngineConfig,
+        fingerprints: Fingerprints,
+        session: int,
+        placer: Placer,
+        on_failure: Callable[[EngineError], None],
     ) -> None:
         self._config = config
+        self._fingerprints = fingerprints
         self._session = session
         self._placer = placer
         self._on_failure = on_failure
@@ -166,7 +175,7 @@ class Supervisor:
     def _start_target(self, target: Member) -> None:
         logger.info("loading the target")
         one_node = sum(node["Alive"] for node in ray.nodes()) == 1
-        _get(self._load(target, one_node=one_node), "target")
+        _pass_on(_get(self._load(target, one_node=one_node), "target"))
         self._address = _get(target.handle.address.remote(), "target")
         self._run(target)
 
@@ -177,9 +186,13 @@ class Supervisor:
             raise EngineError("the engine has no target")
         if drafts:
             logger.info("loading %s", "the draft" if len(drafts) == 1 else f"{len(drafts)} drafts")
-        loads = [self._load(draft, name=draft.name, address=self._address, target=target.handle) for draft in drafts]
-        for draft, load in zip(drafts, loads, strict=True):
-            _get(load, draft.name)
+        loads = {
+            self._load(draft, name=draft.name, address=self._address, target=target.handle): draft.name
+            for draft in drafts
+        }
+        while loads:  # the first that fails is told at once, while others load
+            (load, *_), _ = ray.wait(list(loads))
+            _pass_on(_get(load, loads.pop(load)))
         for draft in drafts:
             _get(target.handle.attach.remote(draft.name, draft.handle), "target")
             with self._changing:
@@ -202,8 +215,14 @@ class Supervisor:
         return self._target.handle.stats.remote()
 
     def _load(self, member: Member, **arguments: Any) -> Any:
-        """Let an actor load its model; the ref of that."""
-        return member.handle.start.remote(self._config, session=self._session, cores=member.place.cores, **arguments)
+        """Let an actor load its model; the ref of what it warns of."""
+        return member.handle.start.remote(
+            self._config,
+            fingerprints=self._fingerprints,
+            session=self._session,
+            cores=member.place.cores,
+            **arguments,
+        )
 
     def _run(self, member: Member) -> None:
         member.sentinel = member.handle.run.remote()
@@ -260,18 +279,40 @@ class Supervisor:
 def _deferred(kind: type) -> type:
     """Move the work of a class's constructor into ``start``.
 
-    Ray reports an error in an actor's constructor as a death, in words alone. That of a method arrives as itself.
+    Ray reports an error in an actor's constructor as a death, in words alone. That of a method arrives as itself, and
+    so do the warnings, which ``start`` returns.
     """
 
     class Deferred(kind):
         def __init__(self) -> None:
             pass
 
-        def start(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        def start(self, *args: Any, **kwargs: Any) -> list[str]:
+            with _warnings() as warnings:
+                super().__init__(*args, **kwargs)
+            return warnings
 
     Deferred.__name__ = Deferred.__qualname__ = kind.__name__
     return Deferred
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Keep what the library warns of."""
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    library = logging.getLogger("ssd_ray")
+    library.addHandler(handler)
+    try:
+        yield warnings
+    finally:
+        library.removeHandler(handler)
+
+
+def _pass_on(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 def _get(ref: Any, name: str) -> Any:

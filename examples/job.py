@@ -1,9 +1,10 @@
 """A batch of prompts as a Ray job: reads prompts, writes results.
 
     python examples/job.py [--prompts FILE] [--output FILE] [--target DIR --draft DIR]
-    ray job submit --working-dir . -- python examples/job.py
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- python examples/job.py
 
-Inside a job the engine's actors run on the job's cluster. Without a cluster this starts a Ray of its own.
+Inside a job the engine's actors run on the job's cluster. Without a cluster this starts a Ray of its own. Leave
+RAY_AUTH_MODE out if the cluster was started without a token; `ray start` says so.
 """
 
 import argparse

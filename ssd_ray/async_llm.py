@@ -11,10 +11,11 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
-from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
-from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
-from ssd_ray.outputs import Prompt, RequestOutput, join
+from ssd_ray.config import EngineConfig, ModelPath, OnError, SamplingParams
+from ssd_ray.engine import Engine, Generation, Params, Task
+from ssd_ray.errors import EngineError, QueueFullError, RequestError, SsdRayError
+from ssd_ray.outputs import RequestOutput, join
+from ssd_ray.prompts import Prompt, Prompts
 from ssd_ray.stats import EngineStats
 from ssd_ray.wire import Output
 
@@ -63,7 +64,7 @@ class AsyncLLM:
     models and machine when it starts.
     """
 
-    def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
+    def __init__(self, target: ModelPath = None, draft: ModelPath = None, **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
         self._started: Engine | None = None
 
@@ -90,10 +91,15 @@ class AsyncLLM:
         return [output async for output in self.outputs(prompts, params, timeout=timeout)]
 
     def outputs(
-        self, prompts: Prompts, params: Params = None, *, timeout: float | None = None
+        self,
+        prompts: Prompts,
+        params: Params = None,
+        *,
+        timeout: float | None = None,
+        on_error: OnError = "stop",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Each result as soon as it and those before it are ready; see :meth:`LLM.outputs`."""
-        return self._in_order(self._engine.tasks(prompts, params, timeout))
+        return self._in_order(self._engine.tasks(prompts, params, timeout, on_error))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
@@ -129,19 +135,28 @@ class AsyncLLM:
         return self._started
 
     async def _in_order(self, tasks: Iterable[Task]) -> AsyncGenerator[RequestOutput, None]:
-        prompts: deque[list[AsyncTextStream]] = deque()  # each with its texts
+        prompts: deque[tuple[Task, list[AsyncTextStream]]] = deque()  # each with its texts
         try:
             for task in tasks:
-                while prompts and sum(map(len, prompts)) >= self._engine.window:
-                    yield join([await text.wait() for text in prompts[0]])
+                while prompts and sum(len(texts) or 1 for _, texts in prompts) >= self._engine.window:
+                    yield await self._result(*prompts[0])
                     prompts.popleft()
-                prompts.append([await self._start(text) for text in task.texts()])
+                prompts.append((task, [await self._start(text) for text in task.texts()]))
             while prompts:
-                yield join([await text.wait() for text in prompts[0]])
+                yield await self._result(*prompts[0])
                 prompts.popleft()
         finally:
-            for text in chain.from_iterable(prompts):
+            for text in chain.from_iterable(texts for _, texts in prompts):
                 await text.aclose()
+
+    async def _result(self, task: Task, texts: list[AsyncTextStream]) -> RequestOutput:
+        """The result of a prompt, once all its texts are there."""
+        try:
+            if task.refused is not None:
+                raise task.refused
+            return join([await text.wait() for text in texts])
+        except RequestError as error:
+            return task.result(error)
 
     async def _start(self, task: Task) -> AsyncTextStream:
         """Start a stream as soon as there is room for it."""

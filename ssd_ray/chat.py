@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssd_ray.errors import RequestError
-from ssd_ray.outputs import Prompt
+from ssd_ray.config import is_text
+from ssd_ray.errors import RequestError, shown
+from ssd_ray.prompts import Prompt
 
 Message = Mapping[str, str]
 """Who speaks (``role``) and what (``content``)."""
@@ -19,8 +20,11 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     last line is ``assistant:``.
 
     Raises:
-        RequestError: the template does not take these messages.
+        RequestError: a message is no text that UTF-8 can write, or the template does not take these messages.
     """
+    for text in (text for message in messages for text in message.values()):
+        if not is_text(text):
+            raise RequestError(f"messages: expected texts that UTF-8 can write, got {shown(text)}")
     if getattr(tokenizer, "chat_template", None) is None:
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
     try:

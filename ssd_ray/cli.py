@@ -8,10 +8,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
+from io import TextIOWrapper
 from itertools import tee
 from pathlib import Path
 from threading import Event
@@ -23,8 +25,8 @@ import typer
 from typer.core import TyperGroup
 
 from ssd_ray import __version__
-from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
-from ssd_ray.errors import ConfigError, ModelError, RequestError, ResourceError, SsdRayError
+from ssd_ray.config import EngineConfig, OnError, SamplingParams, check_timeout, is_text
+from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, with_flags
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 
@@ -45,24 +47,64 @@ BUNDLED_LINES = 24
 class _Commands(TyperGroup):
     """The commands. Errors of this package end them with one line, and ``bench`` is imported when it is asked for."""
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        with _errors_end_it():
+            _require_text(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        try:
+        with _errors_end_it():
             return super().invoke(ctx)
-        except SsdRayError as error:
-            if ctx.params.get("verbose"):
-                logging.getLogger(__name__).exception("the command failed")
-            typer.echo(f"ssd-ray: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2 if isinstance(error, INPUT_ERRORS) else 1) from error
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return [*super().list_commands(ctx), *(["bench"] if find_spec("ssd_ray.bench.cli") else [])]
 
     def get_command(self, ctx: typer.Context, name: str) -> Any:  # type: ignore[override]
+        command: Any = super().get_command(ctx, name)
         if name == "bench" and find_spec("ssd_ray.bench.cli"):
             command = typer.main.get_command(import_module("ssd_ray.bench.cli").app)
             command.name = name
-            return command
-        return super().get_command(ctx, name)
+        if command is not None:
+            _take_flag(command, self._verbose())
+        return command
+
+    def _verbose(self) -> Any:
+        """The flag of the group for its commands."""
+        flag = copy(next(parameter for parameter in self.params if parameter.name == "verbose"))
+        flag.expose_value = False
+        flag.callback = lambda _context, _flag, wanted: _log_to_stderr(logging.DEBUG) if wanted else None
+        return flag
+
+
+def _take_flag(command: Any, flag: Any) -> None:
+    """Let a command, and those below it, take a flag that acts by its callback alone."""
+    for each in getattr(command, "commands", {}).values():
+        _take_flag(each, flag)
+    if not any(parameter.name == flag.name for parameter in command.params):
+        command.params.append(flag)
+
+
+@contextmanager
+def _errors_end_it() -> Iterator[None]:
+    try:
+        yield
+    except SsdRayError as error:
+        verbose = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
+        if verbose:
+            logging.getLogger(__name__).exception("the command failed")
+        typer.echo(f"ssd-ray: {' '.join(str(error).split())}", err=True)
+        if isinstance(error, INPUT_ERRORS) and not isinstance(error, RequestFailedError):
+            raise typer.Exit(2) from error
+        if not verbose:
+            typer.echo("ssd-ray: --verbose shows what Ray and the actors log", err=True)
+        raise typer.Exit(1) from error
+
+
+def _require_text(args: list[str]) -> None:
+    """Refuse arguments in another encoding: Ray, which is told the command line, does not start with them."""
+    for number, argument in enumerate(args, 1):
+        if not is_text(argument):
+            raise ConfigError(f"argument {number}", "text in UTF-8", argument)
 
 
 app = typer.Typer(
@@ -88,7 +130,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Log what happens, also in actors, and where the logs are. Show tracebacks."
+        ),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -105,7 +152,7 @@ def _options(
 
     Exit code: 0, or 2 if the input is at fault, or 1.
     """
-    _log_to_stderr(logging.INFO if verbose else logging.WARNING)
+    _log_to_stderr(logging.DEBUG if verbose else logging.WARNING)
 
 
 @app.command()
@@ -119,8 +166,8 @@ def generate(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts, one a line. In a file named .jsonl each line is a JSON string, or an object with a `prompt` "
-            "and, if need be, sampling fields of its own.",
+            help="Prompts, one a line. In a file named .jsonl or .json each line is a JSON string, or an object with a "
+            "`prompt` and, if need be, sampling fields of its own; or the file is one JSON array of these.",
         ),
     ] = None,
     output: Annotated[
@@ -130,6 +177,13 @@ def generate(
             "on where it was interrupted.",
         ),
     ] = None,
+    on_error: Annotated[
+        OnError,
+        typer.Option(
+            help="With `--prompt-file`: what a prompt does that cannot be served. `continue`: its result is an "
+            "`error`, the others go on, and the exit code is 1. `stop`: it ends the command.",
+        ),
+    ] = "continue",
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a text ends with what has come so far.")
     ] = None,
@@ -152,7 +206,7 @@ def generate(
         raise ConfigError("output", "--prompt-file beside it", str(output))
     check_timeout(timeout)
     if prompt_file is not None:
-        _generate_file(config, params, prompt_file, output, timeout)
+        _generate_file(config, params, prompt_file, output, timeout, on_error)
         return
     text = _prompt(prompt)
     with _engine(config) as llm:
@@ -164,15 +218,23 @@ def generate(
 
 
 def _generate_file(
-    config: EngineConfig, params: SamplingParams, prompts: Path, output: Path | None, timeout: float | None
+    config: EngineConfig,
+    params: SamplingParams,
+    prompts: Path,
+    output: Path | None,
+    timeout: float | None,
+    on_error: OnError,
 ) -> None:
     total = count_prompts(prompts, params)  # a bad line is refused before anything is started
     items = read_prompts(prompts, params)
     with ExitStack() as stack:
-        results = stack.enter_context(ResultFile(output, items, config)) if output else None
-        if results is None or results.done != total:
+        results = stack.enter_context(ResultFile(output, items, config)) if output else Printed(items)
+        if results.done != total:
             llm = stack.enter_context(_engine(config))
-            _serve_file(llm, results.left if results else items, results, total, timeout)
+            _serve_file(llm, results, total, timeout, on_error)
+    if results.failed:
+        typer.echo(f"ssd-ray: prompts that could not be served: {results.failed}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -192,8 +254,11 @@ def serve(
     if find_spec("fastapi") is None:
         raise ResourceError("the server needs more packages: pip install 'ssd-ray[serve]'")
     with _serving(config, host, port) as address:
+        from ssd_ray.cluster.runtime import logs_folder
+
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # not earlier: Ray has set a handler of its own
         typer.echo(f"serving at {address}", err=True)
+        typer.echo(f"the logs are in {logs_folder()}", err=True)
         with suppress(KeyboardInterrupt):
             Event().wait()
 
@@ -229,23 +294,40 @@ def _print_json(llm: LLM, prompt: str, params: SamplingParams, timeout: float | 
     typer.echo(json.dumps(_document(output) | {"seconds": perf_counter() - start}))
 
 
-def _serve_file(llm: LLM, items: Iterator[Item], results: ResultFile | None, total: int | None, timeout: Any) -> None:
+class Printed:
+    """Results that are printed, as :class:`~ssd_ray.prompt_files.ResultFile` has those that are written to a file."""
+
+    figures = True
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self.done, self.failed, self.left = 0, 0, items
+
+    def write(self, item: Item, result: dict[str, Any]) -> None:
+        """Print a result."""
+        self.failed += "error" in result
+        typer.echo(json.dumps(result))
+
+
+def _serve_file(
+    llm: LLM, results: ResultFile | Printed, total: int | None, timeout: float | None, on_error: OnError
+) -> None:
     """Print the result of each prompt, or write it to the file of results, as soon as it is there."""
     from ssd_ray.progress import track
 
     start = perf_counter()
-    prompts, params, items = tee(items, 3)  # they stay as close together as requests are under way
-    outputs = llm.outputs((item.prompt for item in prompts), (item.params for item in params), timeout=timeout)
-    for output in track(outputs, total=total, done=results.done if results else 0):
-        if results is None:
-            typer.echo(json.dumps(_document(output)))
-        else:
-            results.write(next(items), _document(output, figures=False))  # they differ from run to run
+    prompts, params, items = tee(results.left, 3)  # they stay as close together as requests are under way
+    outputs = llm.outputs(
+        (item.prompt for item in prompts), (item.params for item in params), timeout=timeout, on_error=on_error
+    )
+    for output in track(outputs, total=total, done=results.done):
+        results.write(next(items), _document(output, figures=results.figures))
     _print_figures(llm.stats(), perf_counter() - start)
 
 
 def _document(output: RequestOutput, *, figures: bool = True) -> dict[str, Any]:
-    """A result as JSON has it: the prompt and its first text, and the others if there are any."""
+    """A result as JSON has it: the prompt and its first text, and the others if there are any; or why there is none."""
+    if output.error is not None:
+        return {"error": output.error, "prompt": output.prompt}
     first, *others = [_text_document(completion, figures) for completion in output.outputs]
     return {"prompt": output.prompt} | first | ({"others": others} if others else {})
 
@@ -255,6 +337,7 @@ def _text_document(completion: Completion, figures: bool) -> dict[str, Any]:
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
     }
     if figures:
         document["stats"] = completion.stats.as_dict()
@@ -267,6 +350,8 @@ def _print_figures(stats: Stats, seconds: float) -> None:
     from rich.table import Table
 
     misses = ", ".join(f"{count} {cause}" for cause, count in stats.misses.items() if count) or "none"
+    drafted = stats.sums.hits + sum(stats.misses.values()) > stats.misses["no_draft"]
+    looked_up = stats.backups["ngram"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("tokens/s", f"{stats.tokens / seconds:.1f}  ({stats.tokens} tokens in {seconds:.2f} s)"),
@@ -274,12 +359,13 @@ def _print_figures(stats: Stats, seconds: float) -> None:
         ("cached", stats.cached_tokens and f"{stats.cached_tokens} tokens were not prefilled: their KV was there"),
         ("preemptions", stats.preemptions and f"{stats.preemptions} times a request made room and waited again"),
         ("tokens per round", f"{stats.tokens_per_round:.2f}"),
-        ("hit rate", f"{stats.hit_rate:.1%}"),
-        ("misses", misses),
+        ("hit rate", drafted and f"{stats.hit_rate:.1%}"),
+        ("misses", drafted and misses),
+        ("from the text", looked_up and f"{looked_up} rounds began with what followed the same tokens earlier in it"),
         ("duty cycle", f"{stats.duty_cycle:.1%} of the time inside verification"),
         (
             "trees",
-            f"{stats.tree_use:.1%} of their tokens used, {stats.draft_waste:.1%} of the steps in vain",
+            drafted and f"{stats.tree_use:.1%} of their tokens used, {stats.draft_waste:.1%} of the steps in vain",
         ),
     ):
         if value:
@@ -289,7 +375,7 @@ def _print_figures(stats: Stats, seconds: float) -> None:
 
 def _prompt(prompt: str | None) -> str:
     if prompt == "-":
-        return sys.stdin.read()
+        return _standard_input()
     if prompt is not None:
         return prompt
     folder = files("ssd_ray") / "assets" / "prompts"
@@ -297,6 +383,13 @@ def _prompt(prompt: str | None) -> str:
     if not bundled:
         return FALLBACK_PROMPT
     return "".join((folder / bundled[0]).read_text(encoding="utf-8").splitlines(keepends=True)[:BUNDLED_LINES])
+
+
+def _standard_input() -> str:
+    try:
+        return TextIOWrapper(typer.get_binary_stream("stdin"), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise ConfigError("prompt", "text in UTF-8 on standard input", str(error)) from None
 
 
 @contextmanager
@@ -319,7 +412,7 @@ def _follow(show: Any) -> Iterator[None]:
     logger = logging.getLogger("ssd_ray")
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(min(level, logging.INFO))
     try:
         yield
     finally:

@@ -1,17 +1,26 @@
 """Configuration: small frozen dataclasses that validate themselves.
 
-Validation is pure: it looks at the value alone and raises :class:`~ssd_ray.errors.ConfigError`, so that bad input is
-refused before anything is started. Paths and models are looked at by the loader.
+Validation looks at the value alone and raises :class:`~ssd_ray.errors.ConfigError`, so that bad input is refused before
+anything is started. Folders become absolute, since who reads them may stand elsewhere; models are looked at by the
+loader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import wraps
 from math import isfinite
-from typing import Any, Literal, get_args
+from os import PathLike, fspath
+from os.path import expanduser
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 from ssd_ray.errors import ConfigError
+
+Config = TypeVar("Config", bound=type)
 
 Method = Literal["ssd", "sd", "ar"]
 FanOut = Literal["auto", "uniform", "geometric", "histogram", "confidence"]
@@ -19,14 +28,35 @@ Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+OnError = Literal["continue", "stop"]
+"""What becomes of a prompt that cannot be served: its error is its result, or ends everything."""
+ModelPath = str | PathLike[str] | None
+"""A folder, a hub id or None; see :class:`EngineConfig`."""
 
 MAX_LOOKAHEAD = 15
 """Largest lookahead. How many tokens are verified is found round by round."""
 
+TEXT_DRAFT = "ngram"
+"""In place of a draft model: the text itself, by what followed the same tokens earlier in it."""
+
 SEED_MASK = (1 << 63) - 1
+
+MOST = 2**31 - 1
+"""The largest token id, and the largest number of tokens."""
 
 MAX_LOGPROBS = 20
 MAX_TEXTS = 1024
+
+SMALLEST_PENALTY = 1e-6
+"""The smallest repetition penalty: logits that are divided by it stay far within float32."""
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can write: a str may hold halves of characters, which no other program takes."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _require(ok: bool, name: str, expected: str, value: object) -> None:
@@ -40,21 +70,61 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and low <= value <= high
+    # Compared first: an integer that is too large to be a float cannot be asked whether it is finite.
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and isfinite(value)
     bounds = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
     _require(ok and not (open_low and value == low), name, bounds, value)
 
 
 def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     """Pairs of a token id and its bias, sorted, from such pairs or from a mapping; JSON has its keys as strings."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    pairs = list(value.items()) if isinstance(value, Mapping) else _plain(value)
     ok = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
     _require(ok, "logit_bias", "a dict from token ids to numbers", value)
-    for token, bias in pairs:
-        number = int(token) if isinstance(token, str) and token.isdecimal() else token
-        _integer("logit_bias", number, 0, 2**31 - 1)
+    biases = {}
+    for key, value in pairs:
+        token, bias = _number(key), _plain(value)
+        _integer("logit_bias", token, 0, MOST)
         _real("logit_bias", bias, -100.0, 100.0)
-    return tuple(sorted({int(token): float(bias) for token, bias in pairs}.items()))
+        biases[token] = float(bias)
+    return tuple(sorted(biases.items()))
+
+
+def _number(key: object) -> Any:
+    """A token id as a key of a JSON object, too."""
+    digits = isinstance(key, str) and key.isdecimal() and len(key) < 20
+    return int(key) if digits else _plain(key)  # type: ignore[call-overload]
+
+
+def _check_strings(name: str, value: Any) -> None:
+    ok = isinstance(value, tuple) and all(is_text(text) and text for text in value)
+    _require(ok, name, "a non-empty string that UTF-8 can write, or a list of them", value)
+
+
+def _check_tokens(name: str, value: Any) -> None:
+    _require(isinstance(value, tuple), name, "a list of token ids", value)
+    for token in value:
+        _integer(name, token, 0, MOST)
+
+
+def _bad_words_ids(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Sequences of token ids, from a list of them."""
+    _require(isinstance(value, tuple), "bad_words_ids", "a list of lists of token ids", value)
+    words = tuple(map(_plain_list, value))
+    for word in words:
+        _check_tokens("bad_words_ids", word)
+        _require(word != (), "bad_words_ids", "lists of one token id or more", word)
+    return words
+
+
+def _model(name: str, value: Any) -> str | None:
+    """A model's folder, absolute, or its hub id."""
+    path: str | None = fspath(value) if isinstance(value, PathLike) else value
+    _require(path is None or (isinstance(path, str) and path != ""), name, "a folder, a hub id or None", value)
+    if path is None or value == TEXT_DRAFT:
+        return path
+    folder = Path(expanduser(path))
+    return str(folder.absolute()) if isinstance(value, PathLike) or folder.is_dir() else str(path)
 
 
 def _choice(name: str, value: object, literal: Any) -> None:
@@ -68,29 +138,87 @@ def check_timeout(timeout: object) -> None:
         _real("timeout", timeout, 0.0, 1e9, open_low=True)
 
 
+def _plain(value: Any) -> Any:
+    """Numbers, texts and arrays of other libraries, and what is derived from Python's own, as Python's own: nothing
+    else passes a wire."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
+
+
+def _plain_list(value: Any) -> Any:
+    """The same for what may be a list of them."""
+    value = _plain(value)
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def check_fields(values: Mapping[str, Any], config: Any, what: str) -> None:
+    """Refuse names that are no fields of a configuration, with all that there are and the nearest one.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    known = [each.name for each in fields(config)]
+    for name in values.keys() - set(known):
+        near = get_close_matches(name, known, 1)
+        perhaps = f" (perhaps {near[0]!r})" if near else ""
+        raise ConfigError(name, f"a field of the {what}: " + ", ".join(known) + perhaps, values[name])
+
+
+def _named(what: str) -> Callable[[Config], Config]:
+    """A class decorator: arguments that the configuration does not have are refused in our own words."""
+
+    def decorate(config: Config) -> Config:
+        init: Any = config.__init__  # type: ignore[misc]
+
+        @wraps(init)
+        def checked(self: Any, *unnamed: Any, **values: Any) -> None:
+            if unnamed:
+                raise ConfigError(config.__name__, "its fields by name", unnamed[0])
+            check_fields(values, config, what)
+            init(self, **values)
+
+        config.__init__ = checked  # type: ignore[misc]
+        return config
+
+    return decorate
+
+
+@_named("sampling")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
+    A field that is None has its default, ``max_tokens`` and ``seed`` aside, where it has a meaning.
+
     Attributes:
         temperature: 0 is greedy decoding; above 0 logits are divided by it.
         repetition_penalty: logits of tokens that the prompt or the text has are divided by it if positive, else
-            multiplied; 1 changes nothing.
+            multiplied; 1 changes nothing. From 1e-6 to 100.
         presence_penalty: taken from the logits of tokens that the text has; -2 to 2.
         frequency_penalty: taken from the logit of a token once for each time that the text has it; -2 to 2.
         logit_bias: added to the logits of single tokens before the penalties: a dict from token ids to numbers from
             -100 to 100, kept as sorted pairs.
         top_p: keep the smallest set of tokens whose probability reaches it.
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest.
-        max_tokens: tokens to generate at most.
+        max_tokens: tokens to generate at most; None is as many as the context has room for.
         min_tokens: tokens before which neither a token nor a string ends the text: tokens that would are not chosen.
-        stop: strings that end the text; the text ends before the earliest of them.
-        stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens.
-        seed: names the noise. Equal seeds give equal texts, whatever drafts do; 0 to 2**63 - 1.
+        stop: strings that end the text; the text ends before the earliest of them. They may name special tokens.
+        stop_token_ids: tokens that end the text, beside the model's end-of-sequence tokens; they are no part of it.
+        include_stop_str_in_output: the string or token that ends the text is a part of it.
+        skip_special_tokens: special tokens are no part of the text.
+        bad_words: strings that are not generated, at the beginning of a word or of the text: the last token of each is
+            barred where the text has the tokens before it. An engine makes ``bad_words_ids`` of them.
+        bad_words_ids: the same as sequences of token ids.
+        seed: names the noise. Equal seeds give equal texts, whatever drafts do. Any integer, of which the lowest 63
+            bits count; None is another seed for each request, which its result names.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: give the log-probability of each token of the text and of the so many likeliest, up to 20, as the
-            target has them before penalties and temperature.
+            target has them before penalties and temperature. None or False is none.
         n: texts of one prompt. Text i has ``seed + i``, so the first is that of n = 1; greedy ones are all the same.
     """
 
@@ -102,39 +230,59 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    bad_words: tuple[str, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    seed: int | None = 0
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
+        self._settle()
         _real("temperature", self.temperature, 0.0, 100.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _real("repetition_penalty", self.repetition_penalty, SMALLEST_PENALTY, 100.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _integer("top_k", self.top_k, 0, MOST)
         _real("min_p", self.min_p, 0.0, 1.0)
-        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _integer("seed", self.seed, 0, SEED_MASK)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, MOST)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens or MOST)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, SEED_MASK)
         _integer("n", self.n, 1, MAX_TEXTS)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        strings = isinstance(stop, list | tuple) and all(isinstance(text, str) and text for text in stop)
-        _require(strings, "stop", "a non-empty string or a list of them", self.stop)
-        ids = self.stop_token_ids
-        tokens = isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
-        _require(tokens, "stop_token_ids", "a list of token ids", ids)
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        for name in ("stop", "bad_words"):
+            _check_strings(name, getattr(self, name))
+        _check_tokens("stop_token_ids", self.stop_token_ids)
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        object.__setattr__(self, "bad_words_ids", _bad_words_ids(self.bad_words_ids))
+
+    def _settle(self) -> None:
+        """Bring what callers write in several ways into the one form that is checked and kept."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            kept = value if each.name == "logit_bias" else _plain_list(value)
+            object.__setattr__(self, each.name, kept if kept is not None else _NONE.get(each.name, each.default))
+        for name in ("stop", "bad_words"):
+            if isinstance(one := getattr(self, name), str):
+                object.__setattr__(self, name, (one,))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if self.logprobs is False:
+            object.__setattr__(self, "logprobs", None)
+        if isinstance(self.seed, int) and not isinstance(self.seed, bool):
+            object.__setattr__(self, "seed", self.seed & SEED_MASK)
 
     @property
     def greedy(self) -> bool:
@@ -143,9 +291,9 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        """Whether the models' logits are changed: a penalty, a bias or a least number of tokens is set."""
+        """Whether the models' logits are changed: a penalty, a bias, bad words or a least number of tokens is set."""
         neutral = self.repetition_penalty == 1.0 and self.presence_penalty == self.frequency_penalty == 0.0
-        return bool(self.logit_bias) or self.min_tokens > 0 or not neutral
+        return bool(self.logit_bias or self.bad_words_ids) or self.min_tokens > 0 or not neutral
 
     def ending_with(self, tokens: Iterable[int]) -> SamplingParams:
         """The same with a model's end-of-sequence tokens among ``stop_token_ids``, unless they are ignored."""
@@ -153,9 +301,19 @@ class SamplingParams:
             return self
         return replace(self, stop_token_ids=tuple(sorted({*self.stop_token_ids, *tokens})))
 
+    @property
+    def noise_seed(self) -> int:
+        """The seed as the noise takes it; 0 where :meth:`texts` has not put one yet."""
+        return self.seed or 0
+
     def texts(self) -> list[SamplingParams]:
-        """The parameters of each of the n texts alone."""
-        return [replace(self, n=1, seed=(self.seed + index) & SEED_MASK) for index in range(self.n)]
+        """The parameters of each of the n texts alone, all with a seed."""
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return [replace(self, n=1, seed=seed + index) for index in range(self.n)]
+
+
+_NONE = {"max_tokens": None, "seed": None}
+"""What None means where it is not a field's default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +322,8 @@ class EngineConfig:
 
     Attributes:
         target: folder or hub id of the target model; None is the bundled one.
-        draft: folder or hub id of the draft model; None is the bundled one.
+        draft: folder or hub id of the draft model. "ngram" is the text itself: what followed the same tokens earlier in
+            it. None is the bundled model if it fits the target, else "ngram".
         method: "ssd" (drafts work while the target verifies), "sd" (in turn, in one process) or "ar" (no draft).
         num_drafts: draft actors at the start; 0 is allowed and decodes without speculation.
         lookahead: tokens in one speculation at most, 1 to 7, or "auto".
@@ -188,11 +347,13 @@ class EngineConfig:
         compile: compile the forwards at their fixed shapes with torch.compile.
         max_num_seqs: sequences that decode at the same time at most.
         max_queue: requests that wait or run at most; a further one is refused at once.
-        max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit.
+        max_model_len: prompt and output tokens of one sequence at most; None is the models' own limit. Rotary
+            frequencies that depend on the length (LongRoPE, dynamic NTK) are those of this one, for all texts.
         kv_memory: GiB for the KV of each model. "auto" is what the longest sequences need together, or else a part of
             the memory that is free. Where it is full, the latest requests wait.
         prefix_cache: keep the KV of ended requests, for prompts that begin as they did.
         prefill_chunk: prompt tokens that are prefilled between two rounds of the requests that decode.
+        trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
     """
 
     target: str | None = None
@@ -218,13 +379,13 @@ class EngineConfig:
     kv_memory: float | Literal["auto"] = "auto"
     prefix_cache: bool = True
     prefill_chunk: int = 256
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, literal in _CHOICES.items():
             _choice(name, getattr(self, name), literal)
         for name in ("target", "draft"):
-            path = getattr(self, name)
-            _require(path is None or (isinstance(path, str) and path != ""), name, "a folder, a hub id or None", path)
+            object.__setattr__(self, name, _model(name, getattr(self, name)))
         _integer("num_drafts", self.num_drafts, 0, 1024)
         if self.lookahead != "auto":
             _integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
@@ -244,17 +405,27 @@ class EngineConfig:
         _require(device.partition(":")[0] in ("auto", "cpu", "cuda"), "device", "'auto', 'cpu' or 'cuda'", self.device)
         if self.kv_memory != "auto":
             _real("kv_memory", self.kv_memory, 0.0, 1e6, open_low=True)
-        for name in ("compile", "text_lookup", "prefix_cache"):
+        for name in ("compile", "text_lookup", "prefix_cache", "trust_remote_code"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         if self.backup == "ngram":
             _require(self.text_lookup, "text_lookup", "True with backup 'ngram'", self.text_lookup)
+        if self.drafts_from_text:
+            _require(self.text_lookup, "text_lookup", "True where the text itself is the draft", self.text_lookup)
+
+    @property
+    def drafts_from_text(self) -> bool:
+        """Whether the text itself takes the place of a draft model."""
+        return self.draft == TEXT_DRAFT and self.method != "ar"
+
+    @property
+    def draft_actors(self) -> int:
+        """How many draft actors there are at the start."""
+        return self.num_drafts if self.method == "ssd" and not self.drafts_from_text else 0
 
     @classmethod
     def from_kwargs(cls, **values: Any) -> EngineConfig:
         """Build a config, refusing unknown names with the list of known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            _require(name in known, name, "a field of the engine: " + ", ".join(known), values[name])
+        check_fields(values, cls, "engine")
         return cls(**values)
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat, zip_longest
+from typing import get_args
 
 from ssd_ray.cluster.driver import Driver
 from ssd_ray.cluster.preflight import check
-from ssd_ray.config import EngineConfig, SamplingParams, check_timeout
-from ssd_ray.errors import ConfigError, SsdRayError
-from ssd_ray.outputs import Prompt, RequestOutput, Transcript
-from ssd_ray.text import Detokenizer
+from ssd_ray.config import EngineConfig, OnError, SamplingParams, check_timeout
+from ssd_ray.errors import ConfigError, RequestError, SsdRayError
+from ssd_ray.outputs import RequestOutput, Transcript, failure
+from ssd_ray.prompts import Prompt, Prompts, several
+from ssd_ray.text import Characters, Detokenizer, spelling
 from ssd_ray.wire import Output
-
-Prompts = Prompt | Iterable[Prompt]
-"""One prompt, or several, which may be made as they are needed."""
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 """For all prompts, or one for each."""
@@ -36,16 +35,26 @@ class Task:
         tokens: its tokens.
         params: how to go on.
         timeout: seconds, waiting included, after which each text ends with what has come so far.
+        on_error: what becomes of an error.
+        refused: why it cannot be served; there are no tokens then.
     """
 
     prompt: Prompt
     tokens: list[int]
     params: SamplingParams
     timeout: float | None
+    on_error: OnError = "stop"
+    refused: RequestError | None = None
 
     def texts(self) -> list[Task]:
-        """A task for each text that is asked for."""
-        return [replace(self, params=params) for params in self.params.texts()]
+        """A task for each text that is asked for; none if it cannot be served."""
+        return [] if self.refused else [replace(self, params=params) for params in self.params.texts()]
+
+    def result(self, error: RequestError) -> RequestOutput:
+        """The result of a prompt that cannot be served: its error, or, if that is to end everything, none."""
+        if self.on_error == "stop":
+            raise error
+        return failure(self.prompt, error)
 
 
 class Engine:
@@ -54,7 +63,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.models = check(config)
-        self.driver = Driver(replace(config, max_model_len=self.models.max_length))
+        self.driver = Driver(self.models.config, self.models.fingerprints)
         self._finalizer = weakref.finalize(self, self.driver.close)
         # At exit it has to come before Ray's own end, so it is registered after that, and not by weakref.
         self._finalizer.atexit = False
@@ -70,22 +79,36 @@ class Engine:
 
         Raises:
             RequestError: the prompt or a parameter is none for this model.
-            ConfigError: the timeout is none.
+            ConfigError: the timeout is none, or the parameters are something else.
         """
         check_timeout(timeout)
-        return Task(prompt, self.models.prompt(prompt), self.models.params(params or SamplingParams()), timeout)
+        checked = self.models.params(_params(params))
+        return Task(prompt, self.models.prompt(prompt), checked, timeout)
 
-    def tasks(self, prompts: Prompts, params: Params, timeout: float | None) -> Iterable[Task]:
+    def tasks(
+        self, prompts: Prompts, params: Params, timeout: float | None, on_error: OnError = "stop"
+    ) -> Iterable[Task]:
         """Check many requests: prompts that are all there at once, others as they come.
 
         Raises:
             RequestError: a prompt cannot be served.
-            ConfigError: prompts and parameters differ in number, or the timeout is none.
+            ConfigError: prompts and parameters differ in number, or are something else, or the timeout is none.
         """
         check_timeout(timeout)
-        several = _several(prompts)
-        tasks = (self.task(prompt, each, timeout) for prompt, each in _pairs(several, params))
-        return list(tasks) if isinstance(several, Sequence) else tasks
+        if on_error not in get_args(OnError):
+            raise ConfigError("on_error", "'stop' or 'continue'", on_error)
+        given = several(prompts)
+        tasks = (self._attempt(prompt, each, timeout, on_error) for prompt, each in _pairs(given, params))
+        return list(tasks) if isinstance(given, Sequence) else tasks
+
+    def _attempt(self, prompt: Prompt, params: SamplingParams, timeout: float | None, on_error: OnError) -> Task:
+        """Check a request of several; what is refused is a task, too, if the others go on."""
+        try:
+            return replace(self.task(prompt, params, timeout), on_error=on_error)
+        except RequestError as error:
+            if on_error == "stop":
+                raise
+            return Task(prompt, [], params, timeout, on_error, error)
 
     def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""
@@ -103,12 +126,11 @@ class Generation:
     """
 
     def __init__(self, engine: Engine, task: Task, deliver: Callable[[Output | SsdRayError], None]) -> None:
-        params = task.params
-        if params.n > 1:
-            raise ConfigError("n", "1 for a stream, which is one text", params.n)
+        if task.params.n > 1:
+            raise ConfigError("n", "1 for a stream, which is one text", task.params.n)
+        (params,) = task.params.texts()  # with a seed
         self._engine = engine
-        detokenizer = Detokenizer(engine.models.tokenizer, params.stop, task.tokens, params.min_tokens)
-        self._transcript = Transcript(task.prompt, detokenizer, with_logprobs=params.logprobs is not None)
+        self._transcript = _transcript(engine, task, params)
         self._number = engine.driver.submit(task.tokens, params, deliver, timeout=task.timeout)
         self._closed = False
         weakref.finalize(self, engine.driver.cancel, self._number).atexit = False
@@ -131,22 +153,33 @@ class Generation:
         self.cancel()
 
     def _take(self, item: Output | SsdRayError) -> str:
-        """The text that an item adds; an error ends the iteration."""
+        """The text that an item adds; an error ends the iteration, and the request."""
         try:
             if isinstance(item, SsdRayError):
                 raise item
             return self._transcript.push(item)
-        except SsdRayError:
-            self._closed = True
+        except Exception:
+            self._leave()
             raise
 
 
-def _several(prompts: Prompts) -> Iterable[Prompt]:
-    """Prompts, also if it is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    tokens = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
-    return [prompts] if tokens else prompts  # type: ignore[list-item,return-value]
+def _transcript(engine: Engine, task: Task, params: SamplingParams) -> Transcript:
+    tokenizer = engine.models.tokenizer
+    detokenizer = Detokenizer(tokenizer, params.ending_with(engine.models.end_tokens), task.tokens)
+    characters = None
+    if params.logprobs is not None:
+        known = spelling(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        characters = Characters(known, task.tokens)
+    return Transcript(task.prompt, detokenizer, characters, seed=params.seed)
+
+
+_END = object()
+
+
+def _params(params: object) -> SamplingParams:
+    if params is None or isinstance(params, SamplingParams):
+        return params or SamplingParams()
+    raise ConfigError("params", "a SamplingParams", params)
 
 
 def _pairs(prompts: Iterable[Prompt], params: Params) -> Iterator[tuple[Prompt, SamplingParams]]:
@@ -154,8 +187,10 @@ def _pairs(prompts: Iterable[Prompt], params: Params) -> Iterator[tuple[Prompt, 
     if params is None or isinstance(params, SamplingParams):
         yield from zip(prompts, repeat(params or SamplingParams()))
         return
-    for prompt, each in zip_longest(prompts, params):
-        if prompt is None or each is None:
-            surplus = "more parameters than prompts" if prompt is None else "fewer parameters than prompts"
+    if not isinstance(params, Iterable) or isinstance(params, str | Mapping):
+        raise ConfigError("params", "a SamplingParams, or one for each prompt", params)
+    for prompt, each in zip_longest(prompts, params, fillvalue=_END):
+        if prompt is _END or each is _END:
+            surplus = "more parameters than prompts" if prompt is _END else "fewer parameters than prompts"
             raise ConfigError("params", "one SamplingParams, or one for each prompt", surplus)
-        yield prompt, each
+        yield prompt, _params(each)  # type: ignore[misc]

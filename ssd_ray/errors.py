@@ -7,6 +7,7 @@
     │   └── VocabularyMismatchError the draft does not share the target's vocabulary
     ├── RequestError           one request cannot be served; the engine goes on
     │   ├── PromptTooLongError      prompt and max_tokens do not fit the context
+    │   ├── RequestFailedError      something went wrong with it while it ran
     │   └── QueueFullError          as many requests as may wait or run are under way; try again later
     ├── ResourceError          the machine or the cluster lacks what the engine needs (memory, cores, GPUs)
     ├── EngineError            the engine failed while it ran
@@ -17,6 +18,20 @@ The command line maps ConfigError, ModelError, RequestError and ResourceError to
 """
 
 from __future__ import annotations
+
+import re
+
+LONGEST_SHOWN = 200
+"""Characters of a value that a message has at most."""
+
+
+def shown(value: object) -> str:
+    """A value as a message has it, also one that is long or cannot be written."""
+    try:
+        text = repr(value)
+    except Exception:  # what a caller hands over may raise anything; so do integers of many digits
+        text = f"some {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 class SsdRayError(Exception):
@@ -30,7 +45,7 @@ class ConfigError(SsdRayError):
     """
 
     def __init__(self, field: str, expected: str, value: object) -> None:
-        super().__init__(f"{field}: expected {expected}, got {value!r}")
+        super().__init__(f"{field}: expected {expected}, got {shown(value)}")
         self.field = field
         self.expected = expected
         self.value = value
@@ -59,6 +74,10 @@ class PromptTooLongError(RequestError):
     """The prompt does not fit the context."""
 
 
+class RequestFailedError(RequestError):
+    """Something went wrong with the request while it ran; others did not notice."""
+
+
 class QueueFullError(RequestError):
     """No more requests may wait: the engine is behind."""
 
@@ -77,3 +96,18 @@ class EngineClosedError(EngineError):
 
 class ProtocolError(SsdRayError):
     """A frame is not a message of this protocol."""
+
+
+def quoted_error(text: str) -> SsdRayError | None:
+    """The last error of this package that is quoted in a text such as a traceback, if one is.
+
+    It has its class and its words, and none of its attributes.
+    """
+    quotes = re.findall(rf"^\W*{re.escape(__name__)}\.(\w+Error): (.*(?:\n(?! |Traceback).+)*)", text, re.MULTILINE)
+    if not quotes:
+        return None
+    name, words = quotes[-1]
+    kind = globals().get(name, SsdRayError)
+    error: SsdRayError = kind.__new__(kind)
+    error.args = (words.strip(),)
+    return error

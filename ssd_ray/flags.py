@@ -15,7 +15,8 @@ import typer
 Config = TypeVar("Config")
 Command = Callable[..., None]
 
-_WIDEST_METAVAR = 12
+_WIDEST_METAVAR = 10
+_WIDEST_SWITCH = 16
 
 
 def with_flags(*configs: type) -> Callable[[Command], Command]:
@@ -55,18 +56,27 @@ def _flags(config: Any) -> list[inspect.Parameter]:
 def _flag(field: Field[Any], hint: Any, explanation: str, panel: str) -> inspect.Parameter:
     options: dict[str, Any] = {"help": explanation, "rich_help_panel": panel}
     kind, default = hint, field.default
-    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple:
+    if hint == tuple[tuple[int, ...], ...]:
+        kind, default = list[str], list(default)  # type: ignore[arg-type]
+        options |= {"parser": _ids, "metavar": "<id,id,..>"}
+    elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple:
         kind, default = list[str], [f"{key}={value}" for key, value in default]  # type: ignore[union-attr]
         options |= {"parser": _pair, "metavar": "<id=number>"}
     elif get_origin(hint) is tuple:
         kind, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc,arg-type]
+    elif hint is bool and default and len(field.name) > _WIDEST_SWITCH:
+        kind = str  # beside --name there is no room for --no-name
+        options |= {"parser": _truth, "metavar": "<bool>"}
     elif get_origin(hint) in (Union, UnionType) and NoneType not in get_args(hint):
         kind = str
         options |= {"parser": _number_or_word, "metavar": _metavar(hint)}
     elif get_origin(hint) is Literal and len("|".join(get_args(hint))) > _WIDEST_METAVAR:
         options["metavar"] = "<choice>"  # the explanation names them; a wide column would crowd the flags out
+    # What is off anyway needs no flag that turns it off, and the column of flags no width for it.
+    names = [f"--{field.name.replace('_', '-')}"] if default is False else []
+    option = typer.Option(*names, **options)
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(**options)]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
 
 
@@ -88,6 +98,20 @@ def _pair(text: str) -> tuple[int, float]:
         return int(key), float(value)
     except ValueError:
         raise typer.BadParameter(f"expected an id and a number as in 42=-1.5, got {text!r}") from None
+
+
+def _truth(text: str | bool) -> bool:
+    words = {"true": True, "false": False}
+    if (word := str(text).lower()) not in words:
+        raise typer.BadParameter(f"expected true or false, got {text!r}")
+    return words[word]
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"expected ids as in 17,42, got {text!r}") from None
 
 
 def _explanations(config: type) -> dict[str, str]:

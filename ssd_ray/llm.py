@@ -10,11 +10,12 @@ from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
-from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.engine import Engine, Generation, Params, Prompts, Task
-from ssd_ray.errors import EngineError, QueueFullError, SsdRayError
-from ssd_ray.outputs import Completion, Prompt, RequestOutput, join
+from ssd_ray.config import EngineConfig, ModelPath, OnError, SamplingParams
+from ssd_ray.engine import Engine, Generation, Params, Task
+from ssd_ray.errors import EngineError, QueueFullError, RequestError, SsdRayError
+from ssd_ray.outputs import Completion, RequestOutput, join
 from ssd_ray.progress import track
+from ssd_ray.prompts import Prompt, Prompts
 from ssd_ray.stats import EngineStats
 from ssd_ray.wire import Output, TokenLogprobs
 
@@ -56,7 +57,8 @@ class LLM:
     ``LLM()`` takes the bundled pair of models. All methods may be called from any thread.
 
     Args:
-        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model.
+        target, draft: folders or hub ids of models with one vocabulary; None is the bundled model. Without a draft that
+            fits, the text itself is the draft; see :class:`~ssd_ray.config.EngineConfig`.
         options: the other fields of :class:`~ssd_ray.config.EngineConfig`.
 
     Raises:
@@ -66,7 +68,7 @@ class LLM:
         EngineError: something else kept the engine from starting.
     """
 
-    def __init__(self, target: str | None = None, draft: str | None = None, **options: Any) -> None:
+    def __init__(self, target: ModelPath = None, draft: ModelPath = None, **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(target=target, draft=draft, **options)
         self._engine = Engine(self.config)
 
@@ -91,13 +93,20 @@ class LLM:
         return list(track(self._in_order(tasks), total=total, show=progress))
 
     def outputs(
-        self, prompts: Prompts, params: Params = None, *, timeout: float | None = None
+        self,
+        prompts: Prompts,
+        params: Params = None,
+        *,
+        timeout: float | None = None,
+        on_error: OnError = "stop",
     ) -> Iterator[RequestOutput]:
         """As :meth:`generate`, but hand out each result as soon as it and those before it are ready.
 
         Prompts are taken as they are needed, a few times ``max_num_seqs`` ahead, so there may be any number of them.
+        With ``on_error="continue"`` a prompt that cannot be served is a result whose ``error`` says why, and the others
+        go on.
         """
-        return self._in_order(self._engine.tasks(prompts, params, timeout))
+        return self._in_order(self._engine.tasks(prompts, params, timeout, on_error))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
@@ -140,19 +149,28 @@ class LLM:
         self.close()
 
     def _in_order(self, tasks: Iterable[Task]) -> Iterator[RequestOutput]:
-        prompts: deque[list[TextStream]] = deque()  # each with its texts
+        prompts: deque[tuple[Task, list[TextStream]]] = deque()  # each with its texts
         try:
             for task in tasks:
-                while prompts and sum(map(len, prompts)) >= self._engine.window:
-                    yield join([text.wait() for text in prompts[0]])
+                while prompts and sum(len(texts) or 1 for _, texts in prompts) >= self._engine.window:
+                    yield self._result(*prompts[0])
                     prompts.popleft()
-                prompts.append([self._start(text) for text in task.texts()])
+                prompts.append((task, [self._start(text) for text in task.texts()]))
             while prompts:
-                yield join([text.wait() for text in prompts[0]])
+                yield self._result(*prompts[0])
                 prompts.popleft()
         finally:
-            for text in chain.from_iterable(prompts):
+            for text in chain.from_iterable(texts for _, texts in prompts):
                 text.close()
+
+    def _result(self, task: Task, texts: list[TextStream]) -> RequestOutput:
+        """The result of a prompt, once all its texts are there."""
+        try:
+            if task.refused is not None:
+                raise task.refused
+            return join([text.wait() for text in texts])
+        except RequestError as error:
+            return task.result(error)
 
     def _start(self, task: Task) -> TextStream:
         """Start a stream as soon as there is room for it."""

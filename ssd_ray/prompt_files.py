@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, SamplingParams, check_fields
 from ssd_ray.errors import ConfigError
 
 TEXT_FIELDS = ("target", "dtype", "max_model_len", "sampler")
 """What of the engine a text depends on. Whatever else is changed between two runs of one file changes their speed."""
+
+JSON_SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,44 @@ class Item:
 
 
 def read_prompts(path: Path, params: SamplingParams) -> Iterator[Item]:
-    """Read a file as it is needed: a prompt a line, or in a file named .jsonl a JSON string or an object a line, with
-    a ``prompt`` and, if need be, sampling fields of its own.
+    """Read a file as it is needed: a prompt a line. In a file named .jsonl or .json each line is a JSON string, or an
+    object with a ``prompt`` and, if need be, sampling fields of its own; or the file is one JSON array of these, which
+    is read at once.
 
     Raises:
         ConfigError: the file cannot be read, or a line is none of these.
     """
-    read = _read_json_line if path.suffix == ".jsonl" else lambda line, params: (line, params)
+    is_json = path.suffix.lower() in JSON_SUFFIXES
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = (line.rstrip("\n") for line in file)
-            for index, line in enumerate(line for line in lines if line.strip()):
-                yield Item(index, *read(line, params))
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
+            entries = _json_entries(file) if is_json else _lines(file)
+            for index, entry in enumerate(entries):
+                yield Item(index, *_prompt_of(entry, params)) if is_json else Item(index, entry, params)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("prompt_file", "a text file", f"{path}: {error}") from None
+        raise ConfigError("prompt_file", "a text file in UTF-8", f"{path}: {error}") from None
+
+
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    """The lines that have something on them."""
+    return (text for line in file if (text := line.rstrip("\n")).strip())
+
+
+def _json_entries(file: TextIO) -> Iterator[Any]:
+    """What stands on the lines of a file, or in its one array."""
+    lines = _lines(file)
+    first = next(lines, None)
+    if first is not None and first.lstrip().startswith("["):
+        yield from _parsed("\n".join([first, *file]))
+        return
+    for line in chain([] if first is None else [first], lines):
+        yield _parsed(line)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("prompt_file", f"JSON lines, or one JSON array ({error})", text) from None
 
 
 def count_prompts(path: Path, params: SamplingParams) -> int | None:
@@ -78,15 +104,18 @@ class ResultFile:
 
     Attributes:
         done: results that were there already.
+        failed: how many of all results are errors.
         left: the prompts without a result.
 
     Raises:
         ConfigError: the file holds something else, or results of other prompts or parameters.
     """
 
+    figures = False  # they differ from run to run
+
     def __init__(self, path: Path, items: Iterator[Item], config: EngineConfig) -> None:
         self._config = config
-        self.done, self.left = 0, items
+        self.done, self.failed, self.left = 0, 0, items
         try:
             if path.exists():
                 os.truncate(path, self._read(path, items))
@@ -95,7 +124,8 @@ class ResultFile:
             raise ConfigError("output", "a file to read and write", f"{path}: {error}") from None
 
     def write(self, item: Item, result: dict[str, Any]) -> None:
-        """Append a result."""
+        """Append a result. That of a prompt that could not be served begins with an ``error``."""
+        self.failed += "error" in result
         self._file.write(self._head(item) + b", " + json.dumps(result).encode()[1:] + b"\n")
         self._file.flush()
 
@@ -118,6 +148,7 @@ class ResultFile:
                     self.left = chain([item], items)
                     break
                 self.done, end = self.done + 1, end + len(line)
+                self.failed += item is not None and line.startswith(self._head(item) + b', "error": ')
         return end
 
     def _check(self, path: Path, line: bytes, item: Item | None) -> None:
@@ -132,16 +163,11 @@ class ResultFile:
         return json.dumps({"index": item.index, "key": item.key(self._config)})[:-1].encode()
 
 
-def _read_json_line(line: str, params: SamplingParams) -> tuple[str, SamplingParams]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ConfigError("prompt_file", f"JSON lines ({error})", line) from None
+def _prompt_of(entry: Any, params: SamplingParams) -> tuple[str, SamplingParams]:
+    """What an entry of a JSON file asks for."""
     values = dict(entry) if isinstance(entry, dict) else {"prompt": entry}
     prompt = values.pop("prompt", None)
     if not isinstance(prompt, str):
-        raise ConfigError("prompt_file", "a string, or an object with a prompt, in each line", line)
-    known = [field.name for field in fields(SamplingParams)]
-    for name in values.keys() - set(known):
-        raise ConfigError(name, "a field of the sampling: " + ", ".join(known), values[name])
+        raise ConfigError("prompt_file", "a string, or an object with a prompt, for each prompt", entry)
+    check_fields(values, SamplingParams, "sampling")
     return prompt, replace(params, **values)

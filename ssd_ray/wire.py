@@ -50,8 +50,8 @@ class Nodes(Message, frozen=True, tag="nodes"):
     Node i has the id ``first + i``; ids are unique in (draft, sequence) and never used again. ``parents[i]`` is the id
     of an earlier node, or ``-1 - depth`` for a guess that follows the trunk token at that depth of round ``round``.
     ``step_ms`` is what the draft's last step took, which ran ``step_tokens`` for so many ``sequences``. ``chances`` has
-    a byte for each node: 255 times the probability of being accepted once it is reached, as its draft has it, and 0 where
-    it says nothing (guesses, which are not reached but right or wrong). Empty: it says nothing of any.
+    a byte for each node: 255 times the probability of being accepted once it is reached, as its draft has it, and 0
+    where it says nothing (guesses, which are not reached but right or wrong). Empty: it says nothing of any.
 
     In rejection mode node ``sampled[j]`` of the message was drawn from law j: part j of as many equal parts of
     ``law_tokens`` (int32; empty if the laws are over the whole vocabulary, in order) and ``law_weights`` (float32),
@@ -76,6 +76,13 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
 class Lost(Message, frozen=True, tag="lost"):
     """The draft does not know the sequence's past (it joined late or missed an outcome): open it again."""
+
+    sequence: Count
+
+
+class Declined(Message, frozen=True, tag="declined"):
+    """The sequence is beyond the draft, in its length or with a token that the draft does not know, or ended there with
+    an error: it goes on without this draft."""
 
     sequence: Count
 
@@ -116,8 +123,8 @@ class Outcome(Message, frozen=True, tag="outcome"):
     are ``wanted`` tokens. ``hit`` says whether a speculation was prepared.
     Guesses are dealt: this draft takes share ``share`` of ``shares``. ``c`` as in :class:`Open`.
     What nobody waits for is worth drafting only where a step adds more than ``price`` tokens, expected, by the
-    millisecond, to this sequence (infinity: never), and a token only where it is reached and accepted, should its outcome happen, with a probability
-    of ``floor``: the target would not verify it.
+    millisecond, to this sequence (infinity: never), and a token only where it is reached and accepted, should its
+    outcome happen, with a probability of ``floor``: the target would not verify it.
     """
 
     sequence: Count
@@ -163,7 +170,7 @@ class Misses(Struct, frozen=True, array_like=True):
         late: the draft was at work on the round, but had not come to this outcome.
         stale: the draft was still at work on an earlier round.
         cold: no draft had sent anything for this sequence yet.
-        no_draft: no draft was connected.
+        no_draft: no draft took part: none is connected, or the text is beyond them.
     """
 
     fan_out: int = 0
@@ -267,7 +274,7 @@ class Output(Message, frozen=True, tag="output"):
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=64)] = []
 
 
-AnyMessage = Hello | Nodes | Lost | Goodbye | Open | Outcome | Begin | Close | Output
+AnyMessage = Hello | Nodes | Lost | Declined | Goodbye | Open | Outcome | Begin | Close | Output
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], Meta(max_length=4096)]])

@@ -1,7 +1,11 @@
 """What every test shares: an environment without network, without surprises from Ray, and with one thread for maths."""
 
+import atexit
+import logging
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -9,6 +13,12 @@ from xdist.scheduler import LoadFileScheduling
 
 settings.register_profile("patient", deadline=None)  # machines are noisy, and tests do not measure
 settings.load_profile("patient")
+
+# A Ray that somebody left on this machine, or the record of one, is not for tests to find.
+for name in [name for name in os.environ if name.startswith("RAY_")]:
+    del os.environ[name]
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ssd-", dir="/tmp")  # short: Ray's sockets lie there
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 # Before anything imports torch, transformers or ray: they read these once.
 os.environ.update(
@@ -35,6 +45,16 @@ class WholeSystemsTakeTurns(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return WholeSystemsTakeTurns(config, log)
+
+
+@pytest.fixture(autouse=True)
+def library_logger():
+    """The library's logger is as it was after a test: commands log to the standard error that they find."""
+    logger = logging.getLogger("ssd_ray")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 def pytest_runtest_setup(item):

@@ -22,7 +22,8 @@ def write(model: Any, prefixes: torch.Tensor, length: int, temperature: torch.Te
     cache = DynamicCache(config=model.config)
     ids, step = prefixes, prefixes
     for position in range(prefixes.shape[1], length):
-        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        # The cache by its place: what it is called depends on the version of transformers.
+        logits = model(step, None, None, cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         noise = gumbel(seed, position, len(ids), logits.shape[-1]).to(logits.device)
         step = (logits + noise * temperature).argmax(-1, keepdim=True)
         ids = torch.cat([ids, step], dim=1)

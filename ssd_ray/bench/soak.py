@@ -206,7 +206,7 @@ def _processes(llm: LLM) -> Iterator[tuple[str, int]]:
 
     yield "driver", os.getpid()
     for name, handle in llm._engine.driver.actors.items():
-        info = handle.info.options(concurrency_group="inbox").remote()
+        info = handle.info.remote()
         yield name, ray.get(info)["pid"]
 
 

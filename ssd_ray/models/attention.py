@@ -5,8 +5,8 @@ are left to the kernel on a CPU, and folded into the query's token dimension els
 or groups, not both). So they are for a single token: measured on a CPU, the kernel takes several times as long for one
 query a head as for a few in half precision.
 
-K and V may come in parts, rows of one extent each, whose queries stand in one line of tokens. The cost then follows every
-row's own length, and a row's result is bit for bit what it is without the others. At steady extents
+K and V may come in parts, rows of one extent each, whose queries stand in one line of tokens. The cost then follows
+every row's own length, and a row's result is bit for bit what it is without the others. At steady extents
 (:func:`steady_extents`) it is also what it is however many slots are read that nobody may see, and with steady numbers
 of queries (:func:`steady_queries`) however many tokens of a row are run together.
 """

@@ -65,8 +65,8 @@ class Calibration(msgspec.Struct, frozen=True):
 def calibrate(
     runner: ModelRunner, *, bound: bool = True, rows: int | None = None, clock: Callable[[], float] | None = None
 ) -> Calibration:
-    """Run a model's verifications at all sizes. Its KV is written over. If its rows are not ``bound`` to pages, they are
-    for the while."""
+    """Run a model's verifications at all sizes. Its KV is written over. If its rows are not ``bound`` to pages, they
+    are for the while."""
     trial = _Trial(runner, rows or runner.rows, bound, clock or forward_clock(runner.device))
     try:
         return trial.run()

@@ -1,4 +1,4 @@
-"""In which dtype to serve a checkpoint: its own, unless the processor lacks instructions for it and float32 is faster."""
+"""In which dtype to serve a checkpoint: its own, unless the processor has no instructions for it and float32 is faster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def has_instructions(dtype: torch.dtype) -> bool:
     """Whether this processor computes in a half precision. What PyTorch does not know is taken for a no."""
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in POORER:
         return False
-    names = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), torch.float16: ("_is_amx_fp16_supported",)}
+    names = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
     return any(getattr(torch.cpu, name, bool)() for name in names.get(dtype, ()))
 
 
@@ -46,7 +49,7 @@ def faster_dtype(own: torch.dtype, load: Callable[[torch.dtype], PreTrainedModel
         keep(path, times)
     chosen = min((own, torch.float32), key=lambda kind: times[str(kind)])
     logger.info(
-        "this processor has no instructions for %s: 1, 4, 8 and 16 tokens take %.1f ms in it, %.1f in float32; serving in %s",
+        "no instructions for %s: 1, 4, 8 and 16 tokens take %.1f ms in it and %.1f in float32; serving in %s",
         own, times[str(own)], times[str(torch.float32)], chosen,
     )  # fmt: skip
     return chosen

@@ -7,13 +7,14 @@ for each (R, T), one CUDA graph for each (R, T, E), made when the shape is first
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -28,9 +29,9 @@ int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; address
 [1 or R, 1, T, E]."""
 
 LineForward = Callable[[Sequence[Stretch], Tensor, Tensor, Tensor, Sequence[int]], Tensor]
-"""(stretches, tokens, positions, written, queries) -> logits [N, V]: tokens and positions int64 [N], of the stretches one
-after the other and then padding, which is computed and not written; addresses int64 [tokens but the padding]; queries as
-in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
+"""(stretches, tokens, positions, written, queries) -> logits [N, V]: tokens and positions int64 [N], of the stretches
+one after the other and then padding, which is computed and not written; addresses int64 [tokens but the padding];
+queries as in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -41,21 +42,37 @@ RECORDED_AT = 3
 MAX_RECORDINGS = 256
 """Shapes that are recorded at most; each takes a few hundred bytes a call."""
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward may call its KV cache: the models of transformers from 5.24 on; those before, and with code of their
+own."""
+
 MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
 
 
+def caller(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor, Cache], Any]:
+    """A model's forward, or its decoder's, as (tokens, positions, mask, cache) -> output, whatever its signature calls
+    the cache."""
+    taken = inspect.signature(module.forward).parameters
+    # A forward that names neither hands all keywords on, or keeps no KV, which is found by running it.
+    name = next((each for each in CACHE_NAMES if each in taken), CACHE_NAMES[-1])
+
+    def call(tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Any:
+        kwargs = {"attention_mask": mask, "position_ids": positions, name: cache}
+        return module(input_ids=tokens, use_cache=True, **kwargs)
+
+    return call
+
+
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     """The plain forward of a model."""
+    call = caller(model)
 
     def forward(
         rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, written: Tensor, mask: Tensor
     ) -> Tensor:
         kv.aim(rows, extents, written)
-        output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=True
-        )
-        logits: Tensor = output.logits
+        logits: Tensor = call(tokens, positions, mask, kv).logits
         return logits
 
     return forward
@@ -65,7 +82,7 @@ class EagerLine:
     """The plain forward of a model over a line of tokens of several rows; see :data:`LineForward`."""
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
-        self._model, self._kv = model, kv
+        self._name, self._call, self._kv = type(model).__name__, caller(model), kv
         # Attention has the masks of its parts. This one only keeps the model from making its own.
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device)
 
@@ -77,14 +94,7 @@ class EagerLine:
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The model over what the cache is aimed at."""
-        output = self._model(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._kv,
-            use_cache=True,
-        )
-        logits: Tensor = output.logits[0]
+        logits: Tensor = self._call(tokens, positions, self._mask, self._kv).logits[0]
         return logits
 
 
@@ -126,7 +136,7 @@ class ReplayedLine(EagerLine):
             self._replays[tokens.shape[1]] = replay
         else:
             self._recordable = False
-            logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, why)
+            logger.info("%s is run plainly, not replayed: %s", self._name, why)
         return logits
 
 
@@ -177,6 +187,7 @@ def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor
     """A forward without Python state over pools [1, heads, slots, dim]: ``written``, int64 [R, T], are addresses in
     them, ``pages``, int64 [R, P], what is gathered. Without pages the pools are what one row reads, E slots, and
     nothing is copied."""
+    call = caller(model)
 
     def step(
         pools: Pools,
@@ -187,14 +198,7 @@ def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor
         mask: Tensor,
     ) -> Tensor:
         layers = [StaticLayer(pair, written, pages, page_slots, mask.shape[-1]) for pair in pools]
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-        )
-        logits: Tensor = output.logits
+        logits: Tensor = call(tokens, positions, mask, Cache(layers=layers)).logits
         return logits
 
     return step

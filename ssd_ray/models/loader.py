@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ssd_ray.errors import ConfigError, ModelError, ResourceError, SsdRayError, VocabularyMismatchError
+from ssd_ray.errors import (
+    ConfigError,
+    ModelError,
+    ResourceError,
+    SsdRayError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+)
 from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made, machine_name
+from ssd_ray.models.checkpoint import (
+    CheckpointError,
+    bytes_on_disk,
+    check_texts,
+    check_weights,
+    checkpoint_folder,
+    few,
+    fingerprint,
+)
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
 from ssd_ray.models.runner import HFRunner
-from ssd_ray.models.support import max_positions, refuse_unsupported
+from ssd_ray.models.support import max_positions, refuse_unsupported, shortest_window
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["target", "draft"]
 
@@ -29,8 +49,6 @@ FREE_SHARE = 0.4
 """Part of the free memory that the KV of one model takes at most where the configuration leaves it open: a target and a
 draft may share a machine."""
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
@@ -39,7 +57,7 @@ class ModelInfo:
     Attributes:
         vocab_size: entries of the embedding; padding beyond the tokenizer's included.
         max_length: positions that the model can take, or None if its config sets no limit.
-        eos_token_ids: tokens that end a text.
+        eos_token_ids: tokens that end a text; see also :func:`end_tokens`.
         parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
         kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
     """
@@ -51,8 +69,8 @@ class ModelInfo:
     kv_bytes_per_slot: int
 
 
-def model_info(path: str | None, *, role: Role = "target") -> ModelInfo:
-    """Describe a model from its config.json alone; ``path`` as in :func:`load_runner`.
+def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> ModelInfo:
+    """Describe a model from its config.json alone; arguments as in :func:`load_runner`.
 
     Raises:
         ModelError: no such model.
@@ -60,18 +78,42 @@ def model_info(path: str | None, *, role: Role = "target") -> ModelInfo:
     """
     source = _source(path, role)
     with _mapped(role, source):
-        config = _config(source)
-        refuse_unsupported(config, role)
+        config = _config(source, trust_remote_code)
+        refuse_unsupported(config, role, trusted=trust_remote_code)
         return ModelInfo(
             vocab_size=config.get_text_config().vocab_size,
-            max_length=max_positions(config),
+            max_length=_limit(config, role),
             eos_token_ids=_eos_token_ids(source, config),
             parameter_bytes=_bytes_on_disk(source),
             kv_bytes_per_slot=_kv_bytes(config, checkpoint_dtype(config)),
         )
 
 
-def load_tokenizer(path: str | None, *, role: Role = "target") -> Any:
+def check_files(path: str | None, *, role: Role = "target") -> None:
+    """Look whether the weights of a model are there and whole, without reading them.
+
+    Raises:
+        ModelError: naming the file that is not.
+    """
+    source = _source(path, role)
+    with _mapped(role, source):
+        _check_files(source)
+
+
+def model_fingerprint(path: str | None, *, role: Role = "target") -> tuple[str, str]:
+    """Digests of a model's config and weights, by which two machines see whether theirs is the same; empty for what is
+    not on this one; see :func:`~ssd_ray.models.checkpoint.fingerprint`.
+
+    Raises:
+        ModelError: no such folder.
+    """
+    source = _source(path, role)
+    with _mapped(role, source):
+        folder = checkpoint_folder(source)
+        return fingerprint(folder) if folder else ("", "")
+
+
+def load_tokenizer(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> Any:
     """Load the tokenizer that lies beside a model.
 
     Raises:
@@ -79,11 +121,19 @@ def load_tokenizer(path: str | None, *, role: Role = "target") -> Any:
     """
     source = _source(path, role)
     with _mapped(role, source):
-        return AutoTokenizer.from_pretrained(source, local_files_only=os.path.isdir(source))
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
+        )
 
 
-def check_pair(target: str | None, draft: str | None) -> int:
-    """Check that two models share one vocabulary; return its size, the number of token ids that both know.
+def end_tokens(info: ModelInfo, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: those of the model's configs, and the tokenizer's own end token."""
+    own = tokenizer.eos_token_id
+    return tuple(sorted({*info.eos_token_ids, *([] if own is None else [own])}))
+
+
+def check_pair(target: str | None, draft: str | None, *, trust_remote_code: bool = False) -> None:
+    """Check that two models share one vocabulary.
 
     Tokenizers decide where both models have one: the same strings under the same ids. The embeddings may then differ in
     padding. Without tokenizers the sizes of the vocabularies have to be equal.
@@ -92,20 +142,26 @@ def check_pair(target: str | None, draft: str | None) -> int:
         VocabularyMismatchError: they do not.
         ModelError: a model is not there.
     """
-    ours, theirs = _vocabulary(target, "target"), _vocabulary(draft, "draft")
-    sizes = model_info(target, role="target").vocab_size, model_info(draft, role="draft").vocab_size
+    ours, theirs = (_vocabulary(path, role, trust_remote_code) for path, role in _pair(target, draft))
     if ours is None or theirs is None:
+        sizes = [
+            model_info(path, role=role, trust_remote_code=trust_remote_code).vocab_size
+            for path, role in _pair(target, draft)
+        ]
         if sizes[0] != sizes[1]:
             raise VocabularyMismatchError(
                 f"draft: its vocabulary has {sizes[1]} tokens, the target's has {sizes[0]}; a pair shares one"
             )
     elif ours != theirs:
-        differing = len(ours.items() ^ theirs.items())
+        differing = max(len(ours), len(theirs)) - len(ours.items() & theirs.items())
         raise VocabularyMismatchError(
             f"draft: its tokenizer is not the target's: {differing} of {max(len(ours), len(theirs))} entries differ; "
             "a pair shares one vocabulary"
         )
-    return min(sizes)
+
+
+def _pair(target: str | None, draft: str | None) -> tuple[tuple[str | None, Role], ...]:
+    return (target, "target"), (draft, "draft")
 
 
 def load_runner(
@@ -121,6 +177,7 @@ def load_runner(
     compile: bool = False,
     prefill_chunk: int = 256,
     vocab_size: int | None = None,
+    trust_remote_code: bool = False,
     calibrated: bool = False,
 ) -> HFRunner:
     """Load a model and give it a KV cache.
@@ -131,33 +188,39 @@ def load_runner(
         rows, scratch: see :class:`HFRunner`.
         kv_memory: GiB for KV; "auto" takes a part of the memory that is free, if that is less than what ``rows`` rows
             need; None is what they need.
-        max_length: positions of a row; None is the model's own limit.
+        max_length: positions of a row; None is the model's own limit. A draft may have a lower limit, and keeps it.
         device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, or float32 on a CPU where that is faster
             and fits the memory.
         compile, prefill_chunk, vocab_size: see :class:`HFRunner`.
+        trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
         calibrated: find out what its verifications, or its steps, cost here, and which of the former leave a token's
             bits alone.
 
     Raises:
-        ModelError: no such model, or it cannot be read.
+        ModelError: no such model, or it cannot be read, or it lacks weights.
         UnsupportedModelError: its architecture cannot work here, or not at this length.
         ConfigError: ``max_length`` is above the model's limit, or ``kv_memory`` does not hold one row.
         ResourceError: weights and KV do not fit the memory that is free.
     """
     source = _source(path, role)
     with _mapped(role, source):
-        config = _config(source)
+        config = _config(source, trust_remote_code)
         length = _length(config, max_length, role)
-        refuse_unsupported(config, role, length)
+        refuse_unsupported(config, role, length, trusted=trust_remote_code)
+        _check_files(source)
         where = _device(device)
-        kind = _dtype(source, config, where) if dtype == "auto" else getattr(torch, dtype)
+
+        def load(kind: torch.dtype) -> PreTrainedModel:
+            return _load_model(source, kind, role, trust_remote_code)
+
+        kind = _dtype(source, config, where, load) if dtype == "auto" else getattr(torch, dtype)
         weight_bytes = _weight_bytes(source, config, kind)
         page_bytes = _kv_bytes(config, kind) * PAGE_SLOTS
         pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weight_bytes)
         _require_memory(role, weight_bytes, page_bytes * pages, where)
         runner = HFRunner(
-            _load_model(source, kind).to(where),
+            load(kind).to(where),
             rows=rows,
             max_length=length,
             scratch=scratch,
@@ -173,13 +236,15 @@ def load_runner(
         return runner
 
 
-def _dtype(source: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+def _dtype(
+    source: str, config: PreTrainedConfig, device: torch.device, load: Callable[[torch.dtype], PreTrainedModel]
+) -> torch.dtype:
     """The dtype that suits a checkpoint on a device."""
     own = checkpoint_dtype(config)
     # Both copies are there for a moment, and then one of them beside its KV.
     if device.type != "cpu" or 2 * _weight_bytes(source, config, torch.float32) > free_bytes(device):
         return own
-    return faster_dtype(own, lambda kind: _load_model(source, kind), config.to_json_string())
+    return faster_dtype(own, load, config.to_json_string())
 
 
 def _weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -204,12 +269,12 @@ def count_pages(kv_memory: float | Literal["auto"] | None, page_bytes: int, rows
     return pages
 
 
-def _vocabulary(path: str | None, role: Role) -> dict[str, int] | None:
+def _vocabulary(path: str | None, role: Role, trust_remote_code: bool) -> dict[str, int] | None:
     """Token strings and their ids; None if there is no tokenizer beside the model."""
     source = _source(path, role)
     if os.path.isdir(source) and not any(Path(source).glob("*tokenizer*")) and not any(Path(source).glob("vocab.*")):
         return None
-    vocabulary: dict[str, int] = load_tokenizer(path, role=role).get_vocab()
+    vocabulary: dict[str, int] = load_tokenizer(path, role=role, trust_remote_code=trust_remote_code).get_vocab()
     return vocabulary
 
 
@@ -226,29 +291,68 @@ def _source(path: str | None, role: Role) -> str:
         if not folder.is_dir():
             raise ModelError(f"{role}: the bundled model is not in this installation ({folder}); give a path")
         return str(folder)
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{role}: no config.json in {folder}")
+        with _mapped(role, path):
+            check_texts(folder)
         return str(folder)
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"{role}: no folder at {path}")
     return path
 
 
-def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load weights without drawing a progress bar on somebody's terminal."""
+def _check_files(source: str) -> None:
+    folder = checkpoint_folder(source)
+    if folder is not None:
+        check_weights(folder, complete=os.path.isdir(source) or hub.HF_HUB_OFFLINE)
+
+
+def _load_model(source: str, dtype: torch.dtype, role: Role, trust_remote_code: bool) -> PreTrainedModel:
+    """Load weights, all that the model has: transformers draws at random what is not there."""
+    with _silence():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            local_files_only=os.path.isdir(source),
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # so that they are told, too
+            output_loading_info=True,
+        )
+    if missing := found["missing_keys"]:
+        raise ModelError(f"{role}: {source} lacks weights that the model has: {few(missing)}")
+    if mismatched := found["mismatched_keys"]:
+        shapes = few(f"{name} ({tuple(ours)}, not {tuple(theirs)})" for name, ours, theirs in mismatched)
+        raise ModelError(f"{role}: {source} has weights of another shape than the model: {shapes}")
+    if surplus := found["unexpected_keys"]:
+        logger.warning("%s: %s has weights that the model has not: %s", role, source, few(surplus))
+    return model
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Let nobody else draw a progress bar or print a report on somebody's terminal: we say what there is to say."""
     shown = transformers_logging.is_progress_bar_enabled()
+    libraries = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [library.level for library in libraries]
     transformers_logging.disable_progress_bar()
+    for library in libraries:
+        library.setLevel(logging.ERROR)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=os.path.isdir(source))
+        yield
     finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
-def _config(source: str) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
+def _config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    with _silence():  # the hub's client reports each of its tries
+        return AutoConfig.from_pretrained(
+            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
+        )
 
 
 @contextmanager
@@ -258,14 +362,38 @@ def _mapped(role: Role, source: str) -> Iterator[None]:
         yield
     except SsdRayError:
         raise
+    except CheckpointError as error:
+        raise ModelError(f"{role}: cannot load {source}: {error}") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(f"{role}: out of memory while loading {source}: {error}") from error
     except Exception as error:  # a broken file raises nearly anything
-        raise ModelError(f"{role}: cannot load {source}: {type(error).__name__}: {error}") from error
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{role}: {source} comes with Python code of its own, which only trust_remote_code=True runs"
+            ) from error
+        raise ModelError(f"{role}: cannot load {source}: {_reason(source, error)}") from error
+
+
+def _reason(source: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not os.path.isdir(source):  # what transformers says of it is a page long
+        if isinstance(error.__cause__, GatedRepoError):
+            return str(error).splitlines()[0]
+        if checkpoint_folder(source) is None:
+            return "it is no folder here, and no hub model that is on this machine or can be fetched"
+    return f"{type(error).__name__}: {error}"
+
+
+def _limit(config: PreTrainedConfig, role: Role) -> int | None:
+    """Positions that a model can take at most. For a draft the window of its attention is a limit, too: longer texts go
+    on without it, while a target has to take them."""
+    limits = [max_positions(config), shortest_window(config)[1] if role == "draft" else None]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _length(config: PreTrainedConfig, wanted: int | None, role: Role) -> int:
-    limit = max_positions(config)
+    limit = _limit(config, role)
+    if role == "draft" and wanted is not None and limit is not None:
+        return min(wanted, limit)
     if wanted is None and limit is None:
         raise ConfigError("max_model_len", f"a number, since the {role}'s config sets no limit", None)
     if wanted is not None and limit is not None and wanted > limit:
@@ -287,14 +415,8 @@ def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _bytes_on_disk(source: str) -> int:
-    folder = Path(source)
-    if not folder.is_dir():
-        known = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        folder = Path(known).parent if known else folder
-    for pattern in WEIGHT_FILES:
-        if sizes := [file.stat().st_size for file in folder.glob(pattern)]:
-            return sum(sizes)
-    return 0
+    folder = checkpoint_folder(source)
+    return bytes_on_disk(folder) if folder else 0
 
 
 def _kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -1,10 +1,10 @@
 """Weights in the order in which the CPU's matrix kernels read them, where that is faster.
 
-PyTorch's products in half precision on a CPU bring the weight into that order at every call, which for the few tokens of
-a decoding forward takes longer than the product itself; those in float32 may go through another library. Done once, the
-products of 4 to 16 tokens often take half to three quarters of the time. Not on every processor: both ways are timed.
-Starting a product then takes as long as computing it, so layers that read the same input (a query's, a key's and a
-value's, say) are one product.
+PyTorch's products in half precision on a CPU bring the weight into that order at every call, which for the few tokens
+of a decoding forward takes longer than the product itself; those in float32 may go through another library. Done once,
+the products of 4 to 16 tokens often take half to three quarters of the time. Not on every processor: both ways are
+timed. Starting a product then takes as long as computing it, so layers that read the same input (a query's, a key's and
+a value's, say) are one product.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ TIMED_BYTES = 256 * 2**20
 
 CLEARLY = 0.97
 """Part of the time that packed products must not exceed."""
+
 
 class Product:
     """The packed weights of layers that read the same input; whichever asks first computes it for all."""
@@ -85,9 +86,7 @@ def packable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packing is possible: on a CPU that computes in this dtype."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 @torch.inference_mode()

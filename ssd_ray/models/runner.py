@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from ssd_ray.models.attention import PERIOD, choose_attention
 from ssd_ray.models.calibration import Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
-from ssd_ray.models.graphs import ReplayedLine, decoding_forward
+from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
+from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import SlotCache, Stretch
 from ssd_ray.models.steady import steadiness
 
@@ -28,9 +29,10 @@ class HFRunner(ModelRunner):
     """Runs one model; see :class:`~ssd_ray.models.contract.ModelRunner` for the operations.
 
     Args:
-        model: a causal LM on its device, in its dtype. Its attention implementation is set here, and in bfloat16 on a
-            CPU its linear layers are packed.
-        rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages.
+        model: a causal LM on its device, in its dtype, for this runner alone: its attention implementation and its
+            rotary frequencies are set here, and in bfloat16 on a CPU its linear layers are packed.
+        rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages. Rotary frequencies that
+            depend on the length are those of ``max_length`` tokens.
         page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
         prefill_chunk: tokens in one prefill forward at most, which ends at a multiple of it; fewer are padded to a
             power of two.
@@ -39,7 +41,7 @@ class HFRunner(ModelRunner):
 
     Raises:
         UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given, or does not
-            take positions and mask as they are given.
+            take positions and mask as they are given, each row for itself.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class HFRunner(ModelRunner):
         self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
-        self._body = model.get_decoder()
+        self._body = caller(model.get_decoder())
+        fix_frequencies(model, max_length)
         shapes = probe_layers(model)
+        check_addressing(model, shapes, max_length)
         packing = packable(model.device, model.dtype) and not compile
         self.packed = packing and pack_linears(model, find_siblings(model))
-        check_addressing(model, shapes)
         self._steady = steadiness(model, shapes[0], page_slots)
         self._kv = SlotCache(
             shapes,
@@ -87,7 +90,8 @@ class HFRunner(ModelRunner):
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
         # Not -inf: a token that sees nothing then gives a finite average instead of NaN, and its KV harms nobody.
-        self._hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
+        # Nor the lowest number, which becomes -inf in float16 when a score is added to it.
+        self._hidden = torch.full((), torch.finfo(self.dtype).min / 2, dtype=self.dtype, device=self.device)
         self._strip = self._causal_strip(prefill_chunk)
 
     def adopt(self, calibration: Calibration) -> None:
@@ -116,20 +120,23 @@ class HFRunner(ModelRunner):
         count = tokens.shape[1]
         parts = zip(rows, extents, mask, strict=True)
         stretches = [Stretch(row, count, extent, of_row[:, :extent]) for row, extent, of_row in parts]
-        line = [each.flatten() for each in (tokens, positions, written)]
-        return self._logits(self._line(stretches, *line, [count])).view(*tokens.shape, -1)
+        line = self._line(stretches, tokens.flatten(), positions.flatten(), written.flatten(), [count])
+        return self._logits(line).view(*tokens.shape, -1)
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         places = [(row, start, start + len(some)) for row, some, start in zip(rows, tokens, starts, strict=True)]
         written = [self._kv.table.locate_trunk(*place) for place in places]
         extents = [self._steady.extent(end) for _, _, end in places]
-        run = self._append_rows if self._line is None else self._append_line
-        logits = self._logits(run(rows, tokens, starts, written, extents))
-        return list(logits.split([len(some) for some in tokens]))
+        if self._line is None:
+            logits = self._append_rows(rows, tokens, starts, extents)
+        else:
+            logits = self._append_line(self._line, rows, tokens, starts, written, extents)
+        return list(torch.split(self._logits(logits), [len(some) for some in tokens]))
 
     def _append_line(
         self,
+        forward: LineForward,
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
@@ -141,18 +148,17 @@ class HFRunner(ModelRunner):
         counts = list(map(len, tokens))
         padding = self.line_size(sum(counts)) - sum(counts)
         masks = [self._mask(start, count, extent) for start, count, extent in zip(starts, counts, extents, strict=True)]
-        stretches = list(map(Stretch, rows, counts, extents, masks))
+        stretches = [Stretch(*each) for each in zip(rows, counts, extents, masks, strict=True)]
         positions = [self._counter[start : start + count] for start, count in zip(starts, counts, strict=True)]
-        line = self._tensor([*chain(*tokens), *[0] * padding]), torch.cat([*positions, self._counter[:padding]])
-        logits = self._line(stretches, *line, self._tensor([*chain(*written)]), self._steady.queries)
-        return logits[: sum(counts)]
+        line = self._tensor([*chain(*tokens), *[0] * padding])
+        places = torch.cat([*positions, self._counter[:padding]]), self._tensor([*chain(*written)])
+        return forward(stretches, line, *places, self._steady.queries)[: sum(counts)]
 
     def _append_rows(
         self,
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
-        written: Sequence[list[int]],
         extents: Sequence[int],
     ) -> Tensor:
         """Run the tokens of each row in a row of a batch, all padded alike; logits [tokens, V]."""
@@ -160,7 +166,9 @@ class HFRunner(ModelRunner):
         padded = self._tensor([[*some, *[0] * (length - len(some))] for some in tokens])
         positions, mask = self._trunk(starts, length, max(extents))
         # Padding is written after the tokens, where nobody sees it before it is written over.
-        places = [self._kv.table.locate_trunk(row, start, start + length) for row, start in zip(rows, starts, strict=True)]
+        places = [
+            self._kv.table.locate_trunk(row, start, start + length) for row, start in zip(rows, starts, strict=True)
+        ]
         logits = self._decode(rows, extents, padded, positions, self._tensor(places), mask)
         return torch.cat([of_row[: len(some)] for of_row, some in zip(logits, tokens, strict=True)])
 
@@ -192,13 +200,7 @@ class HFRunner(ModelRunner):
         positions, mask = self._trunk([start], padded, extent)
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
         self._kv.aim([row], [extent], self._tensor([written]))
-        self._body(
-            input_ids=inputs.to(self.device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._kv,
-            use_cache=True,
-        )
+        self._body(inputs.to(self.device), positions, mask, self._kv)
 
     def _extents(self, visible: Tensor) -> list[int]:
         """How many slots each row of a mask, bool [R, T, E], has to read."""
@@ -232,9 +234,8 @@ class HFRunner(ModelRunner):
         visible = columns <= self.slots + torch.arange(length, device=self.device)[:, None]
         return torch.where(visible, self._seen, self._hidden)
 
-    def _tensor(self, values: list[list[int]]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _logits(self, logits: Tensor) -> Tensor:
         return logits[..., : self.vocab_size].float()
-

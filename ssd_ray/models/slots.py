@@ -4,9 +4,9 @@
 at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
 A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
-they lie; others are gathered. Where the attention takes them so (:mod:`~ssd_ray.models.attention`), the tokens of all rows
-stand in one line, however many each row has, and rows are read in parts at their own extents; else rows are gathered at
-the longest.
+they lie; others are gathered. Where the attention takes them so (:mod:`~ssd_ray.models.attention`), the tokens of all
+rows stand in one line, however many each row has, and rows are read in parts at their own extents; else rows are
+gathered at the longest.
 """
 
 from __future__ import annotations
@@ -221,7 +221,9 @@ class SlotCache(Cache):
         window.written, window.extent = written, max(each.extent for each in stretches)
         groups = _groups(stretches)
         rows = [[stretches[index].row for index in group] for group in groups]
-        window.places = [self._place(some, stretches[group[0]].extent) for some, group in zip(rows, groups, strict=True)]
+        window.places = [
+            self._place(some, stretches[group[0]].extent) for some, group in zip(rows, groups, strict=True)
+        ]
         window.layout = lay_out(stretches, groups, length, queries, self.device)
 
     def _place(self, rows: Sequence[int], extent: int) -> Place:

@@ -20,23 +20,28 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def refuse_unsupported(config: PreTrainedConfig, role: str, length: int | None = None) -> None:
+def refuse_unsupported(
+    config: PreTrainedConfig, role: str, length: int | None = None, *, trusted: bool = False
+) -> None:
     """Refuse an architecture that cannot work, naming the reason; with ``length`` also one that cannot at that length.
+    ``trusted`` says whether code that comes with a model may run.
 
     Raises:
         UnsupportedModelError: see the message.
     """
-    reason = _kind_reason(config) or _layers_reason(config)
+    reason = _kind_reason(config, trusted) or _layers_reason(config)
     if reason is None and length is not None:
         reason = _window_reason(config, length)
     if reason is not None:
         raise UnsupportedModelError(f"{role}: {config.model_type} models cannot be served: {reason}")
 
 
-def _kind_reason(config: PreTrainedConfig) -> str | None:
+def _kind_reason(config: PreTrainedConfig, trusted: bool) -> str | None:
     if config.is_encoder_decoder:
         return "encoder-decoder models are not causal language models"
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None if trusted else "their code comes with them, which only trust_remote_code=True runs"
     if kind is None:
         return "transformers has no causal language model for this config"
     if getattr(kind, "_is_stateful", False):
@@ -52,11 +57,18 @@ def _layers_reason(config: PreTrainedConfig) -> str | None:
 
 
 def _window_reason(config: PreTrainedConfig, length: int) -> str | None:
+    name, window = shortest_window(config)
+    if window is None or window >= length:
+        return None
+    return f"{name}={window} is shorter than the context of {length}; set max_model_len to at most {window}"
+
+
+def shortest_window(config: PreTrainedConfig) -> tuple[str, int | None]:
+    """The field of the config that limits how far a layer sees back, and its value; None if all see everything."""
     text = config.get_text_config()
     layers = getattr(text, "layer_types", None)
     kinds = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    for kind, name in kinds.items():
-        window = getattr(text, name, None)
-        if isinstance(window, int) and window < length and (layers is None or kind in layers):
-            return f"{name}={window} is shorter than the context of {length}; set max_model_len to at most {window}"
-    return None
+    used = {name: getattr(text, name, None) for kind, name in kinds.items() if layers is None or kind in layers}
+    windows = [(window, name) for name, window in used.items() if isinstance(window, int)]
+    window, name = min(windows, default=(None, ""))
+    return name, window

@@ -1,8 +1,8 @@
 """What a verification costs: milliseconds by the tokens that it runs, the rows that they belong to and the slots read.
 
 The shape of the curve is measured once (:mod:`~ssd_ray.models.calibration`) and follows the rounds as they run; so does
-what drafting beside a verification costs it. Nothing is taken for granted about a processor: one where eight tokens cost
-what one does, and one where each costs as much as the first, differ in numbers alone.
+what drafting beside a verification costs it. Nothing is taken for granted about a processor: one where eight tokens
+cost what one does, and one where each costs as much as the first, differ in numbers alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHAPE_SMOOTHING = 0.03
 """How fast the curve's shape follows, which noise must not bend."""
 
 TRIALS, DOUBT = 12, 0.5
-"""Trials whose median says what drafts cost, and how many that said "nothing" are taken to have been before the first."""
+"""Trials whose median says what drafts cost, and how many that said "nothing" are taken to have been before them."""
 
 OUTLIER = 3.0
 """A round that took more than this many times what was expected says nothing about costs: somebody else had the

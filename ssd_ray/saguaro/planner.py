@@ -36,8 +36,8 @@ LONGEST_TRIAL = 3
 """Rounds of a trial at most: a step that runs is not broken off, so the first one often says nothing."""
 
 AT_WORK, IDLE, BUSY = 0.15, 0.02, 0.5
-"""Parts of a verification's time. Drafts that have worked for less than the first have rested; a trial says something if
-they work for less than the second, or, if they had rested, for more than the third."""
+"""Parts of a verification's time. Drafts that have worked for less than the first have rested; a trial says something
+if they work for less than the second, or, if they had rested, for more than the third."""
 
 T = TypeVar("T")
 
@@ -66,10 +66,20 @@ class Plan:
     def __str__(self) -> str:
         what = f"wait for {self.wait} tokens" if self.wait else "go on at once"
         drawn = "" if self.c is None else f", draw with C = {self.c:g}"
-        ahead = f"draft {self.ahead} steps a round ahead for {self.budget} outcomes" if self.ahead else "draft when asked"
+        ahead = (
+            f"draft {self.ahead} steps a round ahead for {self.budget} outcomes" if self.ahead else "draft when asked"
+        )
         if not (self.ahead or self.wait):
             ahead = "draft nothing"
         return f"verify up to {self.lookahead} speculated tokens, {ahead}{drawn}, on a miss {what}: {self.why}"
+
+
+def plan_without_draft(lookahead: int, pace: Pace, *, looks_up: bool) -> str:
+    """What a round is like while no draft is connected; ``looks_up`` says whether the text itself is asked."""
+    if not lookahead or not looks_up:
+        return "go on without speculation: no draft is connected"
+    why = f"first token accepted {pace.lookup_acceptance[0]:.0%}" if pace.rate else "nothing is measured yet"
+    return f"speculate up to {lookahead} tokens that followed the same ones earlier in the text, without a draft: {why}"
 
 
 class Choice(Generic[T]):

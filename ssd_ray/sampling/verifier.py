@@ -51,7 +51,7 @@ class CoupledVerifier(Verifier):
 
     def __init__(self, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
         super().__init__(params, prompt_tokens, vocab_size)
-        self._noise = None if params.greedy else NoiseRows(params.seed, vocab_size)
+        self._noise = None if params.greedy else NoiseRows(params.noise_seed, vocab_size)
 
     def _verify(
         self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]
@@ -70,9 +70,9 @@ class RejectionVerifier(Verifier):
     def __init__(self, params: SamplingParams, prompt_tokens: int, vocab_size: int, study: Study | None = None) -> None:
         super().__init__(params, prompt_tokens, vocab_size)
         self._study = study
-        self._noise = NoiseRows(stream_seed(params.seed, "bonus"), vocab_size)
-        self._draft_noise = NoiseRows(stream_seed(params.seed, "draft"), vocab_size)
-        self._coins = NoiseRows(stream_seed(params.seed, "accept"), 1)
+        self._noise = NoiseRows(stream_seed(params.noise_seed, "bonus"), vocab_size)
+        self._draft_noise = NoiseRows(stream_seed(params.noise_seed, "draft"), vocab_size)
+        self._coins = NoiseRows(stream_seed(params.noise_seed, "accept"), 1)
 
     def _verify(
         self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]

@@ -653,14 +653,14 @@ class DraftSession:
 
 
 def best_width(values: Sequence[float], others: int, step_price: Callable[[int], float]) -> int:
-    """How many branches to run beside ``others`` of the trunk: those that leave most value beyond the price of the step.
+    """How many branches to run beside ``others`` of the trunk: those that leave most value beyond the step's price.
     ``values`` fall."""
     best, width, total = -step_price(others) if others else 0.0, 0, 0.0
-    for count, value in enumerate(values, 1):
+    for some, value in enumerate(values, 1):
         total += value
-        left = total - step_price(others + count)
+        left = total - step_price(others + some)
         if left > best:
-            best, width = left, count
+            best, width = left, some
     return width
 
 

@@ -92,7 +92,8 @@ class TargetSession:
         self._node = SampledNode if sampled else CachedNode
         self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=self._node)
         self.prompt_tokens = len(self.tokens)
-        self._room = min(params.max_tokens, max_length - self.prompt_tokens)
+        room = max_length - self.prompt_tokens
+        self._room = room if params.max_tokens is None else min(params.max_tokens, room)
         self._end_tokens = frozenset(params.stop_token_ids)
 
     @property
@@ -168,7 +169,7 @@ class TargetSession:
     def look_up(self, drafts: Collection[str]) -> bool:
         """Count the last outcome as a hit or a miss, and say which: whether a speculation for it is there.
 
-        ``drafts`` are those that are connected, for the cause of a miss.
+        ``drafts`` are those that take part, for the cause of a miss.
         """
         self.hit = self.cache.available(1) > 0
         if self.hit:

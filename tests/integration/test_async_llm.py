@@ -9,7 +9,7 @@ import pytest
 
 from ssd_ray import LLM, AsyncLLM, SamplingParams
 from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, QueueFullError, RequestError
-from tests.support.engines import at_rest
+from tests.support.engines import at_rest, in_time, stopped
 
 pytestmark = pytest.mark.ray
 
@@ -114,11 +114,12 @@ def test_streams_run_at_the_same_time_without_threads_of_their_own(llm, expected
 
 def test_a_request_beyond_the_queue_is_refused_at_once(llm, blocking):
     async def use():
-        streams = [llm.stream(PROMPT, LONG) for _ in range(MAX_QUEUE)]
-        with pytest.raises(QueueFullError, match="6 requests are under way"):
-            llm.stream(PROMPT, LONG)
-        with pytest.raises(QueueFullError):
-            blocking.stream(PROMPT, LONG)
+        with stopped(blocking, "target"):
+            streams = [llm.stream(PROMPT, LONG) for _ in range(MAX_QUEUE)]
+            with pytest.raises(QueueFullError, match="6 requests are under way"):
+                llm.stream(PROMPT, LONG)
+            with pytest.raises(QueueFullError):
+                blocking.stream(PROMPT, LONG)
         for stream in streams:
             await stream.aclose()
         await all_rows_free(llm)
@@ -129,12 +130,13 @@ def test_a_request_beyond_the_queue_is_refused_at_once(llm, blocking):
 
 def test_generate_waits_for_room_that_others_take(llm, blocking, expected):
     async def use():
-        streams = [llm.stream(PROMPT, LONG) for _ in range(MAX_QUEUE)]
-        several = asyncio.create_task(llm.generate([PROMPT] * 3, SHORT))
-        from_thread = asyncio.create_task(asyncio.to_thread(blocking.generate, [PROMPT] * 3, SHORT))
-        await asyncio.sleep(0.1)
-        assert not several.done()
-        assert not from_thread.done()
+        with stopped(blocking, "target"):
+            streams = [llm.stream(PROMPT, LONG) for _ in range(MAX_QUEUE)]
+            several = asyncio.create_task(llm.generate([PROMPT] * 3, SHORT))
+            from_thread = asyncio.create_task(asyncio.to_thread(blocking.generate, [PROMPT] * 3, SHORT))
+            await asyncio.sleep(0.1)
+            assert not several.done()
+            assert not from_thread.done()
         for stream in streams:
             await stream.aclose()
         return await several + await from_thread
@@ -227,10 +229,12 @@ class TestLeaving:
             del stream
             return await all_rows_free(llm)
 
-        before = run(llm.stats())
-        after = run(use())
-        assert after.requests == before.requests + 1
-        assert after.tokens - before.tokens < LONG.max_tokens
+        def tokens():
+            before, after = run(llm.stats()), run(use())
+            assert after.requests == before.requests + 1
+            return after.tokens - before.tokens
+
+        in_time(tokens, lambda tokens: tokens < LONG.max_tokens)
 
     def test_by_cancelling_the_task_that_reads(self, llm):
         async def leave(stream):

@@ -1,15 +1,17 @@
 """Bad input is refused in our own words before anything starts, and the command line exits with 2."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from ssd_ray import LLM
+from ssd_ray import LLM, SamplingParams
 from ssd_ray.cli import app
 from ssd_ray.cluster import driver, preflight
+from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError, ModelError, ResourceError, UnsupportedModelError, VocabularyMismatchError
 from tests.support.tiny import save_model, tiny_model
 
@@ -73,6 +75,40 @@ def test_an_unsupported_architecture(pair, edited):
 def test_a_draft_with_another_vocabulary(pair, other_vocabulary):
     with pytest.raises(VocabularyMismatchError, match="draft: its tokenizer is not the target's"):
         LLM(pair[0], other_vocabulary)
+
+
+def test_a_draft_that_fits_is_taken_and_else_the_text_itself(pair, tmp_path, caplog):
+    def chosen(**fields):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            config = preflight.check(EngineConfig(**fields)).config
+        return config.draft, config.draft_actors, "the text itself is the draft" in caplog.text
+
+    assert chosen() == (None, 1, False)
+    assert chosen(target=pair[0], draft=pair[1]) == (pair[1], 1, False)
+    assert chosen(target=pair[0], method="ar") == (None, 0, False)
+    assert chosen(target=pair[0]) == ("ngram", 0, True)
+    assert (
+        "the bundled one does not fit, so the text itself is the draft (draft: its tokenizer is not the target's"
+        in caplog.text
+    )
+    assert chosen(draft="ngram", num_drafts=2) == ("ngram", 0, True)
+    assert chosen(draft="ngram", method="sd") == ("ngram", 0, True)
+    for fields in ({"target": pair[0]}, {"draft": "ngram"}):
+        with pytest.raises(ConfigError, match="text_lookup: expected True where the text itself is the draft"):
+            chosen(**fields, text_lookup=False)
+
+
+def test_a_draft_narrows_nothing(pair, tmp_path):
+    """Neither with its vocabulary nor with its context."""
+    save_model(tmp_path, tiny_model(vocab=90, context=64))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(pair[0]) / name, tmp_path / name)
+    for method in ("ssd", "sd"):
+        checked = preflight.check(EngineConfig(target=pair[0], draft=str(tmp_path), method=method))
+        assert (checked.vocab_size, checked.max_length) == (96, 512)
+        assert checked.prompt([95] * 511) == [95] * 511
+        assert checked.params(SamplingParams(logit_bias={95: 1.0})).logit_bias == ((95, 1.0),)
 
 
 def test_without_a_draft_its_vocabulary_does_not_matter(pair, other_vocabulary):

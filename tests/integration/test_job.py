@@ -1,7 +1,9 @@
-"""`ray job submit --working-dir . -- python examples/job.py` on a cluster of one machine."""
+"""`RAY_AUTH_MODE=token ray job submit --working-dir . -- python examples/job.py` on a cluster of one machine, which has
+a token as it is when Ray has been used there."""
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -17,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MARK = "SSD_RAY_TEST_CLUSTER"
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def free_ports(count):
@@ -81,11 +83,13 @@ def cluster_environment():
         "TMPDIR": folder,
         MARK: folder,
     }  # Ray leaves a socket there
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
-    environment.pop("RAY_ADDRESS", None)
+    token = Path(folder) / "token"
+    token.write_text(secrets.token_hex(32))
+    environment |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+    environment.pop("RAY_AUTH_MODE", None)  # a Ray that was started in this process has left it
     try:
         with running_cluster(environment, folder, port):
-            yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{port}"}
+            yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
     finally:
         shutil.rmtree(folder)
 

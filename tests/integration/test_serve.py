@@ -1,5 +1,6 @@
 """OpenAI's API on a real Ray Serve, through OpenAI's own client; and the command that serves."""
 
+import json
 import os
 import re
 import runpy
@@ -9,8 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -18,16 +22,17 @@ import openai
 import psutil
 import pytest
 import ray
+from ray import serve
 
 from ssd_ray import SamplingParams
 from ssd_ray.cluster.runtime import MARK
 from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
-from ssd_ray.errors import ConfigError
+from ssd_ray.errors import ConfigError, ModelError, SsdRayError
 from ssd_ray.models.loader import load_tokenizer
-from tests.support.engines import at_rest, target_alone
+from tests.support.engines import at_rest, in_time, target_alone
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 PROMPT = "def add(a, b):"
 SHORT = {"max_tokens": 24, "seed": 3, "extra_body": {"ignore_eos": True}}
@@ -43,7 +48,22 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def address(cluster, pair):
+def refusal(cluster, pair, tmp_path_factory):
+    """Why a server whose draft passes the checks but cannot be loaded did not start, and replicas that were tried."""
+    broken = shutil.copytree(pair[1], tmp_path_factory.mktemp("broken"), dirs_exist_ok=True)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with (
+        pytest.raises(SsdRayError) as caught,
+        serving(EngineConfig(target=pair[0], draft=str(broken)), "127.0.0.1", free_port()),
+    ):
+        pass
+    serve.shutdown()  # it keeps the port that it was first started with
+    tried = [group for group in ray.util.placement_group_table().values() if len(group["bundles"]) == 3]
+    return caught.value, len(tried)
+
+
+@pytest.fixture(scope="module")
+def address(refusal, pair):
     config = EngineConfig(target=pair[0], draft=pair[1], max_queue=MAX_QUEUE)
     with serving(config, "127.0.0.1", free_port()) as address:
         yield address
@@ -93,6 +113,13 @@ def free_rows(client):
 def nothing_is_held(client):
     yield
     free_rows(client)
+
+
+def test_a_replicas_error_reaches_whoever_started_it_and_is_not_tried_again(refusal):
+    error, tried = refusal
+    assert type(error) is ModelError
+    assert re.match("draft: cannot load .*SafetensorError", str(error))
+    assert tried == 1
 
 
 def test_the_model_is_called_as_its_folder(client, model, pair):
@@ -175,11 +202,14 @@ def test_several_texts_with_log_probabilities(complete, chat, expected):
     assert completion.usage.prompt_tokens == len(PROMPT)
     assert completion.usage.completion_tokens == 48
     logprobs = completion.choices[0].logprobs
-    assert "".join(logprobs.tokens).replace("<|end|>", "") == expected[0]
+    assert "".join(logprobs.tokens) == expected[0]
+    places = zip(logprobs.text_offset, logprobs.tokens, strict=True)
+    assert all(expected[0][place:].startswith(piece) for place, piece in places)
     assert len(logprobs.token_logprobs) == 24
     assert max(logprobs.top_logprobs[3].values()) >= logprobs.token_logprobs[3]
     (choice,) = chat(logprobs=True, top_logprobs=1).choices
-    assert "".join(entry.token for entry in choice.logprobs.content).replace("<|end|>", "") == expected[1]
+    assert "".join(entry.token for entry in choice.logprobs.content) == expected[1]
+    assert bytes(byte for entry in choice.logprobs.content for byte in entry.bytes).decode() == expected[1]
     *_, last = chat(logprobs=True, stream=True)
     assert len(last.choices[0].logprobs.content) == 24
 
@@ -214,6 +244,8 @@ def test_two_streams_at_the_same_time(complete, chat, expected):
         ({"echo": True}, openai.BadRequestError, "echo", "invalid_value"),
         ({"prompt": "x" * 600}, openai.BadRequestError, None, "context_length_exceeded"),
         ({"prompt": ""}, openai.BadRequestError, None, None),
+        ({"extra_body": {"repetition_penalty": 1e-45}}, openai.BadRequestError, "repetition_penalty", "invalid_value"),
+        ({"temperature": True}, openai.BadRequestError, "temperature", "invalid_type"),
         ({"prompt": ["x"] * (MAX_QUEUE + 1)}, openai.RateLimitError, None, "rate_limit_exceeded"),
     ],
 )
@@ -224,6 +256,23 @@ def test_errors_have_openais_shape(client, complete, options, error, param, code
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.body["message"]
     assert free_rows(client)["running"] == 0
+
+
+def test_half_a_character_is_refused(address):
+    """JSON can carry it, where UTF-8 cannot."""
+    for path, said in (
+        ("completions", {"prompt": "\ud83d"}),
+        ("completions", {"prompt": "x", "stop": "\ud83d"}),
+        ("completions", {"prompt": "x", "\ud83d": 1}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}),
+    ):
+        body = urllib.request.Request(f"{address}/v1/{path}", json.dumps(said).encode())
+        body.add_header("content-type", "application/json")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(body, timeout=60.0)
+        with caught.value as reply:
+            assert reply.status == 400
+            assert json.load(reply)["error"]["type"] == "invalid_request_error"
 
 
 def test_an_unknown_path_is_an_error_of_the_same_shape(client):
@@ -243,22 +292,37 @@ def test_harmless_fields_are_ignored(complete, expected):
 
 
 def test_a_client_that_goes_away_in_the_middle_frees_its_row(client, complete):
-    before = free_rows(client)
-    with complete(stream=True, **LONG) as stream:
-        next(iter(stream))
-    after = free_rows(client)
-    assert after["requests"] == before["requests"] + 1
-    assert after["tokens"] - before["tokens"] < LONG["max_tokens"]
+    def leave():
+        with complete(stream=True, **LONG) as stream:
+            next(iter(stream))
+
+    leave_in_the_middle(client, leave, requests=1)
 
 
-def test_a_client_that_loses_patience_frees_its_row(client, model):
-    before = free_rows(client)
-    impatient = client.with_options(timeout=0.1)
-    with pytest.raises(openai.APITimeoutError):
-        impatient.completions.create(model=model, prompt=["x"] * MAX_QUEUE, **LONG)
-    after = free_rows(client)
-    assert after["requests"] == before["requests"] + MAX_QUEUE
-    assert after["tokens"] - before["tokens"] < MAX_QUEUE * LONG["max_tokens"]
+def leave_in_the_middle(client, leave, requests):
+    def tokens():
+        before = free_rows(client)
+        leave()
+        after = free_rows(client)
+        assert after["requests"] == before["requests"] + requests
+        return after["tokens"] - before["tokens"]
+
+    in_time(tokens, lambda tokens: tokens < requests * LONG["max_tokens"])
+
+
+def test_a_client_that_loses_patience_frees_its_row(client, address, model):
+    """Before anything of the answer has come."""
+    fields = {"model": model, "prompt": ["x"] * MAX_QUEUE, **LONG, **LONG["extra_body"]}
+    del fields["extra_body"]
+
+    def leave():
+        requests = stats(client)["requests"]
+        with closing(HTTPConnection(address.removeprefix("http://"), timeout=60.0)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(fields), {"Content-Type": "application/json"})
+            while (now := stats(client))["running"] + now["requests"] - requests < MAX_QUEUE:
+                sleep(0.005)
+
+    leave_in_the_middle(client, leave, requests=MAX_QUEUE)
 
 
 def test_a_replica_is_one_placement_group(address):
@@ -302,7 +366,7 @@ from ssd_ray.cluster.serve import build
 build({"num_drafts": "2"})
 assert not ray.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=Path(__file__).parents[2])
 
 
 class TestCommand:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
@@ -228,3 +229,33 @@ def test_laws_of_many_rows_that_no_frame_holds_go_one_by_one(monkeypatch: pytest
     drain(engine, set(range(4)))
     assert all(engine.texts[number].stats.tree_tokens > 0 for number in range(4))
     assert engine.drafts[0]._channel.dropped == 0
+
+
+def test_figures_count_a_request_once_whenever_they_are_asked_for() -> None:
+    """They come from another thread, also while a request is on its way from one place to the next."""
+    engine = pump(rows=1, drafts=0, pages=None)
+    counts: list[int] = []
+    threads: list[Thread] = []
+
+    def ask() -> None:
+        stats = engine.target.stats()
+        counts.append(stats.requests + stats.running + stats.waiting)
+
+    def asked_behind(owner: object, name: str) -> None:
+        call = getattr(owner, name)
+
+        def called(*arguments: object) -> object:
+            result = call(*arguments)
+            threads.append(Thread(target=ask))
+            threads[-1].start()
+            threads[-1].join(0.05)
+            return result
+
+        setattr(owner, name, called)
+
+    for owner, name in ((engine.target, "_row"), (engine.target.batch, "add"), (engine.target.batch, "remove")):
+        asked_behind(owner, name)
+    engine.run([1, 2, 3], SamplingParams(max_tokens=2))
+    for thread in threads:
+        thread.join()
+    assert counts == [1] * 3

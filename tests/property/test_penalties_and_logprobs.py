@@ -32,6 +32,7 @@ PENALTIES: dict[str, st.SearchStrategy[Any]] = {
     "presence_penalty": st.sampled_from([-0.5, 0.0, 1.0]),
     "frequency_penalty": st.sampled_from([-0.2, 0.0, 0.7]),
     "logit_bias": st.dictionaries(st.integers(0, 31), st.sampled_from([-100.0, -1.0, 3.0]), max_size=3),
+    "bad_words_ids": st.lists(st.lists(st.integers(0, 31), min_size=1, max_size=2), max_size=6),
 }
 penalised_params = st.builds(
     SamplingParams,
@@ -57,6 +58,9 @@ def penalised(logits: NDArray[Any], params: SamplingParams, prompt: Sequence[int
     for token in {*prompt, *text}:
         logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
         logits[token] -= params.frequency_penalty * counts[token] + params.presence_penalty * (counts[token] > 0)
+    for *begin, last in params.bad_words_ids:
+        if list(text)[len(text) - len(begin) :] == begin:
+            logits[last] = -np.inf
     return logits
 
 
@@ -146,6 +150,22 @@ def test_a_text_does_not_end_early(temperature: float, seed: int, least: int, lo
     assert not any(ends[:-1])
     assert text.stats.accepted == text.stats.speculated
     assert text.tokens == Pump(target, [], end_tokens=[1]).run(PROMPT, params).tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_words_that_the_text_is_full_of_do_not_come(seed: int) -> None:
+    """Every pair of tokens that it had, one after the other; a perfect draft knows that."""
+    params = SamplingParams(seed=seed, max_tokens=60)
+    words: set[tuple[int, ...]] = set()
+    for _ in range(4):
+        target, models = table_pair(1.0, 1)
+        barred = replace(params, bad_words_ids=tuple(sorted(words)))
+        text = Pump(target, models).run(PROMPT, barred)
+        pairs = {*zip(text.tokens, text.tokens[1:], strict=False)}
+        assert not pairs & words
+        assert text.stats.accepted == text.stats.speculated
+        assert text.tokens == alone(barred)
+        words |= pairs
 
 
 # The law of a penalised text in rejection mode

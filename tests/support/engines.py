@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Thread
 from time import monotonic, sleep
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import ray
 
 from ssd_ray.actors.draft import DraftActor
-from ssd_ray.actors.target import TargetActor
 from ssd_ray.actors.links import DRIVER
+from ssd_ray.actors.target import TargetActor
+from ssd_ray.cluster.preflight import Checked
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.llm import LLM
 from ssd_ray.transport.memory import MemoryHub, MemorySpoke
 from ssd_ray.wire import Output, RequestStats, decode
 
 SESSION = 11
+
+T = TypeVar("T")
 
 
 Params = SamplingParams | Sequence[SamplingParams]
@@ -54,7 +61,7 @@ def _in_threads(config: EngineConfig) -> Iterator[Generate]:
     target = TargetActor(config, hub, session=SESSION, cores=None)
     drafts = [
         DraftActor(config, MemorySpoke(hub.address, f"draft-{number}"), session=SESSION, cores=None)
-        for number in range(config.num_drafts if config.method == "ssd" else 0)
+        for number in range(config.draft_actors)
     ]
     threads = [Thread(target=actor.run, daemon=True) for actor in (target, *drafts)]
     for thread in threads:
@@ -96,6 +103,32 @@ def target_alone(target: str, prompts: Sequence[list[int]], params: Params) -> l
     """Token ids that the target writes without any draft."""
     with engine(EngineConfig(target=target, method="ar"), "memory") as generate:
         return generate(prompts, params)[0]
+
+
+def checked(tokenizer: Any, vocab_size: int, max_length: int) -> Checked:
+    """What a driver knows of a model that is nowhere."""
+    sizes = {"vocab_size": vocab_size, "max_length": max_length}
+    return Checked(config=EngineConfig(), fingerprints={}, tokenizer=tokenizer, **sizes)
+
+
+@contextmanager
+def stopped(llm: LLM, name: str) -> Iterator[None]:
+    """An engine of which one actor stands still meanwhile, as if its machine had no time for it."""
+    process = ray.get(llm._engine.driver.actors[name].info.remote())["pid"]
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def in_time(attempt: Callable[[], T], enough: Callable[[T], bool], tries: int = 30) -> T:
+    """What the first attempt gives that is enough: on a busy machine a draft, or this very process, may come too late
+    to see a text in its middle, which says nothing about the engine."""
+    for _ in range(tries):
+        if enough(result := attempt()):
+            return result
+    raise AssertionError(f"not once in {tries} tries: {result}")
 
 
 def at_rest(figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:

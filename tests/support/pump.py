@@ -33,6 +33,7 @@ class Text:
     finish_reason: str | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: str | None = None
 
 
 def ticking() -> Callable[[], float]:
@@ -169,6 +170,7 @@ class Pump:
         text.logprobs += output.logprobs
         text.finish_reason = output.finish_reason or text.finish_reason
         text.stats = output.stats or text.stats
+        text.error = output.error or text.error
         if output.finish_reason is not None:
             self.validate()
 

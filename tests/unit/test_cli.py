@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -9,15 +10,16 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ssd_ray import __version__
 from ssd_ray.cli import _prompt, app
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, ResourceError
+from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, RequestFailedError, ResourceError
 from ssd_ray.flags import _explanations, from_flags
 from ssd_ray.stats import EngineStats, Stats
-from ssd_ray.wire import Misses, RequestStats, TokenLogprobs
+from ssd_ray.wire import Backups, Misses, RequestStats, TokenLogprobs
 
 SUMS = RequestStats(
     rounds=2, tokens=4, prompt_tokens=7, hits=1, misses=Misses(late=3), verify_ms=3.0, host_ms=1.0, prefill_ms=5.0
@@ -33,6 +35,8 @@ class Output:
     stats: Stats = dataclasses.field(default_factory=lambda: Stats(sums=SUMS))
     n: int = 1
     logprobs: list | None = None
+    seed: int = 9
+    error: str | None = None
 
     @property
     def outputs(self):
@@ -75,11 +79,16 @@ class FakeLLM:
         self.params.append(params)
         return Stream(prompt)
 
-    def outputs(self, prompts, params, *, timeout=None):
+    def outputs(self, prompts, params, *, timeout=None, on_error="stop"):
         self.timeout = timeout
         logprobs = [TokenLogprobs(1, -0.5, 2, {3: -0.25})]
         for prompt, each in zip(prompts, params, strict=True):
             self.params.append(each)
+            if "long" in prompt and on_error == "stop":
+                raise PromptTooLongError("prompt: too long")
+            if "long" in prompt:
+                yield Output(prompt, error="prompt: too long")
+                continue
             yield Output(prompt, n=each.n, logprobs=None if each.logprobs is None else logprobs)
 
     def generate(self, prompts, params, *, timeout=None):
@@ -137,7 +146,8 @@ def test_flags_set_fields(llm):
     engine = "--target t --draft d --method sd --num-drafts 2 --lookahead 5 --budget auto --compile --max-model-len 64"
     sampling = (
         "--temperature 0 --top-k 7 --stop a --stop b --stop-token-ids 3 --seed 9 --ignore-eos "
-        "--logit-bias 42=-100 --logit-bias 7=1.5"
+        "--logit-bias 42=-100 --logit-bias 7=1.5 --skip-special-tokens false --include-stop-str-in-output "
+        "--bad-words foo --bad-words-ids 3,4 --bad-words-ids 5"
     )
     result = run("generate", *engine.split(), *sampling.split(), "x")
     assert result.exit_code == 0, result.output
@@ -154,6 +164,10 @@ def test_flags_set_fields(llm):
             seed=9,
             ignore_eos=True,
             logit_bias={42: -100, 7: 1.5},
+            skip_special_tokens=False,
+            include_stop_str_in_output=True,
+            bad_words=("foo",),
+            bad_words_ids=((3, 4), (5,)),
         )
     ]
 
@@ -169,6 +183,14 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(llm):
     for figure in ("tokens/s", "(4 tokens in", "2.00", "25.0%", "3 late", "75.0%", "5 ms for 7 prompt tokens"):
         assert figure in result.stderr
     assert llm.made[0].closed
+
+
+def test_without_a_draft_nothing_is_said_of_one(monkeypatch):
+    alone = msgspec.structs.replace(SUMS, hits=0, misses=Misses(no_draft=3), backups=Backups(ngram=2, none=1))
+    monkeypatch.setitem(globals(), "SUMS", alone)
+    told = run("generate", "x").stderr
+    assert re.search(r"from the text +2 rounds began with what followed the same tokens earlier", told)
+    assert not re.search("hit rate|misses|trees", told)
 
 
 def test_what_memory_did_is_told_if_it_did_anything(monkeypatch):
@@ -247,6 +269,9 @@ def test_a_bad_line_in_a_file(llm, tmp_path, line, message):
         ["--logit-bias", "42"],
         ["--logit-bias", "a=1"],
         ["--logit-bias", "42=101"],
+        ["--skip-special-tokens", "maybe"],
+        ["--bad-words-ids", "3,a"],
+        ["--bad-words-ids", ""],
         ["--logprobs", "21"],
         ["--lookahead", "8"],
         ["--lookahead", "x"],
@@ -272,7 +297,6 @@ def test_bad_flags_are_refused_before_anything_starts(llm, arguments):
         (ModelError("target: no folder at x"), 2),
         (PromptTooLongError("prompt: too long"), 2),
         (ResourceError("memory: too little"), 2),
-        (EngineError("target died: why"), 1),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(llm, monkeypatch, error, code):
@@ -282,11 +306,43 @@ def test_errors_are_one_line_and_an_exit_code(llm, monkeypatch, error, code):
     assert result.stderr == f"ssd-ray: {error}\n"
 
 
-def test_verbose_shows_the_traceback(llm, monkeypatch):
+def test_an_engine_that_fails_says_how_to_see_more(llm, monkeypatch):
+    monkeypatch.setattr(llm, "failure", EngineError("target died: why"))
+    result = run("generate", "x")
+    assert result.exit_code == 1
+    assert result.stderr == "ssd-ray: target died: why\nssd-ray: --verbose shows what Ray and the actors log\n"
+
+
+@pytest.mark.parametrize("arguments", [["--verbose", "generate"], ["generate", "--verbose"], ["generate", "-v"]])
+def test_verbose_shows_the_traceback_and_what_is_logged(llm, monkeypatch, arguments):
     monkeypatch.setattr(llm, "failure", EngineError("why"))
-    result = run("--verbose", "generate", "x")
+    before = llm.__init__
+
+    def logging_init(self, **options):
+        logging.getLogger("ssd_ray.cluster").debug("level %d", logging.getLogger("ssd_ray").level)
+        before(self, **options)
+
+    monkeypatch.setattr(llm, "__init__", logging_init)
+    result = run(*arguments, "x")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
+    assert f"ssd-ray: level {logging.DEBUG}\n" in result.stderr
+    assert result.stderr.endswith("ssd-ray: why\n")
+
+
+def every_command(command, words=()):
+    yield command, words
+    names = command.list_commands(typer.Context(command)) if hasattr(command, "list_commands") else ()
+    for name in names:
+        yield from every_command(command.get_command(typer.Context(command), name), (*words, name))
+
+
+def test_every_command_takes_verbose():
+    commands = {words: command for command, words in every_command(typer.main.get_command(app))}
+    assert {("generate",), ("serve",), ("bench",), ("bench", "methods")} <= commands.keys()
+    for words, command in commands.items():
+        (flag,) = [parameter for parameter in command.params if "--verbose" in parameter.opts]
+        assert "-v" in flag.opts, words
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
@@ -298,6 +354,77 @@ def test_help_imports_nothing_heavy(arguments):
     )
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+LONG = "one\na long one\ntwo\n"
+
+
+def test_a_prompt_that_cannot_be_served_is_a_result_and_the_others_go_on(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(LONG)
+    result = run("generate", "--prompt-file", file)
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [document["prompt"] for document in documents] == ["one", "a long one", "two"]
+    assert documents[1] == {"prompt": "a long one", "error": "prompt: too long"}
+    assert documents[2]["text"] == "one two"
+    assert result.exit_code == 1
+    assert "ssd-ray: prompts that could not be served: 1\n" in result.stderr
+
+
+def test_so_it_is_in_a_file_of_results_which_is_complete_then(llm, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text(LONG)
+    for _ in range(2):
+        result = run("generate", "--prompt-file", prompts, "--output", output)
+        assert result.exit_code == 1
+        assert result.stderr.endswith("ssd-ray: prompts that could not be served: 1\n")
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line.get("error") for line in lines] == [None, "prompt: too long", None]
+    assert len(llm.made) == 1
+
+
+def test_or_it_ends_the_command(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(LONG)
+    result = run("generate", "--prompt-file", file, "--on-error", "stop")
+    assert result.exit_code == 2
+    assert result.stderr == "ssd-ray: prompt: too long\n"
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_result_names_its_seed():
+    assert json.loads(run("generate", "--json", "x").stdout)["seed"] == 9
+
+
+@pytest.mark.parametrize("arguments", [["generate", "caf\udce9"], ["generate", "--target", "\udcff"], ["\udcff"]])
+def test_arguments_in_another_encoding_are_refused(llm, arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"ssd-ray: argument \d: expected text in UTF-8, got '.*\\udc..'\n", result.stderr)
+    assert llm.made == []
+
+
+def test_standard_input_in_another_encoding_is_refused(llm):
+    result = run("generate", "-", stdin=b"caf\xe9")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("ssd-ray: prompt: expected text in UTF-8 on standard input, got ")
+    assert llm.made == []
+
+
+def test_a_byte_order_mark_on_standard_input_is_no_text():
+    document = json.loads(run("generate", "--json", "-", stdin="\N{BYTE ORDER MARK}é\r\n".encode()).stdout)
+    assert document["prompt"] == "é\n"
+
+
+@pytest.mark.parametrize(("flag", "kept"), [("--seed=-1", {"seed": -1}), ("--top-k=-1", {"top_k": 0})])
+def test_flags_take_what_callers_are_used_to(llm, flag, kept):
+    assert run("generate", flag, "x").exit_code == 0
+    assert llm.made[0].params == [SamplingParams(**kept)]
+
+
+def test_an_error_of_the_target_is_no_fault_of_the_input(llm, monkeypatch):
+    monkeypatch.setattr(llm, "failure", RequestFailedError("the target could not go on with it"))
+    assert run("generate", "x").exit_code == 1
 
 
 def test_results_go_to_a_file_without_figures_that_differ_from_run_to_run(llm, tmp_path):

@@ -27,7 +27,7 @@ def test_it_is_a_queue_in_which_every_sender_has_its_own_bound(events, limit):
 def test_get_waits_and_gives_up():
     start = monotonic()
     assert Inbox().get(0.05) is None
-    assert 0.04 < monotonic() - start < 2.0
+    assert 0.04 < monotonic() - start < 15.0
 
 
 def test_a_frame_and_a_close_end_the_wait():

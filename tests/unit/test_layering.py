@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chat", "progress"),
     ("outputs",),
     ("stats", "text"),
-    ("sampling", "saguaro", "wire", "flags", "prompt_files"),
+    ("sampling", "saguaro", "wire", "flags", "prompt_files", "prompts"),
     ("config",),
     ("errors",),
 )

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from ssd_ray.models.graphs import eager_forward, static_step
+from ssd_ray.models.graphs import caller, eager_forward, static_step
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.slots import SlotCache
 from tests.support.tiny import tiny_model
@@ -48,6 +50,27 @@ def test_the_static_step_is_the_plain_forward(
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(static.banks, plain.banks, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+class Newer(nn.Module):
+    def forward(self, input_ids, attention_mask, position_ids, cache, use_cache):
+        return cache
+
+
+class Older(nn.Module):
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
+        return past_key_values
+
+
+class HandsOn(Older):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Newer, Older, HandsOn])
+def test_a_forward_gets_the_cache_by_the_name_that_it_has(kind: type[nn.Module]) -> None:
+    zeros, cache = torch.zeros(1, 1), Cache(layers=[])
+    assert caller(kind())(zeros, zeros, zeros, cache) is cache
 
 
 def exercise(plain: HFRunner, graphed: HFRunner) -> None:

@@ -20,7 +20,7 @@ from ssd_ray.errors import (
     VocabularyMismatchError,
 )
 from ssd_ray.models import loader
-from ssd_ray.models.loader import check_pair, load_runner, load_tokenizer, model_info
+from ssd_ray.models.loader import check_pair, end_tokens, load_runner, load_tokenizer, model_info
 from tests.support.tiny import save_model, tiny_config, tiny_model, tiny_pair
 
 SIZE = {"rows": 2, "scratch": 32, "device": "cpu"}
@@ -50,6 +50,14 @@ def test_end_tokens_of_the_generation_config_come_first(pair: tuple[str, str]) -
     assert model_info(pair[0]).eos_token_ids == (3, 5)
     (Path(pair[0]) / "generation_config.json").unlink()
     assert model_info(pair[0]).eos_token_ids == (0,)
+
+
+def test_the_tokenizers_own_end_token_ends_a_text_too(pair: tuple[str, str]) -> None:
+    (Path(pair[0]) / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    tokenizer = load_tokenizer(pair[0])
+    assert end_tokens(model_info(pair[0]), tokenizer) == (0, 3, 5)
+    tokenizer.eos_token = None
+    assert end_tokens(model_info(pair[0]), tokenizer) == (3, 5)
 
 
 def test_load_runner(pair: tuple[str, str]) -> None:
@@ -101,12 +109,12 @@ def test_the_tokenizer_comes_back(pair: tuple[str, str]) -> None:
 
 
 def test_a_pair_shares_one_vocabulary(pair: tuple[str, str], tmp_path: Path) -> None:
-    assert check_pair(*pair) == 96
+    check_pair(*pair)
     # Embeddings may be padded differently, as in families of one tokenizer.
     padded = save_model(tmp_path / "padded", tiny_model(vocab=104))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(pair[0]) / name, padded / name)
-    assert check_pair(pair[0], str(padded)) == 96
+    check_pair(pair[0], str(padded))
 
 
 def test_other_tokenizers_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -118,7 +126,7 @@ def test_other_tokenizers_are_refused(pair: tuple[str, str], tmp_path: Path) -> 
 def test_without_tokenizers_sizes_decide(tmp_path: Path) -> None:
     target = save_config(tmp_path / "a", "llama", vocab_size=96)
     same, other = (save_config(tmp_path / name, "llama", vocab_size=size) for name, size in (("b", 96), ("c", 97)))
-    assert check_pair(target, same) == 96
+    check_pair(target, same)
     with pytest.raises(VocabularyMismatchError, match=r"^draft: .* 97 tokens, .* 96"):
         check_pair(target, other)
 

@@ -108,12 +108,16 @@ def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.Monke
     attention = type(model.model.layers[0].self_attn)
     plain = attention.forward
 
-    def looks(self: torch.nn.Module, *args: object, past_key_values: Cache, **kwargs: object) -> object:
-        class Looking:
-            def update(self, *args: object) -> list[torch.Tensor]:
-                return [states.clone() for states in past_key_values.update(*args)]
+    class Looking:
+        def __init__(self, cache: Cache) -> None:
+            self.cache = cache
 
-        return plain(self, *args, past_key_values=Looking() if past_key_values is not None else None, **kwargs)
+        def update(self, *args: object, **kwargs: object) -> list[torch.Tensor]:
+            return [states.clone() for states in self.cache.update(*args, **kwargs)]
+
+    def looks(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        seen = {name: Looking(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return plain(self, *args, **seen)
 
     monkeypatch.setattr(attention, "forward", looks)
     assert not takes_rows_apart(model, probe_layers(model))
@@ -129,6 +133,23 @@ def test_half_precision_is_close_to_single(runner: HFRunner) -> None:
     assert half.dtype == torch.float32
     want = single.append([0], tokens, [0])
     assert (half - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_token_that_sees_nothing_stays_finite_whatever_its_scores(dtype: torch.dtype) -> None:
+    """In float16 a mask of the lowest number overflows as soon as a score below -16 is added to it."""
+    model = tiny_model("gemma2", attn_logit_softcapping=None)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(30)
+            layer.self_attn.k_proj.weight.copy_(-layer.self_attn.q_proj.weight[:16])
+    runner = HFRunner(model.to(dtype), **SIZE)
+    tokens, slots, visible = torch.full((1, 2), 3), torch.tensor([[0, 1]]), torch.zeros(1, 2, 64, dtype=torch.bool)
+    visible[0, 0, 0] = True
+    runner.prefill(0, [3] * 64)
+    for _ in range(2):  # what the second token wrote lies there now, hidden
+        logits = runner.extend([0], tokens, torch.zeros_like(slots), slots, visible)
+        assert logits[0, 0].isfinite().all()
 
 
 def test_more_tokens_than_a_prefill_chunk_can_be_appended() -> None:

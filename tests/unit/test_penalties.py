@@ -21,6 +21,7 @@ all_params = st.builds(
     logit_bias=st.dictionaries(st.integers(0, V - 1), st.sampled_from([-100.0, -1.0, 0.5, 100.0]), max_size=3),
     min_tokens=st.integers(0, 25),
     stop_token_ids=st.lists(st.integers(0, V - 1), max_size=2),
+    bad_words_ids=st.lists(st.lists(st.integers(0, V + 1), min_size=1, max_size=3), max_size=4),
 )
 
 
@@ -34,6 +35,8 @@ def reference(row, params, prompt, text):
     for token, logit in enumerate(np.asarray(row, np.float64)):
         logit += dict(params.logit_bias).get(token, 0.0)
         if len(text) < params.min_tokens and token in params.stop_token_ids:
+            logit = -np.inf
+        if any([*text, token][-len(word) :] == list(word) for word in params.bad_words_ids):
             logit = -np.inf
         if token in prompt or token in text:
             logit = logit / params.repetition_penalty if logit > 0 else logit * params.repetition_penalty
@@ -81,6 +84,17 @@ def test_a_bias_comes_before_the_penalties():
     assert Penalties(params, 2, 2).apply(torch.tensor([[1.0, -4.0]]), [0, 1], [[]]).tolist() == [[1.0, -2.0]]
 
 
+def test_the_last_token_of_a_bad_word_is_barred():
+    """Where the text, not the prompt, has the others, also those that are only speculated."""
+    params = SamplingParams(bad_words_ids=[[3], [0, 1, 2], [1, 0]], logit_bias={3: 100.0})
+    paths = [[], [1], [1, 1], [0], [0, 1], [4]]
+    changed = Penalties(params, 2, 5).apply(torch.zeros(6, 5), [0, 1, 0], paths)
+    barred = [row.nonzero().ravel().tolist() for row in changed.isinf()]
+    assert barred == [[3], [0, 2, 3], [0, 3], [3], [0, 2, 3], [3]]
+    changed = Penalties(params, 2, 5).apply(torch.zeros(1, 5), [0, 1], [[]])
+    assert changed.isinf()[0].nonzero().ravel().tolist() == [3]
+
+
 def test_barred_tokens_stay_barred():
     params = SamplingParams(repetition_penalty=0.5, frequency_penalty=-2.0, logit_bias={0: 100.0})
     changed = Penalties(params, 1, 2).apply(torch.full((1, 2), -torch.inf), [0, 0, 1], [[0, 1]])
@@ -88,7 +102,9 @@ def test_barred_tokens_stay_barred():
 
 
 def test_tokens_that_a_smaller_model_does_not_know_are_no_concern_of_it():
-    params = SamplingParams(repetition_penalty=2.0, logit_bias={5: 3.0}, min_tokens=5, stop_token_ids=(6,))
+    params = SamplingParams(
+        repetition_penalty=2.0, logit_bias={5: 3.0}, min_tokens=5, stop_token_ids=(6,), bad_words_ids=((0, 5),)
+    )
     changed = Penalties(params, 1, 2).apply(torch.ones(1, 2), [0, 7], [[8]])
     assert changed.tolist() == [[0.5, 1.0]]
 

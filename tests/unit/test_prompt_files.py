@@ -139,3 +139,59 @@ def test_a_file_of_prompts_that_cannot_be_read(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match="prompt_file: expected a text file"):
         count_prompts(path, PARAMS)
+
+
+ENTRIES = ["one", {"prompt": "two", "seed": 5}, "\N{SNOWMAN}"]
+ITEMS = [("one", PARAMS), ("two", replace(PARAMS, seed=5)), ("\N{SNOWMAN}", PARAMS)]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.json", "x.Json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(map(json.dumps, ENTRIES)),
+        "\r\n\r\n".join(map(json.dumps, ENTRIES)),
+        json.dumps(ENTRIES),
+        "\n  " + json.dumps(ENTRIES, indent=2) + "\n\n",
+        json.dumps(ENTRIES, ensure_ascii=False, indent=0),
+    ],
+    ids=["lines", "sparse lines", "an array", "an indented array", "as text"],
+)
+@pytest.mark.parametrize("mark", ["", "\N{BYTE ORDER MARK}"], ids=["", "mark"])
+def test_json_files(tmp_path, name, text, mark):
+    path = tmp_path / name
+    path.write_text(mark + text, encoding="utf-8", newline="")
+    assert [(item.index, item.prompt, item.params) for item in read_prompts(path, PARAMS)] == [
+        (index, *item) for index, item in enumerate(ITEMS)
+    ]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n[2]\n", encoding="utf-8-sig")
+    assert [item.prompt for item in read_prompts(path, PARAMS)] == ["one", "[2]"]
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", '["x"', '["x"] y', "[[]]", '["x", null]', "[" * 100_000, "3", "{}"])
+def test_what_is_no_array_of_prompts(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"^prompt_file: expected") as caught:
+        count_prompts(path, PARAMS)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_empty_file_of_json_has_no_prompts(tmp_path):
+    for text in ("", "[]", "\n"):
+        (tmp_path / "x.json").write_text(text)
+        assert count_prompts(tmp_path / "x.json", PARAMS) == 0
+
+
+def test_errors_are_counted_also_those_of_an_earlier_run(prompts, tmp_path):
+    output = tmp_path / "results.jsonl"
+    with ResultFile(output, read_prompts(prompts, PARAMS), CONFIG) as results:
+        results.write(next(results.left), {"error": "too long", "prompt": "one"})
+        results.write(next(results.left), {"prompt": "two", "text": '"error": "x"'})
+        assert results.failed == 1
+    with ResultFile(output, read_prompts(prompts, PARAMS), CONFIG) as results:
+        assert (results.done, results.failed) == (2, 1)

@@ -25,6 +25,9 @@ PARAMS = st.builds(
     repetition_penalty=st.floats(0.01, 100),
     logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
     logprobs=st.none() | st.integers(0, 20),
+    skip_special_tokens=st.booleans(),
+    include_stop_str_in_output=st.booleans(),
+    bad_words_ids=st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1), max_size=3),
 )
 LOGPROBS = st.builds(
     wire.TokenLogprobs,

@@ -157,7 +157,7 @@ def test_close_does_not_wait_for_a_hub_that_reads_nothing(hub):
             pass
         start = monotonic()
         spoke.close()
-        assert monotonic() - start < 1.0
+        assert monotonic() - start < 10.0
 
 
 @linux
