@@ -96,9 +96,9 @@ class Links:
             case Nodes() if peer in self.drafts:
                 self._take(peer, message)
             case Lost() | Declined() if peer in self.drafts:
-                row = self._batch.running(message.sequence)
-                if row is not None:
-                    self._let_go(peer, row, declined=isinstance(message, Declined))
+                running = self._batch.running(message.sequence)
+                if running is not None:
+                    self._let_go(peer, running, declined=isinstance(message, Declined))
             case Goodbye():
                 self.remove(peer)
             case _:

@@ -138,6 +138,11 @@ class Driver:
         """Ray handles by name: "target", "draft-0" and so on."""
         return self._supervisor.members
 
+    def processor_seconds(self) -> float:
+        """What the processes of target and drafts have used so far."""
+        infos = ray.get([handle.info.remote() for handle in self.actors.values()])
+        return float(sum(info["processor_seconds"] for info in infos))
+
     def close(self) -> None:
         """Stop everything that was started; requests under way end with EngineClosedError. Idempotent."""
         self._fail(EngineClosedError("the engine is closed"))

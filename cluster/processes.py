@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +34,12 @@ Cores = Sequence[int] | None
 class _Process(RefEndpoint):
     @ray.method(concurrency_group="inbox")
     def info(self) -> dict[str, Any]:
-        """Where the process runs: pid, node, cores and GPUs that it may use."""
+        """Where the process runs: pid, node, cores and GPUs that it may use; the processor seconds that it has used."""
         return {
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
             "cores": sorted(os.sched_getaffinity(0)),
+            "processor_seconds": time.process_time(),
             "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }
 

@@ -132,6 +132,10 @@ class LLM:
         """
         self._engine.driver.scale_drafts(count)
 
+    def processor_seconds(self) -> float:
+        """Processor seconds that target and drafts have used so far, loading included."""
+        return self._engine.driver.processor_seconds()
+
     def stats(self) -> EngineStats:
         """Figures of all requests so far."""
         return self._engine.driver.stats()

@@ -25,7 +25,15 @@ def _add(a: Any, b: Any) -> Any:
     return a + b
 
 
-_RATIOS = ("tokens_per_round", "hit_rate", "duty_cycle", "partial_rate", "tree_use", "draft_waste")
+_RATIOS = (
+    "tokens_per_round",
+    "verified_per_token",
+    "hit_rate",
+    "duty_cycle",
+    "partial_rate",
+    "tree_use",
+    "draft_waste",
+)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -111,6 +119,11 @@ class Stats:
     def tokens_per_s(self) -> float:
         """Tokens per second of the rounds, prefill apart."""
         return 1e3 * _ratio(self.tokens, self.verify_ms + self.wait_ms + self.host_ms)
+
+    @property
+    def verified_per_token(self) -> float:
+        """Tokens that verifications ran for each token of the texts. 1 is plain decoding; speculation needs more."""
+        return _ratio(self.sums.verified, self.sums.tokens)
 
     @property
     def partial_rate(self) -> float:

@@ -38,7 +38,8 @@ class Figure:
         slowest: time per token of the slowest request over the median one's; some texts are harder to guess.
         slowest_round: the same of the time per round, which no text changes.
         same: fraction of texts that are those of the smallest batch and first method with the same prompt.
-        duty_cycle, hit_rate, tokens_per_round: see :class:`~ssd_ray.stats.Stats`.
+        duty_cycle, hit_rate, tokens_per_round, verified_per_token: see :class:`~ssd_ray.stats.Stats`.
+        processor_seconds: of target and drafts, for 1,000 tokens.
     """
 
     method: str
@@ -53,6 +54,8 @@ class Figure:
     duty_cycle: float
     hit_rate: float
     tokens_per_round: float
+    verified_per_token: float
+    processor_seconds: float
 
 
 class Arrivals:
@@ -103,8 +106,11 @@ class Arrivals:
         return 1e3 * (self.times[-1][0] - self.times[0][0]) / max(1, len(self.times) - 1)
 
 
-Serve = Callable[[Sequence[Sequence[int]], SamplingParams], tuple[list[Arrivals], float]]
-"""Serve prompts at once: what arrived, and the seconds it took."""
+Served = tuple[list[Arrivals], float, float]
+"""What arrived, the seconds that it took, and those of all processors."""
+
+Serve = Callable[[Sequence[Sequence[int]], SamplingParams], Served]
+"""Serve prompts at once."""
 
 
 def compare_batches(
@@ -139,7 +145,7 @@ def compare_batches(
                 runs = [turn[method] for turn in turns]
                 same = [
                     texts.setdefault((number, len(prompt)), each.tokens) == each.tokens
-                    for requests, _ in runs
+                    for requests, *_ in runs
                     for number, (prompt, each) in enumerate(zip(load, requests, strict=True))
                 ]
                 figures.append(_figure(method, size, mixed, runs, fmean(same)))
@@ -161,14 +167,15 @@ def _server(config: EngineConfig) -> Iterator[Serve]:
     with on_cores(None if config.method == "ssd" else target_cores()):
         engine = Engine(config)
 
-    def serve(prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[list[Arrivals], float]:
-        start = perf_counter()
+    def serve(prompts: Sequence[Sequence[int]], params: SamplingParams) -> Served:
+        start, used = perf_counter(), engine.driver.processor_seconds()
         requests = [Arrivals() for _ in prompts]
         for number, (prompt, arrivals) in enumerate(zip(prompts, requests, strict=True)):
             engine.driver.submit(prompt, replace(params, seed=number), arrivals)
         for arrivals in requests:
             arrivals.wait()
-        return requests, perf_counter() - start
+        seconds = perf_counter() - start
+        return requests, seconds, engine.driver.processor_seconds() - used
 
     try:
         serve([[1, 2, 3]], SamplingParams(max_tokens=16))
@@ -177,26 +184,28 @@ def _server(config: EngineConfig) -> Iterator[Serve]:
         engine.close()
 
 
-def _figure(method: str, rows: int, mixed: bool, runs: Sequence[tuple[list[Arrivals], float]], same: float) -> Figure:
+def _figure(method: str, rows: int, mixed: bool, runs: Sequence[Served], same: float) -> Figure:
     total = RequestStats()
-    for requests, _ in runs:
+    for requests, *_ in runs:
         for each in requests:
             total = add(total, each.stats)
     stats = Stats(sums=total)
-    times = sorted(ms for requests, _ in runs for each in requests for ms in each.token_ms)
+    times = sorted(ms for requests, *_ in runs for each in requests for ms in each.token_ms)
     return Figure(
         method,
         rows,
         mixed,
-        median(sum(each.stats.tokens for each in requests) / seconds for requests, seconds in runs),
+        median(sum(each.stats.tokens for each in requests) / seconds for requests, seconds, _ in runs),
         median(times),
         times[int(0.99 * (len(times) - 1))],
-        median(_unevenness([each.mean_ms for each in requests]) for requests, _ in runs),
-        median(_unevenness([each.round_ms for each in requests]) for requests, _ in runs),
+        median(_unevenness([each.mean_ms for each in requests]) for requests, *_ in runs),
+        median(_unevenness([each.round_ms for each in requests]) for requests, *_ in runs),
         same,
         stats.duty_cycle,
         stats.hit_rate,
         stats.tokens_per_round,
+        stats.verified_per_token,
+        1e3 * sum(used for _, _, used in runs) / max(1, stats.tokens),
     )
 
 

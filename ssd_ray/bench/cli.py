@@ -301,18 +301,20 @@ def shapes(
 def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:
     table = Table(
         title=f"temperature {params.temperature:g}, {prompts} held-out prompts x {params.max_tokens} tokens; medians",
-        caption="x sd: times as fast as sd. A round: ms of verifying + waiting for drafts + all else in the loop",
+        caption="x sd: times as fast as sd. CPU s: processor seconds for 1,000 tokens. verified: tokens for each one "
+        "that is kept.\nA round: ms of verifying + waiting for drafts + all else in the loop",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )
     others = [result for result in results if result.method != "ssd"]
     table.add_column("method")
     headers = ("tokens/s", *(f"x {SHORT.get(each.method, each.method)}" for each in others))
-    for column in (*headers, "tokens/round", "hits", "duty", "a round"):
+    for column in (*headers, "CPU s", "tokens/round", "verified", "hits", "duty", "a round"):
         table.add_column(column, justify="right")
     for result in results:
         ratios = [f"{result.ratio(other):.2f}" for other in others]
-        table.add_row(result.method, f"{result.rate:.1f}", *ratios, *_round(result))
+        cpu = f"{result.processor_seconds:.1f}"
+        table.add_row(result.method, f"{result.rate:.1f}", *ratios, cpu, *_round(result))
     return table
 
 
@@ -342,7 +344,8 @@ def _batches_table(figures: Sequence[BatchFigure], title: str) -> Table:
     table = Table(
         title=title,
         caption="ms per token: of one request, after its first tokens. slowest: against the median request, per token\n"
-        "and per round. same: texts that are those of the smallest batch and the first method",
+        "and per round. same: texts that are those of the smallest batch and the first method. verified: tokens\n"
+        "for each that is kept. CPU s: processor seconds for 1,000 tokens",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -355,6 +358,8 @@ def _batches_table(figures: Sequence[BatchFigure], title: str) -> Table:
         "duty": "duty_cycle",
         "hits": "hit_rate",
         "tokens/round": "tokens_per_round",
+        "verified": "verified_per_token",
+        "CPU s": "processor_seconds",
     }
     for column in ("at once", "method", "tokens/s", *columns):
         table.add_column(column, justify="right")
@@ -410,7 +415,8 @@ def _round(result: Result) -> list[str]:
         return []
     figures = per_round(result.stats)
     parts = "+".join(f"{figures[name]:.1f}" for name in ("verify_ms", "wait_ms", "host_ms"))
-    return [*(f"{figures[name]:.2f}" for name in ("tokens_per_round", "hit_rate", "duty_cycle")), parts]
+    columns = ("tokens_per_round", "verified_per_token", "hit_rate", "duty_cycle")
+    return [*(f"{figures[name]:.2f}" for name in columns), parts]
 
 
 def cores() -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from ssd_ray.config import EngineConfig, SamplingParams
@@ -31,6 +31,7 @@ class Run:
     tokens: int
     seconds: float
     stats: Stats | None = None
+    processor_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -59,6 +60,11 @@ class Result:
         return median(mine.rate / theirs.rate for mine, theirs in zip(self.runs, other.runs, strict=True))
 
     @property
+    def processor_seconds(self) -> float:
+        """Seconds of all processors for 1,000 tokens."""
+        return 1e3 * sum(run.processor_seconds for run in self.runs) / sum(run.tokens for run in self.runs)
+
+    @property
     def stats(self) -> Stats | None:
         """The figures of all prompts, summed; None for a method that has none."""
         total = RequestStats()
@@ -74,6 +80,7 @@ class Result:
             "method": self.method,
             "temperature": self.temperature,
             "tokens_per_s": round(self.rate, 2),
+            "processor_seconds_per_1000_tokens": round(self.processor_seconds, 2),
         }
         stats = self.stats
         if stats is not None:
@@ -87,6 +94,7 @@ def per_round(stats: Stats) -> dict[str, float]:
     rounds = max(1, stats.rounds)
     return {
         "tokens_per_round": stats.tokens_per_round,
+        "verified_per_token": stats.verified_per_token,
         "hit_rate": stats.hit_rate,
         "duty_cycle": stats.duty_cycle,
         "verify_ms": stats.verify_ms / rounds,
@@ -143,9 +151,12 @@ def _engine(config: EngineConfig) -> Iterator[Contender]:
     with llm:
 
         def run(prompt: list[int], params: SamplingParams) -> Run:
+            used = process_time() + llm.processor_seconds()
             start = perf_counter()
             (output,) = llm.generate([prompt], params)
-            return Run(len(output.token_ids), perf_counter() - start, output.stats)
+            seconds = perf_counter() - start
+            used = process_time() + llm.processor_seconds() - used
+            return Run(len(output.token_ids), seconds, output.stats, used)
 
         yield run
 
@@ -171,7 +182,7 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
         sampling = {"do_sample": False} if params.greedy else {"do_sample": True, "temperature": params.temperature}
         torch.manual_seed(params.seed)
         with on_cores(target_cores()):
-            start = perf_counter()
+            start, used = perf_counter(), process_time()
             tokens = target.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -180,8 +191,8 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
                 pad_token_id=0,
                 **sampling,
             )
-            seconds = perf_counter() - start
-        return Run(tokens.shape[1] - len(prompt), seconds)
+            seconds, used = perf_counter() - start, process_time() - used
+        return Run(tokens.shape[1] - len(prompt), seconds, processor_seconds=used)
 
     yield run
 

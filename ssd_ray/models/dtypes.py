@@ -1,4 +1,4 @@
-"""In which dtype to serve a checkpoint: its own, unless the processor has no instructions for it and float32 is faster."""
+"""In which dtype to serve a checkpoint: its own, or float32 on a processor that is faster in it."""
 
 from __future__ import annotations
 
