@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
+import msgspec
 import torch
 from transformers import PreTrainedModel
 
@@ -21,11 +22,21 @@ POORER = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_
 """Limits of ONEDNN_MAX_CPU_ISA that leave no instructions for half precision."""
 
 
+class Times(msgspec.Struct, frozen=True):
+    """Milliseconds of :func:`forward_ms` in two dtypes."""
+
+    own: float
+    float32: float
+
+
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether this processor computes in a half precision. What PyTorch does not know is taken for a no."""
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in POORER:
         return False
-    names = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), torch.float16: ("_is_amx_fp16_supported",)}
+    names = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
     return any(getattr(torch.cpu, name, bool)() for name in names.get(dtype, ()))
 
 
@@ -40,14 +51,14 @@ def faster_dtype(own: torch.dtype, load: Callable[[torch.dtype], PreTrainedModel
     if own == torch.float32 or has_instructions(own):
         return own
     path = cache_path(machine_name("dtype", str(own), *parts))
-    kept = read(path, dict[str, float])
-    times = kept or {str(kind): forward_ms(load(kind)) for kind in (own, torch.float32)}
-    if kept is None:
+    times = read(path, Times)
+    if times is None:
+        times = Times(forward_ms(load(own)), forward_ms(load(torch.float32)))
         keep(path, times)
-    chosen = min((own, torch.float32), key=lambda kind: times[str(kind)])
+    chosen = torch.float32 if times.float32 < times.own else own
     logger.info(
         "this processor has no instructions for %s: 1, 4, 8 and 16 tokens take %.1f ms in it, %.1f in float32; serving in %s",
-        own, times[str(own)], times[str(torch.float32)], chosen,
+        own, times.own, times.float32, chosen,
     )  # fmt: skip
     return chosen
 

@@ -41,6 +41,10 @@ class Measured(Struct, frozen=True):
     row_ms: float = 0.0
     slot_ms: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.sizes or len(self.sizes) != len(self.ms):
+            raise ValueError(f"{len(self.ms)} times of {len(self.sizes)} sizes")
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
