@@ -192,13 +192,13 @@ def choose_sizes(
     cheaper than the next one that is alike, too.
 
     Args:
-        sizes: rising; ``ms`` what each takes, ``alike`` whether it gives the bits that most give.
+        sizes: rising; ``ms`` what each takes, ``alike`` whether it gives the bits that most give, as some do.
         exact: all texts in half precision hang on the bits.
     """
     chosen: list[int] = []
     cheapest = inf
     for index in reversed(range(len(sizes))):
-        part = 1.0 if alike[index] else 0.0 if exact else WORTH
+        part = 1.0 if alike[index] else 0.0 if exact or not chosen else WORTH
         if ms[index] < part * cheapest or (alike[index] and not chosen):
             chosen.insert(0, index)
             cheapest = ms[index]

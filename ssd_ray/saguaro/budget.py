@@ -3,16 +3,15 @@
 Let g_i(j) be the probability that row i reaches its j-th speculated token and accepts it. A round that verifies n_i of
 row i yields sum(1 + g_i(1) + .. + g_i(n_i)) tokens in the milliseconds that a verification of sum(1 + n_i) takes. g_i
 falls along a row, so the best N tokens are the N with the largest g: one pass over them in that order finds the best N,
-whatever the curve of the cost.
+whatever the curve of the cost. Waiting adds tokens at the ends of rows, whose g have their places in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-IN_VAIN = 2
-"""Steps of waiting in a row that make a round worse, after which longer waits are not looked at."""
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +59,7 @@ def best_lengths(rows: Sequence[Sequence[float]], verify_ms: Callable[[int], flo
         verify_ms: milliseconds of a verification of so many tokens.
         other_ms: what the round takes besides.
     """
-    reached = [(gain, row) for row, chances in enumerate(rows) for gain in _gains(chances)]
-    reached.sort(key=_gain, reverse=True)
-    tokens = float(len(rows))
-    best, best_count, best_tokens, best_ms = 0.0, 0, tokens, max(1e-9, verify_ms(len(rows)) + other_ms)
-    best = tokens / best_ms
-    for count, (gain, _) in enumerate(reached, 1):
-        tokens += gain
-        ms = max(1e-9, verify_ms(len(rows) + count) + other_ms)
-        if tokens > best * ms:
-            best, best_count, best_tokens, best_ms = tokens / ms, count, tokens, ms
-    lengths = [0] * len(rows)
-    for _, row in reached[:best_count]:
-        lengths[row] += 1
-    return Budget(lengths, 0, best_tokens, best_ms, reached[best_count - 1][0] if best_count else 1.0)
+    return best_budget([Prospect(row) for row in rows], verify_ms, lambda steps: 0.0, other_ms)
 
 
 def best_budget(
@@ -88,36 +74,36 @@ def best_budget(
     Args:
         rows: what each row could verify.
         verify_ms, other_ms: as for :func:`best_lengths`.
-        wait_ms: milliseconds of waiting for so many steps, 1 and more.
+        wait_ms: milliseconds of waiting for so many steps, 1 and more; more steps take no less.
         arrival: probability that what is waited for comes in time.
     """
-    best = best_lengths([row.there for row in rows], verify_ms, other_ms)
-    worse = 0
-    for steps in range(1, 1 + max((len(row.coming) for row in rows), default=0)):
-        extended = [_with(row, steps, arrival) for row in rows]
-        found = best_lengths(extended, verify_ms, other_ms + wait_ms(steps))
-        worse = worse + 1 if found.rate <= best.rate else 0
-        if not worse:
-            best = Budget(found.lengths, steps, found.tokens, found.ms, found.least)
-        if worse == IN_VAIN:
-            break
-    return best
+    table = np.array([token for row, each in enumerate(rows) for token in _tokens(row, each, arrival)]).reshape(-1, 3)
+    gains, of_row, after = table[np.argsort(-table[:, 0], kind="stable")].T  # [tokens] each
+    ms = np.array([max(1e-9, verify_ms(len(rows) + count) + other_ms) for count in range(len(gains) + 1)])
+    best = (0.0, 0, 0)  # tokens per millisecond, steps, tokens beside the bonus tokens
+    for steps in range(1 + max((len(row.coming) for row in rows), default=0)):
+        waited = wait_ms(steps) if steps else 0.0
+        if len(rows) + gains.sum() <= best[0] * (ms.min() + waited):
+            break  # not even if all came in that time, and cost nothing to verify
+        tokens = len(rows) + np.cumsum(gains[after <= steps])
+        rates = np.append(len(rows), tokens) / (ms[: len(tokens) + 1] + waited)
+        count = int(rates.argmax())
+        best = max(best, (float(rates[count]), steps, count), key=lambda each: each[0])
+    rate, steps, count = best
+    chosen = np.flatnonzero(after <= steps)[:count]
+    lengths = np.bincount(of_row[chosen].astype(np.int64), minlength=len(rows)).tolist()
+    expected = len(rows) + float(gains[chosen].sum())
+    return Budget(lengths, steps, expected, expected / rate, float(gains[chosen[-1]]) if count else 1.0)
 
 
-def _with(row: Prospect, steps: int, arrival: float) -> list[float]:
-    """The chances of a row after so many steps."""
-    added = list(row.coming[:steps])
-    return [*row.there, *(chance * (1.0 if index else arrival) for index, chance in enumerate(added))]
-
-
-def _gains(chances: Sequence[float]) -> list[float]:
-    """From the chance of accepting each token once it is reached, that of reaching and accepting it."""
-    gains, reach = [], 1.0
-    for chance in chances:
+def _tokens(row: int, prospect: Prospect, arrival: float) -> Iterator[tuple[float, int, int]]:
+    """For each token of a row the probability of reaching and accepting it, the row, and the steps after which it is
+    there."""
+    reach = 1.0
+    for chance in prospect.there:
         reach *= min(1.0, chance)
-        gains.append(reach)
-    return gains
-
-
-def _gain(pair: tuple[float, int]) -> float:
-    return pair[0]
+        yield reach, row, 0
+    reach *= arrival
+    for step, chance in enumerate(prospect.coming, 1):
+        reach *= min(1.0, chance)
+        yield reach, row, step

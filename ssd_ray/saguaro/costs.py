@@ -27,6 +27,9 @@ OUTLIER = 3.0
 processor."""
 
 
+MOST_TOLL = 0.75
+"""Milliseconds that one of drafting may cost at most: drafts that stop a target are no drafts."""
+
 LEAST_PART = 0.25
 """Drafts that work for a smaller part of a verification are taken to have worked for this."""
 
@@ -44,6 +47,10 @@ class Measured(Struct, frozen=True):
     ms: tuple[float, ...] = (0.0,)
     row_ms: float = 0.0
     slot_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.sizes or len(self.sizes) != len(self.ms):
+            raise ValueError(f"{len(self.ms)} times of {len(self.sizes)} sizes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class Costs:
         self._speed = 1.0
         self._beside = 1.0  # what rounds took lately with drafts at work, against the curve
         self._part = 1.0  # for which part of them drafts worked
-        self._slower: deque[float] = deque(maxlen=TRIALS)
+        self._tolls: deque[float] = deque(maxlen=TRIALS)
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
         """Milliseconds of a verification with nobody at work beside it."""
@@ -82,7 +89,16 @@ class Costs:
 
     def verify_ms(self, tokens: int, load: Load = Load(), *, beside: float = 1.0) -> float:
         """Milliseconds of a verification with drafts at work ``beside`` it for that part of the time."""
-        return (1.0 + self.drag * beside) * self.alone_ms(tokens, load)
+        return self._slowdown(beside) * self.alone_ms(tokens, load)
+
+    @property
+    def toll(self) -> float:
+        """Milliseconds that a verification loses for each one of drafting beside it."""
+        return self.drag / (1.0 + self.drag)
+
+    def _slowdown(self, beside: float) -> float:
+        """How many times as long a verification takes with drafts at work for this part of it."""
+        return 1.0 / (1.0 - self.toll * beside)
 
     def per_token_ms(self, tokens: int, load: Load = Load(), *, over: int = 8) -> float:
         """Milliseconds that each of the next tokens adds."""
@@ -92,7 +108,7 @@ class Costs:
         """Learn from a verification; for the part ``beside`` of it drafts were at work."""
         if not self.known:
             self._begin(tokens, milliseconds)
-        expected = (1.0 + self.drag * beside) * self.alone_ms(tokens, load)
+        expected = self.verify_ms(tokens, load, beside=beside)
         ratio = milliseconds / max(expected, 1e-9)
         if 1.0 / OUTLIER < ratio < OUTLIER:
             self._bend(tokens, ratio)
@@ -110,11 +126,12 @@ class Costs:
         if not 1.0 / OUTLIER < ratio < OUTLIER:
             return
         slower, part = (ratio, beside) if beside else (self._beside / ratio, self._part)
-        self._slower.append(min((slower - 1.0) / max(part, LEAST_PART), OUTLIER))
-        before = 1.0 + self.drag * self._part
-        self.drag = max(0.0, median(self._slower)) * len(self._slower) / (len(self._slower) + DOUBT)
+        self._tolls.append(min((1.0 - 1.0 / slower) / max(part, LEAST_PART), MOST_TOLL))
+        before = self._slowdown(self._part)
+        toll = max(0.0, median(self._tolls)) * len(self._tolls) / (len(self._tolls) + DOUBT)
+        self.drag = toll / (1.0 - toll)
         if not beside:  # what rounds take with drafts at work is known; it is the rest of it that has changed
-            changed = before / (1.0 + self.drag * self._part)
+            changed = before / self._slowdown(self._part)
             self._speed *= changed
             self._beside /= changed
 

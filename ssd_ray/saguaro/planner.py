@@ -126,6 +126,7 @@ class Planner:
         self._measured = False
         self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
         self.floor, self.trial = 0.0, False
+        self._plain_rate = 0.0  # tokens per millisecond without drafts
         self._at_work = 1.0  # part of verifications lately beside which drafts worked
         self.plan = Plan(lookahead, lookahead, c=self.c)
 
@@ -140,8 +141,7 @@ class Planner:
         drafting is."""
         if self.trial:
             return 0.0 if self._rested else inf
-        drag = self._costs.drag
-        return (FREE + drag / (1.0 + drag)) * self._pace.rate
+        return (FREE + self._costs.toll) * max(self._pace.rate, self._plain_rate)
 
     @property
     def drafts_work(self) -> bool:
@@ -156,6 +156,7 @@ class Planner:
     def budget(self, rows: Sequence[Prospect], load: Load) -> Budget:
         """What the coming round verifies and waits for."""
         budget = best_budget(rows, self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
+        self._plain_rate = len(rows) / max(self._costs.alone_ms(len(rows), load) + self._pace.host_ms, 1e-9)
         count = len(rows) + sum(budget.lengths)
         floor = max(0.0, min(1.0, budget.rate * self._costs.per_token_ms(count, load)))
         self.floor += 0.2 * (floor - self.floor)

@@ -61,6 +61,8 @@ class Ranking:
         drafted: the token that it drafts.
         law: in rejection mode what that one was drawn from.
         source: where the drafted token comes from.
+        model_lead: how far ahead of the next one the model's likeliest token is, in nats, where the text has changed
+            the order.
     """
 
     tokens: Sequence[int]
@@ -68,6 +70,12 @@ class Ranking:
     drafted: int
     law: Law | None = None
     source: Source = Source.MODEL
+    model_lead: float | None = None
+
+    @property
+    def lead(self) -> float:
+        """How far ahead of the next one the likeliest token is, in nats."""
+        return self.scores[0] - self.scores[1]
 
 
 NOTHING = Ranking((), (), -1)
@@ -426,7 +434,7 @@ class DraftSession:
         tokens, scores = zip(*others, strict=True)
         if wins:
             return Ranking(tokens, scores, said, None, Source.TEXT)
-        return Ranking(tokens, scores, ranking.drafted, ranking.law, Source.OVERRULED)
+        return Ranking(tokens, scores, ranking.drafted, ranking.law, Source.OVERRULED, ranking.lead)
 
     def _unroll(self, node: DraftNode) -> None:
         """Continue a guess by what the text says, without running anything, once the text is worth it."""
@@ -589,9 +597,12 @@ class DraftSession:
 
     def _sure(self, ranking: Ranking) -> float:
         """Probability that the token that is drafted after another one is accepted. Whether a token that was drawn from
-        a law is verified must not depend on the draw; so neither may this, and only the law is looked at."""
-        source = Source.MODEL if ranking.law is not None else ranking.source
-        return self._policy.acceptance(ranking.scores[0] - ranking.scores[1], source)
+        a law is verified must not depend on the draw; so neither may this: only the law is looked at, in which the text
+        has no part."""
+        if ranking.law is None:
+            return self._policy.acceptance(ranking.lead, ranking.source)
+        lead = ranking.lead if ranking.model_lead is None else ranking.model_lead
+        return self._policy.acceptance(lead, Source.MODEL)
 
     def _push(self, step_ms: float, sequences: int, step_tokens: int) -> Nodes | None:
         if not self._unpushed:

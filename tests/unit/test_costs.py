@@ -1,0 +1,158 @@
+"""What verifications cost, learned from those that ran."""
+
+from __future__ import annotations
+
+import random
+from math import isfinite
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssd_ray.saguaro.costs import TRIALS, Costs, Load, Measured
+
+SIZES = (1, 2, 4, 8, 16)
+ONE = Load()
+
+
+def line(fixed: float, slope: float) -> Measured:
+    return Measured(SIZES, tuple(fixed + slope * size for size in SIZES))
+
+
+def run(costs: Costs, real: Measured, rounds: int, noise: float = 0.0, seed: int = 0, times: float = 1.0) -> None:
+    """Verifications of all sizes on a machine that is really so."""
+    dice, machine = random.Random(seed), Costs(real)
+    for _ in range(rounds):
+        tokens = dice.choice(SIZES)
+        ms = times * machine.alone_ms(tokens) * dice.uniform(1.0 - noise, 1.0 + noise)
+        costs.saw(tokens, ONE, ms, beside=False)
+
+
+def relative(costs: Costs) -> list[float]:
+    return [costs.alone_ms(size) / costs.alone_ms(1) for size in SIZES]
+
+
+class TestTheCurve:
+    def test_it_goes_through_what_was_measured(self) -> None:
+        costs = Costs(Measured((1, 4, 8), (5.0, 8.0, 10.0), row_ms=2.0, slot_ms=0.01))
+        assert [costs.alone_ms(tokens) for tokens in (1, 2, 4, 6, 8)] == [5.0, 6.0, 8.0, 9.0, 10.0]
+        assert costs.alone_ms(4, Load(3, 100)) == 8.0 + 2 * 2.0 + 100 * 0.01
+
+    def test_beyond_its_end_it_goes_on_and_does_not_fall(self) -> None:
+        assert Costs(Measured((1, 4, 8), (5.0, 8.0, 10.0))).alone_ms(16) == 14.0
+        assert Costs(Measured((1, 4, 8), (5.0, 8.0, 7.0))).alone_ms(64) == 7.0
+
+    def test_where_nothing_is_known_all_cost_what_the_first_did(self) -> None:
+        costs = Costs()
+        assert not costs.known
+        costs.saw(3, ONE, 12.0, beside=False)
+        assert costs.known
+        assert [costs.alone_ms(tokens) for tokens in (1, 3, 50)] == [12.0] * 3
+        assert costs.per_token_ms(1) == 0.0
+
+    def test_drafts_beside_count_for_their_part_of_the_verifications(self) -> None:
+        costs = Costs(line(10.0, 1.0))
+        costs.drag = 0.5
+        assert costs.verify_ms(1) == pytest.approx(1.5 * 11.0)
+        assert costs.verify_ms(1, beside=0.5) == pytest.approx(1.25 * 11.0)
+        assert costs.verify_ms(1, beside=0.0) == costs.alone_ms(1) == pytest.approx(11.0)
+
+    def test_the_next_tokens_have_a_price(self) -> None:
+        assert Costs(line(10.0, 0.7)).per_token_ms(1) == pytest.approx(0.7)
+
+
+class TestLearning:
+    def test_a_slope_it_was_not_told(self) -> None:
+        costs, real = Costs(line(10.0, 0.0)), line(6.0, 1.0)
+        run(costs, real, 3000, noise=0.1)
+        for size, ms in zip(SIZES, real.ms, strict=True):
+            assert costs.alone_ms(size) == pytest.approx(ms, rel=0.15)
+
+    def test_a_machine_that_gets_twice_as_slow_has_the_same_prices_in_proportion(self) -> None:
+        costs = Costs(line(6.0, 1.0))
+        before = relative(costs)
+        run(costs, line(6.0, 1.0), 200, times=2.0)
+        assert costs.alone_ms(1) == pytest.approx(14.0, rel=0.05)
+        assert relative(costs) == pytest.approx(before, rel=0.05)
+
+    def test_a_verification_that_took_far_too_long_says_nothing(self) -> None:
+        costs, same = Costs(line(6.0, 1.0)), Costs(line(6.0, 1.0))
+        costs.saw(4, ONE, 500.0, beside=False)
+        assert costs.alone_ms(4) == pytest.approx(same.alone_ms(4), rel=0.05)
+        assert relative(costs) == pytest.approx(relative(same))
+
+    def test_once_they_all_take_so_long_it_is_believed(self) -> None:
+        costs = Costs(line(6.0, 1.0))
+        run(costs, line(6.0, 1.0), 500, times=8.0)
+        assert costs.alone_ms(4) == pytest.approx(80.0, rel=0.1)
+
+
+class TestDrag:
+    """What drafts cost is found by resting them now and then, or by having them work."""
+
+    @staticmethod
+    def learn(real: float, *, at_work: bool, noise: float, seed: int, measured: float = 1.0) -> Costs:
+        """Rounds with a trial among every ten, on a machine where drafts slow verifications down; ``measured`` is what
+        was measured at load in proportion to what is."""
+        costs, dice = Costs(line(measured * 6.0, measured * 1.0)), random.Random(seed)
+        for number in range(10 * TRIALS * 2):
+            trial = number > 50 and number % 10 == 0
+            tokens, beside = dice.choice(SIZES), at_work != trial
+            ms = (6.0 + tokens) * (1.0 + real * beside) * dice.uniform(1.0 - noise, 1.0 + noise)
+            (costs.saw_trial if trial else costs.saw)(tokens, ONE, ms, beside=beside)
+        return costs
+
+    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("at_work", [True, False], ids=["drafts rest in trials", "drafts work in trials"])
+    @pytest.mark.parametrize("real", [0.0, 0.2, 0.6])
+    def test_it_is_found_in_noise(self, real: float, at_work: bool, seed: int) -> None:
+        costs = self.learn(real, at_work=at_work, noise=0.2, seed=seed)
+        assert 1.0 + costs.drag == pytest.approx(1.0 + real, rel=0.13)
+        assert costs.verify_ms(4, beside=float(at_work)) == pytest.approx(10.0 * (1.0 + real * at_work), rel=0.2)
+
+    @pytest.mark.parametrize("at_work", [True, False])
+    @pytest.mark.parametrize("measured", [0.6, 1.6])
+    def test_a_machine_that_is_not_as_it_was_measured_does_not_count_as_drag(
+        self, measured: float, at_work: bool
+    ) -> None:
+        costs = self.learn(0.3, at_work=at_work, noise=0.0, seed=0, measured=measured)
+        assert costs.drag == pytest.approx(0.3, abs=0.1)
+
+    def test_it_is_doubted_at_first_and_follows_what_changes(self) -> None:
+        costs = Costs(line(6.0, 1.0))
+        costs.saw_trial(1, ONE, 7.0 * 1.6, beside=True)
+        assert 0.0 < costs.drag < 0.6
+        for _ in range(TRIALS):
+            costs.saw_trial(1, ONE, 7.0, beside=True)
+        assert costs.drag == pytest.approx(0.0, abs=0.01)
+
+    def test_one_trial_that_was_disturbed_changes_little(self) -> None:
+        costs = Costs(line(6.0, 1.0))
+        for ratio in (1.2, 1.2, 2.9, 1.2, 1.2):
+            costs.saw_trial(1, ONE, 7.0 * ratio, beside=True)
+        assert costs.drag < 0.21
+
+
+MS = st.one_of(st.floats(0.0, 1e9), st.sampled_from([0.0, 1e-12, 1e-300]))
+SEEN = st.tuples(
+    st.booleans(), st.integers(1, 600), st.builds(Load, st.integers(1, 64), st.integers(0, 10**6)), MS, st.booleans()
+)
+
+
+@given(
+    st.one_of(st.none(), st.just(Measured()), st.just(Measured(SIZES, (5.0, 6.0, 7.0, 8.0, 9.0), 0.1, 1e-5))),
+    st.lists(SEEN, max_size=60),
+)
+def test_costs_are_numbers_whatever_comes(
+    measured: Measured | None, seen: list[tuple[bool, int, Load, float, bool]]
+) -> None:
+    costs = Costs(measured)
+    for trial, tokens, load, ms, beside in seen:
+        (costs.saw_trial if trial else costs.saw)(tokens, load, ms, beside=beside)
+    assert isfinite(costs.drag)
+    assert costs.drag >= 0.0
+    for tokens in (1, 2, 8, 600):
+        for load in (ONE, Load(64, 10**6)):
+            assert isfinite(costs.verify_ms(tokens, load))
+            assert costs.verify_ms(tokens, load) >= 0.0
+            assert isfinite(costs.per_token_ms(tokens, load))
