@@ -45,7 +45,7 @@ penalised_params = st.builds(
 
 def plain_logits(tokens: Sequence[int]) -> torch.Tensor:
     """What the model says after each token, float32 [T, V], without session and loop."""
-    return TableModel().append([0], torch.tensor([tokens]), [0])[0]
+    return TableModel().append([0], [tokens], [0])[0]
 
 
 def penalised(logits: NDArray[Any], params: SamplingParams, prompt: Sequence[int], text: Sequence[int]) -> NDArray[Any]:
@@ -160,7 +160,7 @@ def small_model() -> TableModel:
 
 def law_of_texts() -> dict[tuple[int, ...], float]:
     """Probabilities of all texts of LENGTH tokens after token 0, by the definition."""
-    logits = {t: small_model().append([0], torch.tensor([[t]]), [0])[0, 0].numpy() for t in range(VOCABULARY)}
+    logits = {t: small_model().append([0], [[t]], [0])[0][0].numpy() for t in range(VOCABULARY)}
     law = {}
     for text in product(range(VOCABULARY), repeat=LENGTH):
         law[text] = 1.0
