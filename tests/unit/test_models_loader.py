@@ -59,8 +59,8 @@ def test_load_runner(pair: tuple[str, str]) -> None:
     plain = AutoModelForCausalLM.from_pretrained(pair[0])
     tokens = torch.arange(10)[None]
     runner.prefill(1, tokens[0, :6].tolist())
-    got = runner.append([1], tokens[:, 6:], [6])
-    torch.testing.assert_close(got, plain(tokens).logits[:, 6:], rtol=1e-5, atol=1e-5)
+    (got,) = runner.append([1], tokens[:, 6:].tolist(), [6])
+    torch.testing.assert_close(got, plain(tokens).logits[0, 6:], rtol=1e-5, atol=1e-5)
 
 
 def test_loading_draws_nothing_on_the_terminal(pair: tuple[str, str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -85,8 +85,8 @@ def test_the_pool_can_be_smaller_than_its_rows(pair: tuple[str, str]) -> None:
 
 
 def test_the_pair_agrees_often(pair: tuple[str, str]) -> None:
-    tokens = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
-    best = [load_runner(path, role="draft", **SIZE).append([0], tokens, [0]).argmax(-1) for path in pair]
+    tokens = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0)).tolist()
+    best = [load_runner(path, role="draft", **SIZE).append([0], tokens, [0])[0].argmax(-1) for path in pair]
     assert 0.5 < (best[0] == best[1]).float().mean() < 1
 
 
