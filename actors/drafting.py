@@ -42,6 +42,9 @@ KNOCK_SECONDS = 0.02
 LOST_ROUNDS = 8
 """Rounds after which a sequence that is unknown is asked for again."""
 
+SILENT_ROUNDS = 8
+"""Rounds of the others after which one of which nothing is heard has ended, where its row is needed."""
+
 
 @dataclass(slots=True, eq=False)
 class Seat:
@@ -52,6 +55,7 @@ class Seat:
     penalties: Penalties | None
     row: int
     lease: Lease
+    heard: int  # outcomes that had come, of all sequences, when the last one of this one came
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class Draft:
         self._handover = Handover()
         self._asked: dict[int, int] = {}
         self._hello_due = 0.0
+        self._outcomes = 0  # that have come, of all sequences
         self._last = Step()
         self._costs = Costs(runner.measured)
         self._last_rate = 0.0  # value that the last step added, by the millisecond
@@ -216,6 +221,7 @@ class Draft:
         return seat.session.tokens[:shared] == list(message.tokens[:shared])
 
     def _take_seat(self, message: Open) -> None:
+        self._leave_silent()
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
         if not free:
             return
@@ -232,10 +238,18 @@ class Draft:
         )
         seed = message.params.seed if self._proposing is None else stream_seed(message.params.seed, "draft")
         noise = NoiseRows(seed, self._runner.vocab_size)
-        seat = Seat(session, noise, self._penalties(message), min(free), lease)
+        seat = Seat(session, noise, self._penalties(message), min(free), lease, self._outcomes)
         self._runner.bind(seat.row, 0, lease.pages)
         self._seats[message.sequence] = seat
         self._make_room(message.sequence, seat)
+
+    def _leave_silent(self) -> None:
+        """If all rows are taken, free that of a sequence that has long ended, it seems: the word of it was lost."""
+        if len(self._seats) < self._runner.rows:
+            return
+        number, seat = min(self._seats.items(), key=lambda item: item[1].heard)
+        if self._outcomes - seat.heard > SILENT_ROUNDS * self._runner.rows:
+            self._close(number)
 
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
@@ -246,7 +260,10 @@ class Draft:
             self._close(number)
 
     def _advance(self, message: Outcome) -> None:
+        self._outcomes += 1
         seat = self._seats.get(message.sequence)
+        if seat is not None:
+            seat.heard = self._outcomes
         if seat is not None and message.round < seat.session.round:
             return  # said before
         if seat is None or not seat.session.expects(message):

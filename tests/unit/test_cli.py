@@ -248,7 +248,7 @@ def test_a_bad_line_in_a_file(llm, tmp_path, line, message):
         ["--logit-bias", "a=1"],
         ["--logit-bias", "42=101"],
         ["--logprobs", "21"],
-        ["--lookahead", "8"],
+        ["--lookahead", "16"],
         ["--lookahead", "x"],
         ["--method", "magic"],
         ["--temperature", "-1"],
