@@ -42,8 +42,8 @@ KNOCK_SECONDS = 0.02
 LOST_ROUNDS = 8
 """Rounds after which a sequence that is unknown is asked for again."""
 
-SILENT_ROUNDS = 8
-"""Rounds of the others after which one of which nothing is heard has ended, where its row is needed."""
+SILENT_ROUNDS = 2
+"""Rounds of all sequences after which one of which nothing was heard is doubted, where its row is needed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -221,9 +221,9 @@ class Draft:
         return seat.session.tokens[:shared] == list(message.tokens[:shared])
 
     def _take_seat(self, message: Open) -> None:
-        self._leave_silent()
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
         if not free:
+            self._doubt()
             return
         lease = self.pool.lease(message.tokens[:-1] if self._prefix_cache else ())
         session = DraftSession(
@@ -243,13 +243,12 @@ class Draft:
         self._seats[message.sequence] = seat
         self._make_room(message.sequence, seat)
 
-    def _leave_silent(self) -> None:
-        """If all rows are taken, free that of a sequence that has long ended, it seems: the word of it was lost."""
-        if len(self._seats) < self._runner.rows:
-            return
+    def _doubt(self) -> None:
+        """Ask for the sequence of which nothing has come for longest, if all others have been heard of since: it may
+        have ended, and the word of it been lost. The target says so then."""
         number, seat = min(self._seats.items(), key=lambda item: item[1].heard)
-        if self._outcomes - seat.heard > SILENT_ROUNDS * self._runner.rows:
-            self._close(number)
+        if self._outcomes - seat.heard > SILENT_ROUNDS * len(self._seats):
+            self._send(Lost(number))
 
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)

@@ -92,13 +92,18 @@ class Links:
                 for row in self._batch.rows:
                     row.unaware.append(peer)
             case Lost() if peer in self.drafts:
-                row = self._batch.running(message.sequence)
-                if row is not None and peer not in row.unaware:
-                    row.unaware.append(peer)
+                self._open_again(peer, message.sequence)
             case Goodbye():
                 self.remove(peer)
             case _:
                 pass
+
+    def _open_again(self, draft: str, sequence: int) -> None:
+        row = self._batch.running(sequence)
+        if row is None:
+            self._send(draft, Close(sequence))
+        elif draft not in row.unaware:
+            row.unaware.append(draft)
 
     def _take(self, draft: str, nodes: Nodes) -> None:
         self.drafted_ms += nodes.step_ms / nodes.sequences

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 IN_VAIN = 2
-"""Steps of waiting in a row that make a round worse, after which longer waits are not looked at."""
+"""Steps of waiting in a row each of which makes a round worse than the one before, after which longer waits are not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,15 @@ def best_budget(
         arrival: probability that what is waited for comes in time.
     """
     best = best_lengths([row.there for row in rows], verify_ms, other_ms)
-    worse = 0
+    before, worse = 0.0, 0
     for steps in range(1, 1 + max((len(row.coming) for row in rows), default=0)):
         extended = [_with(row, steps, arrival) for row in rows]
         found = best_lengths(extended, verify_ms, other_ms + wait_ms(steps))
-        worse = worse + 1 if found.rate <= best.rate else 0
-        if not worse:
+        if found.rate > best.rate:
             best = Budget(found.lengths, steps, found.tokens, found.ms, found.least)
+        # Against the step before: the first one pays for the whole delay, and may only begin to be worth it.
+        worse = worse + 1 if found.rate <= before else 0
+        before = found.rate
         if worse == IN_VAIN:
             break
     return best

@@ -20,7 +20,7 @@ from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
 from ssd_ray.transport import memory
 from ssd_ray.wire import Close, decode
-from tests.support.pump import SESSION, LossyHub, Pump, Text, ticking
+from tests.support.pump import SESSION, LossyHub, Pump, Text
 
 MODEL = {"vocab_size": 24, "contexts": 256, "order": 2, "max_length": 192, "sharpness": 3.0}
 PREFIX = [5, 4, 3, 2] * 12
@@ -224,7 +224,7 @@ def test_a_draft_that_missed_the_end_of_requests_has_room_for_others() -> None:
 
 
 def test_laws_of_many_rows_that_no_frame_holds_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = pump(4, 1, None, proposing=Proposing(), clock=ticking())
+    engine = pump(4, 1, None, proposing=Proposing())
     params = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
     for module in (drafting, memory):
         monkeypatch.setattr(module, "MAX_FRAME_BYTES", 1500)

@@ -23,7 +23,7 @@ from ssd_ray.sampling.noise import gumbel
 from ssd_ray.sampling.penalties import Penalties
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
-from tests.support.pump import Pump, Text, table_pair, ticking
+from tests.support.pump import Pump, Text, table_pair
 from tests.support.tiny import tiny_tokenizer
 
 PROMPT = [1, 2, 3, 4, 5, 3, 3]
@@ -172,7 +172,7 @@ def law_of_texts() -> dict[tuple[int, ...], float]:
 
 def p_value(requests: int, **options: Any) -> float:
     """Chi-square of whole texts, so that what one token does to the next ones counts."""
-    options |= {"clock": ticking(), "concurrency": ROWS}
+    options |= {"concurrency": ROWS}
     pump = Pump(small_model(), [small_model().perturbed(0.0)], width=2, **options)
     texts = pump.run_all([([0], replace(LAW, seed=seed)) for seed in range(requests)])
     counts = Counter(tuple(text.tokens) for text in texts)
