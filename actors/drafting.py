@@ -47,6 +47,9 @@ KNOCK_SECONDS = 0.02
 LOST_ROUNDS = 8
 """Rounds after which a sequence that is unknown is asked for again."""
 
+SILENT_ROUNDS = 2
+"""Rounds of all sequences after which one of which nothing was heard is doubted, where its row is needed."""
+
 
 @dataclass(slots=True, eq=False)
 class Seat:
@@ -57,6 +60,7 @@ class Seat:
     penalties: Penalties | None
     row: int
     lease: Lease
+    heard: int  # outcomes that had come, of all sequences, when the last one of this one came
 
     @property
     def sequence(self) -> int:
@@ -128,6 +132,7 @@ class Draft:
         self._handover = Handover()
         self._asked: dict[int, float] = {}  # the round in which a sequence was last asked for; inf: never again
         self._hello_due = 0.0
+        self._outcomes = 0  # that have come, of all sequences
         self._last = Step()
         self._costs = Costs(runner.measured)
         self._last_rate = 0.0  # value that the last step added, by the millisecond
@@ -248,11 +253,13 @@ class Draft:
     def _take_seat(self, message: Open) -> None:
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
         if not free:
+            self._doubt()
             return
         noise, penalties = self._noise(message.params), self._penalties(message)
         lease = self.pool.lease(message.tokens[:-1] if self._prefix_cache else ())
         try:
-            seat = Seat(self._new_session(message, lease), noise, penalties, min(free), lease)
+            session = self._new_session(message, lease)
+            seat = Seat(session, noise, penalties, min(free), lease, self._outcomes)
             self._runner.bind(seat.row, 0, lease.pages)
         except Exception:
             lease.release()
@@ -276,6 +283,13 @@ class Draft:
         seed = params.noise_seed
         return NoiseRows(seed if self._proposing is None else stream_seed(seed, "draft"), self._runner.vocab_size)
 
+    def _doubt(self) -> None:
+        """Ask for the sequence of which nothing has come for longest, if all others have been heard of since: it may
+        have ended, and the word of it been lost. The target says so then."""
+        number, seat = min(self._seats.items(), key=lambda item: item[1].heard)
+        if self._outcomes - seat.heard > SILENT_ROUNDS * len(self._seats):
+            self._send(Lost(number))
+
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
 
@@ -285,7 +299,10 @@ class Draft:
             self._close(number)
 
     def _advance(self, message: Outcome) -> None:
+        self._outcomes += 1
         seat = self._seats.get(message.sequence)
+        if seat is not None:
+            seat.heard = self._outcomes
         if seat is not None and message.round < seat.session.round:
             return  # said before
         if seat is None or not seat.session.expects(message):

@@ -95,21 +95,25 @@ class Links:
                     row.unaware.append(peer)
             case Nodes() if peer in self.drafts:
                 self._take(peer, message)
-            case Lost() | Declined() if peer in self.drafts:
-                running = self._batch.running(message.sequence)
-                if running is not None:
-                    self._let_go(peer, running, declined=isinstance(message, Declined))
+            case Lost() if peer in self.drafts:
+                self._open_again(peer, message.sequence)
+            case Declined() if peer in self.drafts:
+                self._leave_alone(peer, message.sequence)
             case Goodbye():
                 self.remove(peer)
             case _:
                 pass
 
-    @staticmethod
-    def _let_go(draft: str, row: Row, *, declined: bool) -> None:
-        """A draft does not follow a row any more: it has to be told again, or is left alone with it."""
-        if declined:
+    def _leave_alone(self, draft: str, sequence: int) -> None:
+        row = self._batch.running(sequence)
+        if row is not None:
             row.declined.add(draft)
             row.session.cache.forget(draft)
+
+    def _open_again(self, draft: str, sequence: int) -> None:
+        row = self._batch.running(sequence)
+        if row is None:
+            self._send(draft, Close(sequence))
         elif draft not in row.unaware:
             row.unaware.append(draft)
 

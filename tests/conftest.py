@@ -28,6 +28,9 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what is measured is kept for the run; its workers and engines share it
+    os.environ["SSD_RAY_CACHE"] = tempfile.mkdtemp(prefix="ssd-ray-tests-")
+    atexit.register(shutil.rmtree, os.environ["SSD_RAY_CACHE"], ignore_errors=True)
 for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
     os.environ.pop(name, None)  # typer colours its help for any of them, whatever their value
 

@@ -132,7 +132,7 @@ class ReplayedLine(EagerLine):
         except Exception as error:  # whatever it is, the plain forward decides whether it is one
             why = str(error)
         logits = super()._run(tokens, positions)
-        if got is not None and torch.equal(got, logits):
+        if got is not None and torch.equal(got, logits) and not self._kv.window.asked:
             self._replays[tokens.shape[1]] = replay
         else:
             self._recordable = False

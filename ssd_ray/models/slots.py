@@ -82,6 +82,8 @@ class Window:
     """What is read; each place becomes one attention call."""
     layout: Parts | None = None
     """Whose tokens read what, if they stand in a line."""
+    asked: bool = False
+    """Whether a model has asked how many slots are read, so that its calls may depend on it."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -128,6 +130,7 @@ class SlotLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(slots read, offset): asked only by models that build masks of their own."""
+        self._window.asked = True
         return self._window.extent, 0
 
     def get_max_length(self) -> int:
@@ -177,7 +180,7 @@ class SlotCache(Cache):
     ) -> None:
         self.table = PageTable(rows, slots, page_slots, pages)
         self.slots, self.device = slots, device
-        self._window = Window()
+        self.window = Window()
         size = self.table.size
         # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
         # for all layers of nearly every model.
@@ -192,7 +195,7 @@ class SlotCache(Cache):
             self.banks.append(bank)
             tensors.update(zip(owners, bank[:, None], strict=True))
         self.page_bytes = sum(bank.nbytes for bank in self.banks) * page_slots // size
-        layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self._window) for i in range(len(shapes))]
+        layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self.window) for i in range(len(shapes))]
         super().__init__(layers=layers)
 
     def aim(self, rows: Sequence[int], extents: Sequence[int], written: Tensor) -> None:
@@ -204,7 +207,7 @@ class SlotCache(Cache):
             written: int64 [R, T], the addresses of each row's tokens, on the cache's device. A forward of more than T
                 tokens a row writes its first T.
         """
-        window = self._window
+        window = self.window
         window.written, window.extent, window.layout = written.flatten(), max(extents), None
         window.places = [self._place(rows, window.extent)]
 
@@ -217,7 +220,7 @@ class SlotCache(Cache):
             written: int64 [N], the addresses of all tokens but the padding, on the cache's device.
             queries: numbers of tokens that attention may be asked about for one row; it is padded to the next one.
         """
-        window = self._window
+        window = self.window
         window.written, window.extent = written, max(each.extent for each in stretches)
         groups = _groups(stretches)
         rows = [[stretches[index].row for index in group] for group in groups]

@@ -103,19 +103,19 @@ TREE_SLOTS = [LENGTH + offset for offset in (3, 9, 4, 30, 31, 12, 50, 7, 63)]
 def test_append_after_prefill(subject: Subject) -> None:
     tokens = text(70)
     subject.runner.prefill(1, tokens[:60])
-    subject.check(subject.runner.append([1], torch.tensor([tokens[60:]]), [60])[0], tokens, last=10)
+    subject.check(subject.runner.append([1], [tokens[60:]], [60])[0], tokens, last=10)
 
 
 def test_prefill_goes_on_where_it_stopped(subject: Subject) -> None:
     tokens = text(50)
     subject.runner.prefill(0, tokens[:7])
     subject.runner.prefill(0, tokens[7:40], start=7)
-    subject.check(subject.runner.append([0], torch.tensor([tokens[40:]]), [40])[0], tokens, last=10)
+    subject.check(subject.runner.append([0], [tokens[40:]], [40])[0], tokens, last=10)
 
 
 def test_one_token_at_a_time(subject: Subject) -> None:
     tokens = text(12)
-    logits = [subject.runner.append([2], torch.tensor([[token]]), [at])[0, 0] for at, token in enumerate(tokens)]
+    logits = [subject.runner.append([2], [[token]], [at])[0][0] for at, token in enumerate(tokens)]
     subject.check(torch.stack(logits), tokens, last=12)
 
 
@@ -143,7 +143,7 @@ def test_a_moved_branch_is_the_trunk(subject: Subject) -> None:
     winner = [0, 2, 5, 8]
     subject.runner.move(0, [TREE_SLOTS[node] for node in winner], list(range(40, 44)))
     tokens = trunk + [nodes[node] for node in winner] + text(8, seed=2)
-    subject.check(subject.runner.append([0], torch.tensor([tokens[44:]]), [44])[0], tokens, last=8)
+    subject.check(subject.runner.append([0], [tokens[44:]], [44])[0], tokens, last=8)
 
 
 def test_an_overlapping_move_reads_before_it_writes(subject: Subject) -> None:
@@ -167,14 +167,14 @@ def test_a_move_stays_in_its_row(subject: Subject) -> None:
         subject.runner.prefill(row, tokens)
     subject.runner.move(1, [0, 1, 2], [10, 11, 12])
     for row in (0, 2):
-        subject.check(subject.runner.append([row], torch.tensor([[7]]), [20])[0], [*tokens, 7])
+        subject.check(subject.runner.append([row], [[7]], [20])[0], [*tokens, 7])
 
 
 def test_rollback_is_writing_again(subject: Subject) -> None:
     tokens, others = text(40), text(20, seed=1)
     subject.runner.prefill(0, tokens)
     for start in (30, 12):
-        logits = subject.runner.append([0], torch.tensor([others[:9]]), [start])
+        logits = subject.runner.append([0], [others[:9]], [start])
         subject.check(logits[0], tokens[:start] + others[:9], last=9)
 
 
@@ -184,20 +184,34 @@ def test_rows_of_different_lengths_in_one_call(subject: Subject, rows: list[int]
     texts = {row: text(start + 6, seed=row) for row, start in starts.items()}
     for row, tokens in texts.items():
         subject.runner.prefill(row, tokens[:-6])
-    logits = subject.runner.append(rows, torch.tensor([texts[row][-6:] for row in rows]), [starts[row] for row in rows])
+    logits = subject.runner.append(rows, [texts[row][-6:] for row in rows], [starts[row] for row in rows])
     for of_row, row in zip(logits, rows, strict=True):
         subject.check(of_row, texts[row], last=6)
         # It was written to this row and to no other one.
-        subject.check(subject.runner.append([row], torch.tensor([[3]]), [starts[row] + 6])[0], [*texts[row], 3])
+        subject.check(subject.runner.append([row], [[3]], [starts[row] + 6])[0], [*texts[row], 3])
 
 
 def test_equal_starts_in_several_rows(subject: Subject) -> None:
     texts = [text(30, seed=row) for row in range(ROWS)]
     for row, tokens in enumerate(texts):
         subject.runner.prefill(row, tokens[:25])
-    logits = subject.runner.append(range(ROWS), torch.tensor([tokens[25:] for tokens in texts]), [25] * ROWS)
+    logits = subject.runner.append(range(ROWS), [tokens[25:] for tokens in texts], [25] * ROWS)
     for of_row, tokens in zip(logits, texts, strict=True):
         subject.check(of_row, tokens, last=5)
+
+
+@pytest.mark.parametrize("counts", [[1, 9, 4], [6, 1, 1], [2, 16, 3]])
+def test_every_row_has_as_many_tokens_as_it_likes(subject: Subject, counts: list[int]) -> None:
+    starts = [11, 70, 62]
+    texts = [text(start + count, seed=row) for row, (start, count) in enumerate(zip(starts, counts, strict=True))]
+    for row, start in enumerate(starts):
+        subject.runner.prefill(row, texts[row][:start])
+    rows = [2, 0, 1]
+    logits = subject.runner.append(rows, [texts[row][starts[row] :] for row in rows], [starts[row] for row in rows])
+    for of_row, row in zip(logits, rows, strict=True):
+        assert of_row.shape == (counts[row], VOCAB)
+        subject.check(of_row, texts[row], last=counts[row])
+        subject.check(subject.runner.append([row], [[3]], [starts[row] + counts[row]])[0], [*texts[row], 3])
 
 
 def test_padding_is_overwritten(subject: Subject) -> None:
@@ -206,7 +220,7 @@ def test_padding_is_overwritten(subject: Subject) -> None:
     for end in (33, 34, 40):
         start = {33: 30, 34: 33, 40: 34}[end]
         padded = tokens[start:end] + [0] * (8 - (end - start))
-        logits = subject.runner.append([0], torch.tensor([padded]), [start])[0]
+        logits = subject.runner.append([0], [padded], [start])[0]
         subject.check(logits[: end - start], tokens[:end], last=end - start)
 
 
@@ -227,7 +241,7 @@ def test_a_token_that_sees_nothing_harms_nobody(subject: Subject) -> None:
 def test_bucket_borders(subject: Subject, length: int) -> None:
     tokens = text(length)
     subject.runner.prefill(0, tokens[:-2])
-    subject.check(subject.runner.append([0], torch.tensor([tokens[-2:]]), [length - 2])[0], tokens, last=2)
+    subject.check(subject.runner.append([0], [tokens[-2:]], [length - 2])[0], tokens, last=2)
 
 
 def test_the_last_slot_can_be_used(subject: Subject) -> None:
@@ -261,13 +275,13 @@ def test_prefill_reaches_the_last_slot(subject: Subject) -> None:
     runner = subject.runner
     runner.prefill(0, text(20))
     runner.prefill(0, text(3), start=runner.slots - 3)
-    subject.check(runner.append([0], torch.tensor([[1]]), [20])[0], [*text(20), 1])
+    subject.check(runner.append([0], [[1]], [20])[0], [*text(20), 1])
 
 
 def test_slots_beyond_the_row_are_refused(subject: Subject) -> None:
     slots = subject.runner.slots
     with pytest.raises(ValueError, match="slots"):
-        subject.runner.append([0], torch.tensor([[1, 2]]), [slots - 1])
+        subject.runner.append([0], [[1, 2]], [slots - 1])
     with pytest.raises(ValueError, match="slots"):
         subject.runner.prefill(0, [1, 2], start=slots - 1)
 
@@ -298,8 +312,8 @@ def test_pages_may_lie_anywhere(make: Callable[..., Subject]) -> None:
     subject, _ = shuffled(make)
     tokens = text(70)
     subject.runner.prefill(1, tokens[:45])
-    subject.check(subject.runner.append([1], torch.tensor([tokens[45:61]]), [45])[0], tokens[:61], last=16)
-    subject.check(subject.runner.append([1], torch.tensor([tokens[61:]]), [61])[0], tokens, last=9)
+    subject.check(subject.runner.append([1], [tokens[45:61]], [45])[0], tokens[:61], last=16)
+    subject.check(subject.runner.append([1], [tokens[61:]], [61])[0], tokens, last=9)
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [2, 0]])
@@ -309,10 +323,10 @@ def test_scattered_rows_of_different_lengths_in_one_call(make: Callable[..., Sub
     texts = {row: text(start + 6, seed=row) for row, start in starts.items()}
     for row, tokens in texts.items():
         subject.runner.prefill(row, tokens[:-6])
-    logits = subject.runner.append(rows, torch.tensor([texts[row][-6:] for row in rows]), [starts[row] for row in rows])
+    logits = subject.runner.append(rows, [texts[row][-6:] for row in rows], [starts[row] for row in rows])
     for of_row, row in zip(logits, rows, strict=True):
         subject.check(of_row, texts[row], last=6)
-        subject.check(subject.runner.append([row], torch.tensor([[3]]), [starts[row] + 6])[0], [*texts[row], 3])
+        subject.check(subject.runner.append([row], [[3]], [starts[row] + 6])[0], [*texts[row], 3])
 
 
 def test_a_shared_beginning(make: Callable[..., Subject]) -> None:
@@ -325,10 +339,10 @@ def test_a_shared_beginning(make: Callable[..., Subject]) -> None:
         subject.runner.bind(row, 0, pages[0][:2])
         subject.runner.prefill(row, rests[row][:9], start=32)
     rows = [1, 2]
-    logits = subject.runner.append(rows, torch.tensor([rests[row][9:] for row in rows]), [41, 41])
+    logits = subject.runner.append(rows, [rests[row][9:] for row in rows], [41, 41])
     for of_row, row in zip(logits, rows, strict=True):
         subject.check(of_row, prefix + rests[row], last=11)
-    subject.check(subject.runner.append([0], torch.tensor([[5]]), [52])[0], [*prefix, *text(20, seed=1), 5])
+    subject.check(subject.runner.append([0], [[5]], [52])[0], [*prefix, *text(20, seed=1), 5])
 
 
 def test_pages_can_change_their_owner(make: Callable[..., Subject]) -> None:
@@ -337,11 +351,11 @@ def test_pages_can_change_their_owner(make: Callable[..., Subject]) -> None:
     subject.runner.prefill(0, tokens[:50])
     subject.runner.bind(2, 0, pages[0])
     subject.runner.bind(0, 0, pages[2])
-    subject.check(subject.runner.append([2], torch.tensor([tokens[50:]]), [50])[0], tokens, last=10)
+    subject.check(subject.runner.append([2], [tokens[50:]], [50])[0], tokens, last=10)
     others = text(40, seed=1)
     subject.runner.prefill(0, others)
-    subject.check(subject.runner.append([0], torch.tensor([[1]]), [40])[0], [*others, 1])
-    subject.check(subject.runner.append([2], torch.tensor([[2]]), [60])[0], [*tokens, 2])
+    subject.check(subject.runner.append([0], [[1]], [40])[0], [*others, 1])
+    subject.check(subject.runner.append([2], [[2]], [60])[0], [*tokens, 2])
 
 
 def test_a_row_can_be_bound_piece_by_piece(make: Callable[..., Subject]) -> None:
@@ -359,7 +373,7 @@ def test_a_row_can_be_bound_piece_by_piece(make: Callable[..., Subject]) -> None
     subject.runner.bind(0, 2, [5])
     subject.runner.move(0, [TREE_SLOTS[node] for node in winner], list(range(30, 34)))
     tokens = trunk + [nodes[node] for node in winner] + text(8, seed=2)
-    subject.check(subject.runner.append([0], torch.tensor([tokens[34:]]), [34])[0], tokens, last=8)
+    subject.check(subject.runner.append([0], [tokens[34:]], [34])[0], tokens, last=8)
 
 
 def test_trees_of_several_rows_in_one_forward(make: Callable[..., Subject]) -> None:
@@ -384,18 +398,18 @@ def test_what_is_not_bound_is_not_written(make: Callable[..., Subject]) -> None:
     runner.bind(1, 0, [4, 5, 6])
     runner.bind(1, 1, [UNBOUND])
     operations = (
-        lambda: runner.append([1], torch.tensor([[1, 2]]), [15]),
-        lambda: runner.append([1], torch.tensor([[1, 2]]), [33]),
+        lambda: runner.append([1], [[1, 2]], [15]),
+        lambda: runner.append([1], [[1, 2]], [33]),
         lambda: runner.prefill(1, text(17)),
         lambda: runner.move(1, [3], [16]),
         lambda: runner.move(1, [16], [3]),
         lambda: grow(runner, 1, 3, [1], [-1], [20], slice(0, 1)),
-        lambda: runner.append([0], torch.tensor([[1]]), [0]),
+        lambda: runner.append([0], [[1]], [0]),
     )
     for operation in operations:
         with pytest.raises(ValueError, match="not bound"):
             operation()
-    runner.append([1], torch.tensor([[1] * 16]), [0])
+    runner.append([1], [[1] * 16], [0])
 
 
 @pytest.mark.parametrize(("first", "pages"), [(0, [PAGES]), (0, [-2]), (12, [0]), (11, [0, 1]), (-1, [0])])
@@ -432,7 +446,7 @@ def test_prefill_chunks_do_not_change_the_model(architecture: str) -> None:
     for chunk in (8, 16, 64):
         runner = HFRunner(model, rows=1, max_length=LENGTH, scratch=SCRATCH, prefill_chunk=chunk, page_slots=32)
         runner.prefill(0, tokens)
-        logits.append(runner.append([0], torch.tensor([[1]]), [60]))
+        logits.append(runner.append([0], [[1]], [60]))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits[2], logits[0], rtol=1e-5, atol=1e-5)
 
@@ -469,5 +483,5 @@ def test_random_trees(
     moved = list(range(len(trunk), len(trunk) + len(branch)))
     model.move(0, [slots[node] for node in branch], moved)
     whole = trunk + [tokens[node] for node in branch] + [3]
-    after = model.append([0], torch.tensor([[3]]), [len(whole) - 1])[0, 0]
+    after = model.append([0], [[3]], [len(whole) - 1])[0][0]
     np.testing.assert_allclose(after.double().softmax(-1).numpy(), model.distribution(whole), atol=1e-12)

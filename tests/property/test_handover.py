@@ -92,7 +92,7 @@ class Watched(Pump):
         super().__init__(target, models, **options)  # type: ignore[arg-type]
         self.opens: list[tuple[str, Open]] = []
         self.lost = 0
-        hub = self.target._channel
+        hub = self.target._links.channel
         send, receive = hub.send, hub.receive
 
         def watched_send(peer: str, frame: bytes) -> bool:

@@ -23,7 +23,7 @@ from ssd_ray.sampling.noise import gumbel
 from ssd_ray.sampling.penalties import Penalties
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
-from tests.support.pump import Pump, Text, table_pair, ticking
+from tests.support.pump import Pump, Text, table_pair
 from tests.support.tiny import tiny_tokenizer
 
 PROMPT = [1, 2, 3, 4, 5, 3, 3]
@@ -46,7 +46,7 @@ penalised_params = st.builds(
 
 def plain_logits(tokens: Sequence[int]) -> torch.Tensor:
     """What the model says after each token, float32 [T, V], without session and loop."""
-    return TableModel().append([0], torch.tensor([tokens]), [0])[0]
+    return TableModel().append([0], [tokens], [0])[0]
 
 
 def penalised(logits: NDArray[Any], params: SamplingParams, prompt: Sequence[int], text: Sequence[int]) -> NDArray[Any]:
@@ -180,7 +180,7 @@ def small_model() -> TableModel:
 
 def law_of_texts() -> dict[tuple[int, ...], float]:
     """Probabilities of all texts of LENGTH tokens after token 0, by the definition."""
-    logits = {t: small_model().append([0], torch.tensor([[t]]), [0])[0, 0].numpy() for t in range(VOCABULARY)}
+    logits = {t: small_model().append([0], [[t]], [0])[0][0].numpy() for t in range(VOCABULARY)}
     law = {}
     for text in product(range(VOCABULARY), repeat=LENGTH):
         law[text] = 1.0
@@ -192,7 +192,7 @@ def law_of_texts() -> dict[tuple[int, ...], float]:
 
 def p_value(requests: int, **options: Any) -> float:
     """Chi-square of whole texts, so that what one token does to the next ones counts."""
-    options |= {"clock": ticking(), "concurrency": ROWS}
+    options |= {"concurrency": ROWS}
     pump = Pump(small_model(), [small_model().perturbed(0.0)], width=2, **options)
     texts = pump.run_all([([0], replace(LAW, seed=seed)) for seed in range(requests)])
     counts = Counter(tuple(text.tokens) for text in texts)

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from time import perf_counter
 
 from ssd_ray.actors.batch import Batch
 from ssd_ray.actors.drafting import Draft
@@ -104,7 +103,8 @@ class Pump:
         draft_turns: how many turns a draft gets during a verification.
         trouble: probability that something happens to a frame.
         proposing: how drafts draw their tokens in rejection mode; None is coupled mode.
-        clock: seconds; with one that is not the machine's a run repeats to the last token.
+        clock: makes the clock of each part. With the default a run repeats to the last token, and drafting costs the
+            target no time, though it is done in its thread.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Pump:
         seed: int = 0,
         width: int = 8,
         proposing: Proposing | None = None,
-        clock: Callable[[], float] = perf_counter,
+        clock: Callable[[], Callable[[], float]] = ticking,
         **options: object,
     ) -> None:
         address = MemoryAddress()
@@ -128,7 +128,7 @@ class Pump:
             options["sampler"] = "rejection"
         self._proposing = proposing
         self._clock = clock
-        self.target = Target(target, hub, SESSION, clock=clock, **options)  # type: ignore[arg-type]
+        self.target = Target(target, hub, SESSION, clock=clock(), **options)  # type: ignore[arg-type]
         self.address, self._width, self._draft_turns = address, width, draft_turns
         self.drafts = [self._draft(f"draft-{number}", model) for number, model in enumerate(drafts)]
         self.texts: dict[int, Text] = {}
@@ -141,7 +141,7 @@ class Pump:
             Histogram,
             width=self._width,
             proposing=self._proposing,
-            clock=self._clock,
+            clock=self._clock(),
         )
 
     def join(self, name: str, model: ModelRunner) -> Draft:

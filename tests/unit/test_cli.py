@@ -273,7 +273,7 @@ def test_a_bad_line_in_a_file(llm, tmp_path, line, message):
         ["--bad-words-ids", "3,a"],
         ["--bad-words-ids", ""],
         ["--logprobs", "21"],
-        ["--lookahead", "8"],
+        ["--lookahead", "16"],
         ["--lookahead", "x"],
         ["--method", "magic"],
         ["--temperature", "-1"],

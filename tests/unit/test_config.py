@@ -43,7 +43,7 @@ BAD_ENGINE = {
     "target": ["", 3],
     "method": ["fast", None],
     "num_drafts": [-1, 1025, 1.0],
-    "lookahead": [0, 8, "many"],
+    "lookahead": [0, 16, "many"],
     "budget": [0, 4097, "all"],
     "fan_out": ["wide"],
     "backup": ["wait"],

@@ -27,7 +27,7 @@ def clock():
 def pump(clock):
     """Two requests run at a time, a third one waits."""
     target, drafts = table_pair(rows=2)
-    return Pump(target, drafts, concurrency=2, clock=clock)
+    return Pump(target, drafts, concurrency=2, clock=lambda: clock)
 
 
 def submit(pump, number, **options):

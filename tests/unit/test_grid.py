@@ -162,7 +162,7 @@ def test_the_grid_has_every_combination_once() -> None:
 def test_as_many_tokens_are_decoded_as_come_in_so_many_rounds() -> None:
     load = Load(rounds=320, least=16, warm_up=10)
     assert load.tokens(0.0, 1) == (10, 320)
-    assert load.tokens(1.0, 4) == (80, 80 * (MAX_LOOKAHEAD + 1))
+    assert load.tokens(1.0, 4) == (10 * (MAX_LOOKAHEAD + 1), 80 * (MAX_LOOKAHEAD + 1))
     assert load.tokens(0.0, 64) == (10, 16)
 
 

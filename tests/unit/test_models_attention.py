@@ -8,7 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_ray.errors import UnsupportedModelError
-from ssd_ray.models.attention import NAME, PERIOD, choose_attention, fold_groups, masked_attention, steady_extents
+from ssd_ray.models.attention import (
+    NAME,
+    PERIOD,
+    Heads,
+    Part,
+    Parts,
+    Read,
+    choose_attention,
+    fold_groups,
+    masked_attention,
+    steady_extents,
+    steady_queries,
+)
 from tests.support.tiny import tiny_model
 
 
@@ -49,13 +61,32 @@ def test_parts_of_the_rows(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> No
     """Two rows read 10 slots, one reads 11; each gets what it gets alone, bit for bit."""
     query, key, value, mask = tensors
     parts = ((slice(0, 2), 10), (slice(2, 3), 11))
-    keys, values = ([part[rows, :, :extent] for rows, extent in parts] for part in (key, value))
-    got, _ = masked_attention(Causal(), query, keys, values, mask, scaling=0.3)
+    layout = Parts(
+        [Part(rows.stop - rows.start, 5, mask[rows, ..., :extent], start=5 * rows.start) for rows, extent in parts]
+    )
+    keys, values = (Read([part[rows, :, :extent] for rows, extent in parts], layout) for part in (key, value))
+    line = query.transpose(0, 1).reshape(1, 4, 15, 8)
+    got = masked_attention(Causal(), line, keys, values, None, scaling=0.3)[0].view(3, 5, 4, 8)
     for row, extent in enumerate((10, 10, 11)):
         r = slice(row, row + 1)
         alone = query[r], key[r, :, :extent], value[r, :, :extent], mask[r, ..., :extent]
         assert torch.equal(got[r], masked_attention(Causal(), *alone, scaling=0.3)[0])
         torch.testing.assert_close(got[r], defined(*alone, 0.3))
+
+
+def test_parts_may_take_tokens_from_anywhere(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """A line of 2 tokens of row 0, 1 of row 1, 3 of row 2 and padding: rows 0 and 2 are read together, and one of them is
+    asked about its last token twice."""
+    query, key, value, mask = tensors
+    line = torch.cat([query[0, :, :2], query[1, :, :1], query[2, :, :3], torch.zeros(4, 2, 8)], 1)[None]
+    some, both = [0, 1, 1], torch.tensor([0, 1, 1, 3, 4, 5])
+    masks = torch.stack([mask[0][:, some], mask[2][:, :3]])
+    parts = [Part(2, 3, masks, take=both), Part(1, 1, mask[1:2, :, :1], start=2)]
+    layout = Parts(parts, restore=torch.tensor([0, 1, 6, 3, 4, 5, 0, 0]))
+    keys, values = (Read([part[[0, 2]], part[1:2]], layout) for part in (key, value))
+    (got,) = masked_attention(Causal(), line, keys, values, None, scaling=0.3)[0]
+    want = defined(query, key, value, mask, 0.3)
+    torch.testing.assert_close(got[:6], torch.cat([want[0, :2], want[1, :1], want[2, :3]]))
 
 
 def test_folded_groups(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -91,7 +122,7 @@ def test_capped_attention_is_left_to_the_model() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_slots_change_no_bit_at_steady_extents(dtype: torch.dtype) -> None:
-    extents = steady_extents(2, 32, step=16, dtype=dtype, device=torch.device("cpu"))
+    extents = steady_extents(Heads(2, 32, dtype, torch.device("cpu")), 16)
     assert extents == sorted(set(extents))
     assert extents[-1] == PERIOD
     beyond = [*extents, PERIOD + extents[0], PERIOD + extents[-2]]
@@ -105,3 +136,21 @@ def test_hidden_slots_change_no_bit_at_steady_extents(dtype: torch.dtype) -> Non
             if each >= seen
         ]
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_queries_of_a_row_change_no_bit_at_steady_numbers(dtype: torch.dtype) -> None:
+    numbers = steady_queries(Heads(2, 32, dtype, torch.device("cpu")), 16)
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == 16
+    query, key, value = (torch.randn(1, *shape, 32).to(dtype) for shape in ((4, 16), (2, 320), (2, 320)))
+    for extent in (64, 128, 320):
+        mask = torch.zeros(1, 1, 16, extent, dtype=dtype)
+        mask[..., 50:] = torch.finfo(dtype).min
+        results = [
+            masked_attention(
+                nn.Module(), query[:, :, :each], key[:, :, :extent], value[:, :, :extent], mask[:, :, :each]
+            )
+            for each in numbers
+        ]
+        assert all(torch.equal(result, results[-1][0][:, : result.shape[1]]) for result, _ in results)

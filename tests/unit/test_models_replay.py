@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 import torch
 from torch import Tensor
 
-from ssd_ray.models.graphs import RECORDED_AT, ReplayedForward
+from ssd_ray.models import packing
+from ssd_ray.models.graphs import RECORDED_AT, EagerLine, ReplayedLine
 from ssd_ray.models.replay import CannotRecordError, opaque, record
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import tiny_model
@@ -78,6 +81,11 @@ def test_an_opaque_function_runs_anew_each_time() -> None:
     assert asked == [1, 2]
 
 
+def run_plainly(runner: HFRunner) -> HFRunner:
+    runner._line = EagerLine(runner._line._model, runner._kv)
+    return runner
+
+
 def exercise(runner: HFRunner, rounds: int) -> list[Tensor]:
     """Logits of forwards of few shapes: rows of all kinds, growing extents, trees."""
     for row in range(4):
@@ -85,8 +93,9 @@ def exercise(runner: HFRunner, rounds: int) -> list[Tensor]:
     logits = []
     for step in range(rounds):
         tokens = torch.arange(8).view(2, 4) + step
-        logits.append(runner.append([step % 2], tokens[:1], [38 + 4 * step]))
-        logits.append(runner.append([2, 3], tokens, [30 + 9 * step, 40]))
+        row, other = tokens.tolist()
+        logits += runner.append([step % 2], [row], [38 + 4 * step])
+        logits += runner.append([2, 3], [row, other[: 2 + step % 2]], [30 + 9 * step, 40])
         positions, slots = torch.full((1, 2), 41 + step), torch.tensor([[150, 170 - step]])
         visible = torch.arange(192) < torch.tensor([[[40], [33]]])
         visible[..., 150] = True
@@ -99,38 +108,39 @@ def exercise(runner: HFRunner, rounds: int) -> list[Tensor]:
 def test_replayed_forwards_give_the_plain_ones_bits(
     architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packing, "CLEARLY", inf)  # both alike
     runner = HFRunner(tiny_model(architecture).to(dtype), **SIZE)
-    forward = runner._decode
-    assert isinstance(forward, ReplayedForward)
+    forward = runner._line
+    assert isinstance(forward, ReplayedLine)
     got = exercise(runner, RECORDED_AT + 4)
     assert len(forward._replays) >= 3
-    plain = HFRunner(tiny_model(architecture).to(dtype), **SIZE)
-    monkeypatch.setattr(plain, "_decode", plain._decode._eager)
+    plain = run_plainly(HFRunner(tiny_model(architecture).to(dtype), **SIZE))
     assert all(map(torch.equal, got, exercise(plain, RECORDED_AT + 4)))
 
 
 def test_a_model_that_looks_at_values_is_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "CLEARLY", inf)  # both alike
     runner, plain = (HFRunner(tiny_model("llama"), **SIZE) for _ in range(2))
-    monkeypatch.setattr(plain, "_decode", plain._decode._eager)
+    run_plainly(plain)
     kind = type(plain._body.layers[0].mlp)
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * (1.0 + float(x.sum()) % 1.0))
     got = exercise(runner, RECORDED_AT + 1)
-    assert not runner._decode._replays
+    assert not runner._line._replays
     assert all(map(torch.equal, got, exercise(plain, RECORDED_AT + 1)))
 
 
 def test_a_model_whose_calls_depend_on_extents_is_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = HFRunner(tiny_model("llama"), **SIZE)
-    kind = type(runner._decode._model)
+    kind = type(runner._line._model)
     forward = kind.forward
 
-    def scaled(self, *args, attention_mask, **kwargs):
-        output = forward(self, *args, attention_mask=attention_mask, **kwargs)
-        output.logits = output.logits * attention_mask.shape[-1]
+    def scaled(self, *args, past_key_values, **kwargs):
+        output = forward(self, *args, past_key_values=past_key_values, **kwargs)
+        output.logits = output.logits * past_key_values.get_mask_sizes(2, 0)[0]
         return output
 
     monkeypatch.setattr(kind, "forward", scaled)
     for _ in range(RECORDED_AT + 1):
-        runner.append([0], torch.ones(1, 2, dtype=torch.int64), [0])
-    assert not runner._decode._replays
+        runner.append([0], [[1, 1]], [0])
+    assert not runner._line._replays

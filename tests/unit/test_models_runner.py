@@ -1,14 +1,15 @@
-"""What HFRunner promises beyond the contract: equal shapes give equal bits, whatever else is in the batch."""
+"""What HFRunner promises beyond the contract: a token has the same bits, whoever is run beside it."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
 from transformers.cache_utils import Cache
 
-from ssd_ray.models.probe import probe_layers, takes_rows_apart
+from ssd_ray.models.calibration import calibrate
+from ssd_ray.models.probe import probe_layers, takes_lines
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import tiny_model
 
@@ -19,21 +20,25 @@ def text(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def steady_runner(dtype: torch.dtype, head_dim: int = 8, **size: int) -> HFRunner:
+    """A runner that is calibrated, as the engine's are, and runs numbers of tokens that are alike alone."""
+    model = tiny_model("llama", context=size.get("max_length", 128), head_dim=head_dim).to(dtype)
+    runner = HFRunner(model, **(SIZE | size))
+    found = calibrate(runner, bound="pages" not in size)
+    runner.adopt(found)
+    runner.line_sizes = [each for each in found.steady if each not in found.unsteady]
+    return runner
+
+
 @pytest.fixture
 def runner() -> HFRunner:
     return HFRunner(tiny_model("llama").to(torch.bfloat16), **SIZE)
 
 
-def test_what_padding_holds_changes_no_bit(runner: HFRunner) -> None:
-    runner.prefill(0, text(40))
-    logits = [runner.append([0], torch.tensor([[5, 6, *padding]]), [40])[0, :2] for padding in ([0] * 6, [9] * 6)]
-    assert torch.equal(*logits)
-
-
 def test_what_unseen_slots_hold_changes_no_bit(runner: HFRunner) -> None:
     runner.prefill(0, text(50))
     runner.prefill(1, text(40))
-    logits = [runner.append([row], torch.tensor([text(8, seed=1)]), [40])[0] for row in (0, 1)]
+    logits = [runner.append([row], [text(8, seed=1)], [40])[0] for row in (0, 1)]
     assert torch.equal(*logits)
 
 
@@ -41,27 +46,31 @@ def test_what_unseen_slots_hold_changes_no_bit(runner: HFRunner) -> None:
 def test_equal_prompts_give_equal_bits(runner: HFRunner, length: int) -> None:
     for row in (2, 0):
         runner.prefill(row, text(length))
-    logits = [runner.append([row], torch.tensor([text(8, seed=1)]), [length]) for row in (2, 0)]
+    logits = [runner.append([row], [text(8, seed=1)], [length])[0] for row in (2, 0)]
     assert torch.equal(*logits)
 
 
+COUNTS = ([8] * 8, [1] * 8, [1, 16, 3, 8, 2, 1, 5, 11], [4, 1, 1, 2, 7, 16, 1, 16])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_rest_of_the_batch_changes_no_bit(dtype: torch.dtype) -> None:
-    """Rows of other lengths, in another order, on other pages: a row's logits and KV are what they are alone."""
-    size = {"rows": 8, "max_length": 512, "scratch": 0}
-    model = tiny_model("llama", context=512, head_dim=64).to(dtype)
-    alone, batch = HFRunner(model, **size), HFRunner(model, pages=40, **size)
+def test_the_rest_of_a_line_changes_no_bit(dtype: torch.dtype) -> None:
+    """Rows of other lengths and numbers of tokens, in another order, on other pages: a row's logits and KV are what
+    they are alone."""
+    size = {"head_dim": 64, "rows": 8, "max_length": 512, "scratch": 0}
+    alone, batch = steady_runner(dtype, **size), steady_runner(dtype, pages=40, **size)
+    batch.line_sizes = alone.line_sizes  # two calibrations may find other ones cheap
     lengths = [400, 3, 117, 64, 290, 5, 220, 233]
     pages = iter(torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist())
     for row, length in enumerate(lengths):
-        batch.bind(row, 0, [next(pages) for _ in range(batch.extent(length + 16) // 64)])
+        batch.bind(row, 0, [next(pages) for _ in range(batch.extent(length + 32) // 64)])
         for runner in (alone, batch):
             runner.prefill(row, text(length, seed=row))
-    for step in (0, 8):
-        tokens = [text(8, seed=100 + row + step) for row in range(8)]
-        want = [alone.append([row], torch.tensor([tokens[row]]), [lengths[row] + step])[0] for row in range(8)]
+    for counts in COUNTS:
+        tokens = [text(count, seed=100 + row) for row, count in enumerate(counts)]
+        want = [alone.append([row], [tokens[row]], [lengths[row]])[0] for row in range(8)]
         for rows in ([6, 7, 2, 0, 5, 1], [4, 3, 5]):  # 6 and 7, 5 and 1 read equally many slots
-            got = batch.append(rows, torch.tensor([tokens[r] for r in rows]), [lengths[r] + step for r in rows])
+            got = batch.append(rows, [tokens[row] for row in rows], [lengths[row] for row in rows])
             for of_row, row in zip(got, rows, strict=True):
                 assert torch.equal(of_row, want[row])
 
@@ -76,34 +85,54 @@ def test_a_prompt_cut_anywhere_gives_equal_bits(dtype: torch.dtype, cuts: list[i
     runner.prefill(0, tokens)
     for start, end in pairwise([0, *cuts, 400]):
         runner.prefill(1, tokens[start:end], start=start)
-    logits = [runner.append([row], torch.tensor([text(8, seed=1)]), [400]) for row in (0, 1)]
+    logits = [runner.append([row], [text(8, seed=1)], [400])[0] for row in (0, 1)]
     assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_how_tokens_are_dealt_into_forwards_changes_no_bit(dtype: torch.dtype) -> None:
-    """One a forward or five, all forwards of one shape: so no speculation changes a text, however close two tokens are.
+    """One a forward, or five, or any number: so no speculation changes a text, however close two tokens are.
 
     The positions pass the extents at which CPU kernels group their sums in another way.
     """
-    model = tiny_model("llama", context=704, head_dim=64).to(dtype)
-    runner = HFRunner(model, rows=2, max_length=704, scratch=0)
+    runner = steady_runner(dtype, head_dim=64, rows=3, max_length=704, scratch=0)
     tokens, begin, end = text(680), 170, 680
 
-    def logits(row: int, stride: int) -> torch.Tensor:
+    def logits(row: int, strides: list[int]) -> torch.Tensor:
         runner.prefill(row, tokens[:begin])
-        parts = []
-        for start in range(begin, end, stride):
-            inputs = [*tokens[start : start + stride], *[0] * (8 - stride)]
-            parts.append(runner.append([row], torch.tensor([inputs]), [start])[0, :stride])
-        return torch.cat(parts)
+        parts, start = [], begin
+        for stride in cycle(strides):
+            if start == end:
+                return torch.cat(parts)
+            stop = min(end, start + stride)
+            parts += runner.append([row], [tokens[start:stop]], [start])
+            start = stop
+        raise AssertionError
 
-    assert torch.equal(logits(0, 1), logits(1, 5))
+    want = logits(0, [1])
+    assert torch.equal(logits(1, [5]), want)
+    assert torch.equal(logits(2, [1, 2, 16, 3, 7, 11, 4]), want)
+
+
+@pytest.mark.parametrize("in_line", [True, False])
+def test_fewer_tokens_are_padded_to_a_number_that_is_run(in_line: bool) -> None:
+    runner = HFRunner(tiny_model("gemma2" if not in_line else "llama"), **SIZE)
+    assert (runner._line is not None) == in_line
+    runner.line_sizes = (2, 8, 16)
+    assert [runner.line_size(count) for count in (1, 2, 3, 8, 9, 16, 17)] == [2, 2, 8, 8, 16, 16, 17]
+    runner.prefill(0, text(40))
+    runner.prefill(1, text(50))
+    padded = runner.append([0, 1], [text(3, seed=1), text(2, seed=2)], [40, 50])
+    runner.line_sizes = ()
+    plain = runner.append([0, 1], [text(3, seed=1), text(2, seed=2)], [40, 50])
+    assert [len(logits) for logits in padded] == [3, 2]
+    torch.testing.assert_close(padded, plain)
+    torch.testing.assert_close(runner.append([0], [text(4, seed=3)], [43]), runner.append([0], [text(4, seed=3)], [43]))
 
 
 def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    tokens = torch.tensor([text(9), text(9, seed=1)])
+    tokens = [text(9), text(5, seed=1)]
     want = HFRunner(model, **SIZE).append([0, 2], tokens, [0, 0])
     attention = type(model.model.layers[0].self_attn)
     plain = attention.forward
@@ -120,18 +149,17 @@ def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.Monke
         return plain(self, *args, **seen)
 
     monkeypatch.setattr(attention, "forward", looks)
-    assert not takes_rows_apart(model, probe_layers(model))
+    assert not takes_lines(model, probe_layers(model))
     torch.testing.assert_close(HFRunner(model, **SIZE).append([0, 2], tokens, [0, 0]), want)
     monkeypatch.undo()
-    assert takes_rows_apart(model, probe_layers(model))
+    assert takes_lines(model, probe_layers(model))
 
 
 def test_half_precision_is_close_to_single(runner: HFRunner) -> None:
     single = HFRunner(tiny_model("llama"), **SIZE)
-    tokens = torch.tensor([text(20)])
-    half = runner.append([0], tokens, [0])
+    (half,) = runner.append([0], [text(20)], [0])
     assert half.dtype == torch.float32
-    want = single.append([0], tokens, [0])
+    (want,) = single.append([0], [text(20)], [0])
     assert (half - want).abs().max() < 0.05 * want.abs().max()
 
 
@@ -155,12 +183,11 @@ def test_a_token_that_sees_nothing_stays_finite_whatever_its_scores(dtype: torch
 def test_more_tokens_than_a_prefill_chunk_can_be_appended() -> None:
     model = tiny_model("llama")
     small, large = (HFRunner(model, **SIZE, prefill_chunk=chunk) for chunk in (8, 64))
-    tokens = torch.tensor([text(30)])
-    torch.testing.assert_close(small.append([0], tokens, [3]), large.append([0], tokens, [3]))
+    torch.testing.assert_close(small.append([0], [text(30)], [3]), large.append([0], [text(30)], [3]))
 
 
 def test_logits_survive_the_next_forward(runner: HFRunner) -> None:
-    first = runner.append([0], torch.tensor([[1, 2]]), [0])
+    (first,) = runner.append([0], [[1, 2]], [0])
     kept = first.clone()
-    runner.append([0], torch.tensor([[3, 4]]), [0])
+    runner.append([0], [[3, 4]], [0])
     assert torch.equal(first, kept)

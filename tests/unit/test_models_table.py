@@ -21,7 +21,7 @@ def probabilities(logits: torch.Tensor) -> np.ndarray:
 @given(tokens=texts, order=st.sampled_from([None, 1, 2, 3]))
 def test_logits_are_those_of_the_distribution(tokens: list[int], order: int | None) -> None:
     model = TableModel(8, order=order, max_length=32, scratch=4)
-    logits = model.append([0], torch.tensor([tokens]), [0])[0]
+    logits = model.append([0], [tokens], [0])[0]
     assert logits.dtype == torch.float32
     for end in range(1, len(tokens) + 1):
         want = model.distribution(tokens[:end])
@@ -55,8 +55,8 @@ def test_order_two_forgets_all_but_two_tokens(
 def test_kv_of_another_context_is_noticed() -> None:
     model = TableModel(8)
     model.prefill(0, [1, 2, 3])
-    model.append([0], torch.tensor([[5]]), [0])  # 2 and 3 were run after 1, not after 5
-    stale = model.append([0], torch.tensor([[4]]), [3])[0, 0]
+    model.append([0], [[5]], [0])  # 2 and 3 were run after 1, not after 5
+    stale = model.append([0], [[4]], [3])[0][0]
     assert np.abs(probabilities(stale) - model.distribution([5, 2, 3, 4])).max() > 1e-3
 
 
@@ -85,5 +85,5 @@ def test_a_perturbed_model_has_kv_of_its_own() -> None:
     model.prefill(0, [1, 2])
     draft.prefill(0, [3, 4])
     np.testing.assert_allclose(
-        probabilities(model.append([0], torch.tensor([[5]]), [2])[0, 0]), model.distribution([1, 2, 5]), atol=1e-12
+        probabilities(model.append([0], [[5]], [2])[0][0]), model.distribution([1, 2, 5]), atol=1e-12
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ssd_ray.saguaro.backup import Costs, Pace, best_length
+from ssd_ray.saguaro.backup import ENOUGH, Pace
+from ssd_ray.saguaro.budget import Prospect, best_budget, best_lengths
+from ssd_ray.saguaro.calibration import Calibration, to_byte
+from ssd_ray.saguaro.costs import Costs, Load, Measured
 from ssd_ray.saguaro.fanout import (
     MAX_RANK,
     POLICIES,
@@ -174,27 +178,68 @@ def test_the_exponent_is_found_again(r: float) -> None:
     assert fit_exponent([fan**-r for fan in range(2, 30)]) == pytest.approx(r)
 
 
+chances = st.lists(st.floats(0.0, 1.0), max_size=4)
+
+
 @given(
-    available=st.integers(0, 7),
-    most=st.integers(0, 7),
-    acceptance=st.lists(st.floats(0.0, 1.0), min_size=7, max_size=7),
-    verify_ms=st.floats(1, 100),
-    step_ms=st.floats(0.1, 100),
-    delay_ms=st.floats(0, 10),
+    rows=st.lists(chances, min_size=1, max_size=3),
+    curve=st.lists(st.floats(0.0, 5.0), min_size=16, max_size=16),
+    fixed_ms=st.floats(0.1, 50.0),
+    other_ms=st.floats(0.0, 5.0),
 )
-def test_best_length_is_the_best_of_all(
-    available: int, most: int, acceptance: list[float], verify_ms: float, step_ms: float, delay_ms: float
+def test_the_tokens_of_a_round_are_the_best_of_all(
+    rows: list[list[float]], curve: list[float], fixed_ms: float, other_ms: float
 ) -> None:
-    chosen = best_length(available, most, acceptance, Costs(verify_ms, step_ms, delay_ms))
+    """Whatever a verification costs by its tokens."""
+    costs = [fixed_ms, *(fixed_ms + total for total in itertools.accumulate(curve))]
+    budget = best_lengths(rows, costs.__getitem__, other_ms)
 
-    def rate(length: int) -> float:
-        gain = sum(_product(acceptance[:n]) for n in range(length + 1))
-        steps = max(0, length - available)
-        return gain / (verify_ms + steps * step_ms + (delay_ms if steps else 0.0))
+    def rate(lengths: Sequence[int]) -> float:
+        tokens = sum(sum(_product(row[:i]) for i in range(n + 1)) for row, n in zip(rows, lengths, strict=True))
+        return tokens / (costs[len(rows) + sum(lengths)] + other_ms)
 
-    lengths = range(min(available, most), most + 1)
-    assert chosen in lengths
-    assert rate(chosen) >= max(map(rate, lengths)) * 0.999
+    best = max(map(rate, itertools.product(*(range(len(row) + 1) for row in rows))))
+    assert rate(budget.lengths) == pytest.approx(budget.rate)
+    assert budget.rate == pytest.approx(best)
+    gains = [_product(row[:n]) for row, n in zip(rows, budget.lengths, strict=True) if n]
+    assert budget.least == pytest.approx(min(gains, default=1.0))
+
+
+@given(
+    rows=st.lists(st.tuples(chances, chances), min_size=1, max_size=3),
+    fixed_ms=st.floats(1.0, 100.0),
+    token_ms=st.floats(0.0, 10.0),
+    step_ms=st.floats(0.1, 100.0),
+    delay_ms=st.floats(0.0, 10.0),
+    arrival=st.floats(0.0, 1.0),
+)
+@example([([], [0.05, 1.0, 1.0, 1.0])], 100.0, 0.0, 1.0, 10.0, 1.0)  # two steps are not worth the delay, three are
+def test_a_wait_is_the_best_of_all(
+    rows: list[tuple[list[float], list[float]]],
+    fixed_ms: float,
+    token_ms: float,
+    step_ms: float,
+    delay_ms: float,
+    arrival: float,
+) -> None:
+    prospects = [Prospect(there, coming) for there, coming in rows]
+
+    def verify_ms(tokens: int) -> float:
+        return fixed_ms + tokens * token_ms
+
+    def wait_ms(steps: int) -> float:
+        return steps * step_ms + delay_ms
+
+    chosen = best_budget(prospects, verify_ms, wait_ms, 0.5, arrival)
+
+    def rate(steps: int) -> float:
+        after = [
+            [*there, *(c * (1.0 if i else arrival) for i, c in enumerate(coming[:steps]))] for there, coming in rows
+        ]
+        return best_lengths(after, verify_ms, 0.5 + (wait_ms(steps) if steps else 0.0)).rate
+
+    assert rate(chosen.steps) == pytest.approx(chosen.rate)
+    assert chosen.rate >= 0.999 * max(map(rate, range(5)))
 
 
 def _product(values: list[float]) -> float:
@@ -204,22 +249,107 @@ def _product(values: list[float]) -> float:
     return result
 
 
+def wait(pace: Pace, verify_ms: float) -> int:
+    """Steps that a row with nothing waits for."""
+    prospect = Prospect((), pace.acceptance[:7])
+    return best_budget([prospect], lambda tokens: verify_ms, pace.wait_ms, pace.host_ms, pace.arrival).steps
+
+
 def test_a_slow_draft_is_not_waited_for_and_a_fast_one_is() -> None:
     pace = Pace()
-    assert pace.best_length(2, 7) == 7
-    pace.saw_verification(20.0, 0, 0)
-    pace.saw_step(200.0)
-    assert pace.best_length(0, 7) == 0
+    assert not pace.known
+    for _ in range(ENOUGH):
+        pace.saw_step(200.0)
+    assert pace.known
+    assert wait(pace, 20.0) == 0
     for _ in range(200):
         pace.saw_step(1.0)
-    assert pace.best_length(0, 7) >= 3
-    assert pace.patience_ms(3) < 20.0
+    assert wait(pace, 20.0) >= 3
+    assert pace.patience_ms(3, 20.0) < 20.0
+
+
+def test_one_slow_step_says_nothing() -> None:
+    pace = Pace()
+    for milliseconds in (1.0, 1.0, 1.0, 500.0):
+        pace.saw_step(milliseconds)
+    assert pace.step_ms == 1.0
+
+
+def test_waits_in_vain_become_rare() -> None:
+    pace = Pace()
+    for _ in range(ENOUGH):
+        pace.saw_step(2.0)
+    assert wait(pace, 20.0) > 0
+    for _ in range(30):
+        pace.saw_wait(5.0, 1, came=False)
+    assert wait(pace, 20.0) == 0
 
 
 def test_what_was_whole_from_the_start_says_nothing_about_waiting() -> None:
     pace = Pace()
     for _ in range(50):
-        pace.saw_verification(20.0, 7, 7, whole=True)
-        pace.saw_verification(20.0, 2, 1)
+        pace.saw_decision(7, 7, whole=True)
+        pace.saw_decision(2, 1)
     assert pace.acceptance[1] < 0.1
     assert pace.acceptance[2:] == Pace().acceptance[2:]
+
+
+MEASURED = Measured((1, 4, 8, 16), (5.0, 8.0, 8.0, 16.0), row_ms=0.5, slot_ms=0.001)
+
+
+def test_a_verification_costs_what_was_measured() -> None:
+    costs = Costs(MEASURED)
+    assert [costs.alone_ms(tokens) for tokens in (1, 4, 6, 12, 24)] == [5.0, 8.0, 8.0, 12.0, 24.0]
+    assert costs.alone_ms(4, Load(rows=3, slots=100)) == pytest.approx(8.0 + 1.0 + 0.1)
+    assert costs.per_token_ms(8) == pytest.approx(1.0)
+
+
+def test_the_first_verification_says_what_nobody_measured() -> None:
+    costs = Costs()
+    assert not costs.known
+    costs.saw(4, Load(), 12.0, beside=False)
+    assert costs.known
+    assert costs.alone_ms(1) == costs.alone_ms(9) == pytest.approx(12.0)
+
+
+def test_costs_follow_the_machine_and_not_its_noise() -> None:
+    costs, dice = Costs(MEASURED), random.Random(0)
+    for _ in range(600):
+        tokens = dice.choice([1, 4, 8, 16])
+        truth = 2.0 * MEASURED.ms[MEASURED.sizes.index(tokens)]
+        disturbed = truth * (50.0 if dice.random() < 0.05 else dice.uniform(0.9, 1.1))
+        costs.saw(tokens, Load(), disturbed, beside=False)
+    for tokens, once in zip(MEASURED.sizes, MEASURED.ms, strict=True):
+        assert costs.alone_ms(tokens) == pytest.approx(2.0 * once, rel=0.3)
+
+
+def test_what_drafts_cost_is_found_by_trials() -> None:
+    costs, dice = Costs(MEASURED), random.Random(0)
+    for round in range(200):
+        resting = round % 20 == 19
+        truth = 8.0 * (1.0 if resting else 1.5) * dice.uniform(0.95, 1.05)
+        if resting:
+            costs.saw_trial(4, Load(), truth, beside=False)
+        else:
+            costs.saw(4, Load(), truth, beside=True)
+    assert costs.drag == pytest.approx(0.5, abs=0.15)
+    assert costs.verify_ms(4) == pytest.approx(12.0, rel=0.15)
+    assert costs.alone_ms(4) == pytest.approx(8.0, rel=0.15)
+
+
+@given(said=st.integers(1, 255), depth=st.integers(0, 14))
+def test_a_draft_that_nobody_knows_is_believed(said: int, depth: int) -> None:
+    assert Calibration().chance(said, depth) == pytest.approx(said / 255)
+    assert to_byte(said / 255) == said
+
+
+def test_a_draft_that_boasts_is_not_believed_for_long() -> None:
+    calibration, dice = Calibration(), random.Random(0)
+    for _ in range(2000):
+        calibration.saw(250, 0, accepted=dice.random() < 0.4)
+        calibration.end_round()
+    assert calibration.chance(250, 0) == pytest.approx(0.4, abs=0.08)
+    assert calibration.chance(250, 9) > 0.9  # elsewhere nothing was seen
+    for _ in range(3000):
+        calibration.end_round()
+    assert calibration.chance(250, 0) > 0.9

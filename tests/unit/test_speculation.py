@@ -262,7 +262,9 @@ class TestDraftSession:
         assert [item.slot for item in items[:2]] == [0, 1]
         assert [item.trunk for item in items] == [1, 2, 2, 2, 2]
         assert items[4].path == (items[2].slot, items[3].slot, items[4].slot)
-        assert nodes == Nodes(1, 0, 0, [-3], [50])
+        assert nodes is not None
+        assert nodes == Nodes(1, 0, 0, [-3], [50], chances=nodes.chances)
+        assert len(nodes.chances) == 1
 
     def test_guesses_leave_out_the_drafted_token(self) -> None:
         session = DraftSession(opened([1, 2], [50]), Uniform())
@@ -273,6 +275,9 @@ class TestDraftSession:
         assert {(2, 51), (3, 50)} <= guesses
         assert nodes is not None
         assert len(nodes.parents) == len(set(zip(nodes.parents, nodes.tokens, strict=True)))
+        said = dict(zip(zip(nodes.parents, nodes.tokens, strict=True), nodes.chances, strict=True))
+        drafted = {edge for edge in said if edge[0] >= 0 and edge[1] == 50}
+        assert {edge for edge, chance in said.items() if chance} == drafted  # of a guess that is not known
 
     def test_a_long_prompt_is_prefilled(self) -> None:
         session = DraftSession(opened(list(range(CATCH_UP + 10))), Uniform())
