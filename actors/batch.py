@@ -56,6 +56,7 @@ class Row:
     added: list[int] = field(default_factory=list)  # tokens of the last round
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
     wanted: int = 0  # tokens to wait for; 0: for none
+    asked: bool = False  # whether drafts were told to make tokens that are waited for
     length: int = 0  # tokens to verify beside the bonus token
     said: list[int] = field(default_factory=list)  # what drafts say of the chances of those that are verified
     looked_up: bool = False  # the next speculation was found in the text

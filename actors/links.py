@@ -54,7 +54,6 @@ class Links:
     Attributes:
         drafts: names of the drafts that are connected.
         drafted_ms: milliseconds of steps that drafts have told of; whoever asks sets it back.
-        expected: whether drafts were asked to work ahead: else their silence says nothing.
         malformed: frames that were dropped.
     """
 
@@ -63,7 +62,6 @@ class Links:
         self.drafts: list[str] = []
         self.malformed = 0
         self.drafted_ms = 0.0
-        self.expected = True
         self._session = session
         self._batch = batch
         self._pace = pace
@@ -176,7 +174,6 @@ class Links:
     def announce(self, rows: Sequence[Row], planner: Planner) -> None:
         """Tell the drafts outcomes, what is verified next and what further drafting is worth."""
         price = planner.price / max(1, len(rows))  # a step serves all rows
-        self.expected = planner.drafts_work
         for share, draft in enumerate(self.drafts):
             known = [row for row in rows if draft not in row.unaware and draft not in row.declined]
             self._send(draft, *(self._outcome(row, share, planner, price) for row in known))

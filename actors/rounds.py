@@ -143,12 +143,16 @@ class Rounds:
         return Prospect(there, usual[len(there) : most] if waits else ())
 
     def _worth_waiting(self, row: Row) -> bool:
-        """Whether some draft is at work on this sequence: it has said something about the round before this one."""
+        """Whether some draft is at work on this sequence, or will be when it is asked."""
         if not self._links.drafters(row):
             return False
+        return self._rules.patient or (self._rules.backup in ("draft", "auto") and self._is_followed(row))
+
+    def _is_followed(self, row: Row) -> bool:
         latest = max(row.session.cache.latest.values(), default=-1)
-        at_work = latest >= max(0, row.session.round - 1) or (latest >= 0 and not self._links.expected)
-        return self._rules.patient or (self._rules.backup in ("draft", "auto") and at_work)
+        if self._planner.drafts_work:
+            return latest >= max(0, row.session.round - 1)  # it has said something about the round before this one
+        return latest >= 0 and row.asked
 
     def _wait(self, rows: Sequence[Row]) -> float:
         """Wait for drafts where longer speculations are worth it; returns milliseconds."""
@@ -225,6 +229,8 @@ class Rounds:
         """Tell the drafts the outcomes and what is verified next."""
         going = [row for row in rows if row.session.finish_reason is None]
         load = _load(going)
+        for row in going:
+            row.asked = True  # by what is said now, should the plan have it so
         going = self.each(going, lambda row: self._look_up(row, load))
         steps = self._plan(going) if going else 0
         self._links.announce(self.each(going, lambda row: self._speculate(row, waits=steps > 0)), self._planner)
@@ -233,6 +239,7 @@ class Rounds:
         """What is verified if nothing else comes: what pays, or, if the round waits for more, all that is there."""
         length = row.session.most(self._rules.lookahead) if waits else row.length
         row.announced = row.session.cache.speculate(length)
+        row.asked = row.wanted > 0
 
     def _look_up(self, row: Row, load: Load) -> None:
         """Find what is prepared for the outcome."""

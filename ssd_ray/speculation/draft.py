@@ -337,15 +337,14 @@ class DraftSession:
                 return items if end is None else [self._item(*end)]
         branches = self._branches(width)
         values = [self._worth(item.node) if item.node else 0.0 for _, item in branches]
-        trunk = self._hits * (self._policy.typical - self._floor) if items else 0.0  # what all of the tree may bring
         kept = best_width(values, len(items), lambda tokens: (rate + self._price) * step_ms(tokens))
-        self.worth = trunk + sum(values[:kept])
-        ms = step_ms(kept + len(items)) if kept + len(items) else inf
+        self.worth = sum(values[:kept])
         if items:
-            ms += step_ms(self._last_width)  # a trunk alone is of no use: its guesses have to be run, too
+            self.worth += self._tree_worth(self._price * step_ms(self._last_width))
         elif kept:
             self._last_width = kept
-        worth_it = self.worth >= self._price * ms
+        running = kept + len(items)
+        worth_it = running > 0 and self.worth >= self._price * step_ms(running)
         self._put_back(branches[kept if worth_it else 0 :])
         if not worth_it:
             self._take_back(items)
@@ -375,6 +374,17 @@ class DraftSession:
         if item.node is not None:
             self._free.append(item.slot)
             item.node.slot, item.node.path = -1, ()
+
+    def _tree_worth(self, price: float) -> float:
+        """Tokens that all of a tree may add, expected, less what they cost the verification and, at this price for each
+        further step, which makes a token of every branch, the target."""
+        worth, reach = 0.0, self._policy.typical
+        for _ in range(self._lookahead):
+            net = self._hits * (reach - self._floor) - price
+            if net <= 0.0:
+                break
+            worth, reach = worth + net, reach * self._policy.typical
+        return worth
 
     def _worth(self, node: DraftNode) -> float:
         """Tokens that running a node adds, expected, by the one that follows it, less what that one costs the

@@ -75,8 +75,8 @@ def test_parts_of_the_rows(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> No
 
 
 def test_parts_may_take_tokens_from_anywhere(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """A line of 2 tokens of row 0, 1 of row 1, 3 of row 2 and padding: rows 0 and 2 are read together, and one of them is
-    asked about its last token twice."""
+    """A line of 2 tokens of row 0, 1 of row 1, 3 of row 2 and padding: rows 0 and 2 are read together, and one of them
+    is asked about its last token twice."""
     query, key, value, mask = tensors
     line = torch.cat([query[0, :, :2], query[1, :, :1], query[2, :, :3], torch.zeros(4, 2, 8)], 1)[None]
     some, both = [0, 1, 1], torch.tensor([0, 1, 1, 3, 4, 5])
