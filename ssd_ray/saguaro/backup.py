@@ -86,6 +86,9 @@ class Pace:
         for depth in range(min(accepted + 1, n)):
             seen[depth] += 1
             acceptance[depth] += max(0.02, 1.0 / (5 + seen[depth])) * ((depth < accepted) - acceptance[depth])
+        for depth in range(1, len(acceptance)):
+            if seen[depth] < ENOUGH:  # else what is not tried is never thought worth trying
+                acceptance[depth] = acceptance[depth - 1]
 
     def saw_round(self, tokens: int, milliseconds: float, host_ms: float) -> None:
         """Learn from a round that gave so many tokens, over all rows, in so long."""
