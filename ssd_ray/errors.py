@@ -14,7 +14,8 @@
     │   └── EngineClosedError       it was used after close()
     └── ProtocolError          a frame is not a message of this protocol version
 
-The command line maps ConfigError, ModelError, RequestError and ResourceError to exit code 2, the others to 1.
+The command line maps ConfigError, ModelError, ResourceError and RequestError, RequestFailedError aside, to exit code 2,
+the others to 1.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -32,20 +30,13 @@ from ssd_ray.errors import (
     RequestFailedError,
 )
 from tests.support.engines import at_rest, in_time, target_alone
+from tests.support.tiny import with_weights
 
 pytestmark = pytest.mark.ray
 
 PROMPT = "def add(a, b):"
 PARAMS = SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, seed=5, ignore_eos=True)
-
-
-def with_weights(source, folder, changes):
-    """A copy of a model with other weights; None takes one away."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    weights = load_file(folder / "model.safetensors") | changes
-    kept = {name: weight for name, weight in weights.items() if weight is not None}
-    save_file(kept, folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

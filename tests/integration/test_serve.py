@@ -31,6 +31,7 @@ from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError, ModelError, SsdRayError
 from ssd_ray.models.loader import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
+from tests.support.tiny import with_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -50,8 +51,8 @@ def free_port():
 @pytest.fixture(scope="module")
 def refusal(cluster, pair, tmp_path_factory):
     """Why a server whose draft passes the checks but cannot be loaded did not start, and replicas that were tried."""
-    broken = shutil.copytree(pair[1], tmp_path_factory.mktemp("broken"), dirs_exist_ok=True)
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    broken = tmp_path_factory.mktemp("broken")
+    with_weights(pair[1], broken, {"model.norm.weight": None})
     with (
         pytest.raises(SsdRayError) as caught,
         serving(EngineConfig(target=pair[0], draft=str(broken)), "127.0.0.1", free_port()),
@@ -118,7 +119,7 @@ def nothing_is_held(client):
 def test_a_replicas_error_reaches_whoever_started_it_and_is_not_tried_again(refusal):
     error, tried = refusal
     assert type(error) is ModelError
-    assert re.match("draft: cannot load .*SafetensorError", str(error))
+    assert re.match(r"draft: .* lacks weights that the model has: model\.norm\.weight", str(error))
     assert tried == 1
 
 

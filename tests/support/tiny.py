@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "gpt2")
@@ -86,3 +90,11 @@ def tiny_pair(
             weight += noise * weight.std(correction=0) * torch.randn(weight.shape, generator=random)
     save_model(tmp_path / "draft", target)
     return str(tmp_path / "target"), str(tmp_path / "draft")
+
+
+def with_weights(source: str | Path, folder: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """A copy of a model with other weights; None takes one away."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors") | dict(changes)
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors")
