@@ -25,7 +25,7 @@ def run(costs: Costs, real: Measured, rounds: int, noise: float = 0.0, seed: int
     for _ in range(rounds):
         tokens = dice.choice(SIZES)
         ms = times * machine.alone_ms(tokens) * dice.uniform(1.0 - noise, 1.0 + noise)
-        costs.saw(tokens, ONE, ms, beside=False)
+        costs.saw(tokens, ONE, ms, beside=0.0)
 
 
 def relative(costs: Costs) -> list[float]:
@@ -45,17 +45,18 @@ class TestTheCurve:
     def test_where_nothing_is_known_all_cost_what_the_first_did(self) -> None:
         costs = Costs()
         assert not costs.known
-        costs.saw(3, ONE, 12.0, beside=False)
+        costs.saw(3, ONE, 12.0, beside=0.0)
         assert costs.known
         assert [costs.alone_ms(tokens) for tokens in (1, 3, 50)] == [12.0] * 3
         assert costs.per_token_ms(1) == 0.0
 
-    def test_drafts_beside_count_for_their_part_of_the_verifications(self) -> None:
+    def test_drafts_beside_count_for_the_time_that_they_work(self) -> None:
         costs = Costs(line(10.0, 1.0))
         costs.drag = 0.5
         assert costs.verify_ms(1) == pytest.approx(1.5 * 11.0)
-        assert costs.verify_ms(1, beside=0.5) == pytest.approx(1.25 * 11.0)
         assert costs.verify_ms(1, beside=0.0) == costs.alone_ms(1) == pytest.approx(11.0)
+        took = costs.verify_ms(1, beside=0.4)
+        assert took == pytest.approx(11.0 + costs.toll * 0.4 * took)
 
     def test_the_next_tokens_have_a_price(self) -> None:
         assert Costs(line(10.0, 0.7)).per_token_ms(1) == pytest.approx(0.7)
@@ -77,7 +78,7 @@ class TestLearning:
 
     def test_a_verification_that_took_far_too_long_says_nothing(self) -> None:
         costs, same = Costs(line(6.0, 1.0)), Costs(line(6.0, 1.0))
-        costs.saw(4, ONE, 500.0, beside=False)
+        costs.saw(4, ONE, 500.0, beside=0.0)
         assert costs.alone_ms(4) == pytest.approx(same.alone_ms(4), rel=0.05)
         assert relative(costs) == pytest.approx(relative(same))
 
@@ -97,10 +98,21 @@ class TestDrag:
         costs, dice = Costs(line(measured * 6.0, measured * 1.0)), random.Random(seed)
         for number in range(10 * TRIALS * 2):
             trial = number > 50 and number % 10 == 0
-            tokens, beside = dice.choice(SIZES), at_work != trial
+            tokens, beside = dice.choice(SIZES), float(at_work != trial)
             ms = (6.0 + tokens) * (1.0 + real * beside) * dice.uniform(1.0 - noise, 1.0 + noise)
             (costs.saw_trial if trial else costs.saw)(tokens, ONE, ms, beside=beside)
         return costs
+
+    @pytest.mark.parametrize("part", [0.3, 0.6, 1.0])
+    def test_it_is_what_drafts_would_cost_that_work_all_the_time(self, part: float) -> None:
+        """Each millisecond of drafting costs a third of one, however few there are."""
+        costs = Costs(line(6.0, 1.0))
+        for number in range(300):
+            trial = number > 50 and number % 10 == 0
+            beside = 0.0 if trial else part
+            (costs.saw_trial if trial else costs.saw)(1, ONE, 7.0 / (1.0 - beside / 3.0), beside=beside)
+        assert costs.drag == pytest.approx(0.5, abs=0.05)
+        assert costs.toll == pytest.approx(1 / 3, abs=0.02)
 
     @pytest.mark.parametrize("seed", range(5))
     @pytest.mark.parametrize("at_work", [True, False], ids=["drafts rest in trials", "drafts work in trials"])
@@ -120,23 +132,22 @@ class TestDrag:
 
     def test_it_is_doubted_at_first_and_follows_what_changes(self) -> None:
         costs = Costs(line(6.0, 1.0))
-        costs.saw_trial(1, ONE, 7.0 * 1.6, beside=True)
+        costs.saw_trial(1, ONE, 7.0 * 1.6, beside=1.0)
         assert 0.0 < costs.drag < 0.6
         for _ in range(TRIALS):
-            costs.saw_trial(1, ONE, 7.0, beside=True)
+            costs.saw_trial(1, ONE, 7.0, beside=1.0)
         assert costs.drag == pytest.approx(0.0, abs=0.01)
 
     def test_one_trial_that_was_disturbed_changes_little(self) -> None:
         costs = Costs(line(6.0, 1.0))
         for ratio in (1.2, 1.2, 2.9, 1.2, 1.2):
-            costs.saw_trial(1, ONE, 7.0 * ratio, beside=True)
+            costs.saw_trial(1, ONE, 7.0 * ratio, beside=1.0)
         assert costs.drag < 0.21
 
 
 MS = st.one_of(st.floats(0.0, 1e9), st.sampled_from([0.0, 1e-12, 1e-300]))
-SEEN = st.tuples(
-    st.booleans(), st.integers(1, 600), st.builds(Load, st.integers(1, 64), st.integers(0, 10**6)), MS, st.booleans()
-)
+LOADS = st.builds(Load, st.integers(1, 64), st.integers(0, 10**6))
+SEEN = st.tuples(st.booleans(), st.integers(1, 600), LOADS, MS, st.floats(0.0, 1.0))
 
 
 @given(
@@ -144,7 +155,7 @@ SEEN = st.tuples(
     st.lists(SEEN, max_size=60),
 )
 def test_costs_are_numbers_whatever_comes(
-    measured: Measured | None, seen: list[tuple[bool, int, Load, float, bool]]
+    measured: Measured | None, seen: list[tuple[bool, int, Load, float, float]]
 ) -> None:
     costs = Costs(measured)
     for trial, tokens, load, ms, beside in seen:

@@ -27,7 +27,8 @@ def machine(token_ms: float = 0.0) -> Measured:
 class Machine:
     """A planner, and verifications and drafts as they are on one machine.
 
-    Drafts work ``work`` ms beside each verification while that is worth ``step`` tokens a millisecond to them.
+    Drafts work for the part ``work`` of each verification while their steps add ``step`` tokens a millisecond. If they
+    did all the time, it would take longer by ``drag``. Rounds without drafts have 0.1 tokens a millisecond.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Machine:
         token_ms: float = 0.0,
         drag: float = 0.0,
         step: float = inf,
-        work: float = 10.0,
+        work: float = 1.0,
         acceptance: float = 0.6,
     ) -> None:
         self.drag, self.step, self.work = drag, step, work
@@ -52,10 +53,10 @@ class Machine:
         for _ in range(number):
             yield self.planner.trial
             budget = self.planner.budget(self.prospects, ONE)
-            drafted = self.work if self.step > self.planner.price else 0.0
-            ms = self.costs.measured.ms[sum(budget.lengths)] * (1.0 + self.drag * (drafted > 0.0))
-            self.pace.saw_round(2, ms, 0.0)
-            self.planner.saw_verification(1 + sum(budget.lengths), ONE, ms, drafted)
+            part = self.work if self.step > self.planner.price else 0.0
+            ms = self.costs.measured.ms[sum(budget.lengths)] / (1.0 - part * self.drag / (1.0 + self.drag))
+            self.pace.saw_round(3, ms, 0.0)
+            self.planner.saw_verification(1 + sum(budget.lengths), ONE, ms, part * ms)
             self.planner.update()
 
     def run(self, number: int) -> Machine:
@@ -74,21 +75,23 @@ class TestThePrice:
     def test_drafting_that_costs_nothing_is_all_but_free(self) -> None:
         assert resting(Machine().run(300).planner) == pytest.approx(FREE, abs=0.01)
 
-    def test_it_rises_with_what_drafts_cost(self) -> None:
-        prices = [resting(Machine(drag=drag).run(300).planner) for drag in (0.0, 0.2, 0.6, 1.5)]
+    @pytest.mark.parametrize("work", [0.4, 1.0])
+    def test_it_rises_with_what_drafts_cost(self, work: float) -> None:
+        """Each millisecond of drafting costs the same, however many there are."""
+        prices = [resting(Machine(drag=drag, work=work).run(300).planner) for drag in (0.0, 0.2, 0.6, 1.5)]
         assert prices == sorted(set(prices))
         assert prices[2] == pytest.approx(FREE + 0.6 / 1.6, abs=0.05)
         assert prices[-1] < 1.0 + FREE
 
     def test_a_steps_worth_decides_whether_drafts_work(self) -> None:
-        """A draft whose step brings a fifth of what the target makes of the time rests where drafting costs more."""
+        """A draft whose steps add a fifth of what the target makes of the time rests where drafting costs more."""
         for drag, works in ((0.0, True), (0.1, True), (0.6, False), (1.5, False)):
-            machine = Machine(drag=drag, step=0.2 * 2 / 11.0).run(600)
+            machine = Machine(drag=drag, step=0.06).run(600)
             machine.planner.trial = False
             assert machine.planner.drafts_work is works
 
     def test_drafts_that_have_become_cheap_work_again(self) -> None:
-        machine = Machine(drag=0.6, step=0.2 * 2 / 11.0).run(600)
+        machine = Machine(drag=0.6, step=0.06).run(600)
         assert not machine.planner.drafts_work
         machine.drag = 0.0
         machine.run(12 * RAREST_TRIAL)
