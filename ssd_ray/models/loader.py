@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.support import max_positions, refuse_unsupported
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["target", "draft"]
 
@@ -170,6 +173,8 @@ def load_runner(
             name = machine_name(role, config.to_json_string(), str(kind), str(where), rows, compile, runner.packed)
             calibration = calibrate if role == "target" else calibrate_steps
             runner.adopt(kept_or_made(name, lambda: calibration(runner, bound=kv_memory is None)))
+            packed = ", packed" if runner.packed else ""
+            logger.info("%s in %s on %s%s: %s", role, str(kind).removeprefix("torch."), where, packed, runner.calibration)
         return runner
 
 
