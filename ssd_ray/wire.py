@@ -75,8 +75,8 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
 
 class Lost(Message, frozen=True, tag="lost"):
-    """The draft does not know the sequence's past (it joined late or missed an outcome), or whether it still runs: open it
-    again, or close it."""
+    """The draft does not know the sequence's past (it joined late or missed an outcome), or doubts that it still runs:
+    open it again, or close it."""
 
     sequence: Count
 

@@ -174,7 +174,7 @@ def load_runner(
             calibration = calibrate if role == "target" else calibrate_steps
             runner.adopt(kept_or_made(name, lambda: calibration(runner, bound=kv_memory is None)))
             packed = ", packed" if runner.packed else ""
-            logger.info("%s in %s on %s%s: %s", role, str(kind).removeprefix("torch."), where, packed, runner.calibration)
+            logger.info("%s in %s on %s%s: %s", role, str(kind)[len("torch.") :], where, packed, runner.calibration)
         return runner
 
 

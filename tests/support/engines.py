@@ -10,8 +10,8 @@ from time import monotonic, sleep
 from typing import Any, Protocol
 
 from ssd_ray.actors.draft import DraftActor
-from ssd_ray.actors.target import TargetActor
 from ssd_ray.actors.links import DRIVER
+from ssd_ray.actors.target import TargetActor
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.llm import LLM
 from ssd_ray.transport.memory import MemoryHub, MemorySpoke

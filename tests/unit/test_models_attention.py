@@ -75,8 +75,8 @@ def test_parts_of_the_rows(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> No
 
 
 def test_parts_may_take_tokens_from_anywhere(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """A line of 2 tokens of row 0, 1 of row 1, 3 of row 2 and padding: rows 0 and 2 are read together, and one of them is
-    asked about its last token twice."""
+    """A line of 2 tokens of row 0, 1 of row 1, 3 of row 2 and padding. Rows 0 and 2 are read together, and the former
+    is asked about its last token twice."""
     query, key, value, mask = tensors
     line = torch.cat([query[0, :, :2], query[1, :, :1], query[2, :, :3], torch.zeros(4, 2, 8)], 1)[None]
     some, both = [0, 1, 1], torch.tensor([0, 1, 1, 3, 4, 5])
@@ -148,7 +148,9 @@ def test_more_queries_of_a_row_change_no_bit_at_steady_numbers(dtype: torch.dtyp
         mask = torch.zeros(1, 1, 16, extent, dtype=dtype)
         mask[..., 50:] = torch.finfo(dtype).min
         results = [
-            masked_attention(nn.Module(), query[:, :, :each], key[:, :, :extent], value[:, :, :extent], mask[:, :, :each])
+            masked_attention(
+                nn.Module(), query[:, :, :each], key[:, :, :extent], value[:, :, :extent], mask[:, :, :each]
+            )
             for each in numbers
         ]
         assert all(torch.equal(result, results[-1][0][:, : result.shape[1]]) for result, _ in results)

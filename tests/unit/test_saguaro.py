@@ -233,7 +233,9 @@ def test_a_wait_is_the_best_of_all(
     chosen = best_budget(prospects, verify_ms, wait_ms, 0.5, arrival)
 
     def rate(steps: int) -> float:
-        after = [[*there, *(c * (1.0 if i else arrival) for i, c in enumerate(coming[:steps]))] for there, coming in rows]
+        after = [
+            [*there, *(c * (1.0 if i else arrival) for i, c in enumerate(coming[:steps]))] for there, coming in rows
+        ]
         return best_lengths(after, verify_ms, 0.5 + (wait_ms(steps) if steps else 0.0)).rate
 
     assert rate(chosen.steps) == pytest.approx(chosen.rate)
