@@ -20,8 +20,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ssd_ray.actors.drafting import Draft
-from ssd_ray.actors.process import BUDGET
 from ssd_ray.actors.links import DRIVER
+from ssd_ray.actors.process import BUDGET
 from ssd_ray.actors.verifying import Target
 from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
@@ -339,7 +339,8 @@ class Rehearsal:
         ssd = play.method == "ssd"
         delay = 1e-3 * hardware.message_ms / 2 if ssd else 0.0
         self.stage = Stage(delay=delay, host=1e-3 * hardware.host_ms, meanwhile=ssd)
-        options = {"patient": play.method == "sd", "measured": hardware.verifications(target.rows)} | play.target
+        options: dict[str, Any] = {"patient": play.method == "sd", "measured": hardware.verifications(target.rows)}
+        options |= play.target
         if play.method == "ar":
             options, drafts = options | {"lookahead": 0}, []
         if play.proposing is not None:

@@ -104,7 +104,7 @@ def takes_lines(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
         return False
     kv = SlotCache(shapes, rows=2, slots=32, page_slots=16, dtype=model.dtype, device=model.device)
     masks = [torch.zeros(count, extent, dtype=model.dtype) for count, extent in ((1, 16), (2, 32))]
-    stretches = [Stretch(row, *mask.shape, mask) for row, mask in enumerate(masks)]
+    stretches = [Stretch(row, mask.shape[0], mask.shape[1], mask) for row, mask in enumerate(masks)]
     zeros, written = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 32, 33])
     try:
         EagerLine(model, kv)(stretches, zeros, zeros, written, [1, 2])

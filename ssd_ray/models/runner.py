@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, pairwise
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ssd_ray.models.attention import PERIOD, choose_attention
 from ssd_ray.models.calibration import PER_ROW, Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
-from ssd_ray.models.graphs import ReplayedLine, decoding_forward
+from ssd_ray.models.graphs import LineForward, ReplayedLine, decoding_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
 from ssd_ray.models.slots import SlotCache, Stretch
@@ -120,20 +121,21 @@ class HFRunner(ModelRunner):
         count = tokens.shape[1]
         parts = zip(rows, extents, mask, strict=True)
         stretches = [Stretch(row, count, extent, of_row[:, :extent]) for row, extent, of_row in parts]
-        line = [each.flatten() for each in (tokens, positions, written)]
-        return self._logits(self._line(stretches, *line, [count])).view(*tokens.shape, -1)
+        logits = self._line(stretches, tokens.flatten(), positions.flatten(), written.flatten(), [count])
+        return self._logits(logits).view(*tokens.shape, -1)
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         places = [(row, start, start + len(some)) for row, some, start in zip(rows, tokens, starts, strict=True)]
         written = [self._kv.table.locate_trunk(*place) for place in places]
         extents = [self._steady.extent(end) for _, _, end in places]
-        run = self._append_rows if self._line is None else self._append_line
+        run = self._append_rows if self._line is None else partial(self._append_line, self._line)
         logits = self._logits(run(rows, tokens, starts, written, extents))
-        return list(logits.split([len(some) for some in tokens]))
+        return list(torch.split(logits, [len(some) for some in tokens]))
 
     def _append_line(
         self,
+        forward: LineForward,
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
@@ -147,8 +149,13 @@ class HFRunner(ModelRunner):
         masks = [self._mask(start, count, extent) for start, count, extent in zip(starts, counts, extents, strict=True)]
         stretches = list(map(Stretch, rows, counts, extents, masks))
         positions = [self._counter[start : start + count] for start, count in zip(starts, counts, strict=True)]
-        line = self._tensor([*chain(*tokens), *[0] * padding]), torch.cat([*positions, self._counter[:padding]])
-        logits = self._line(stretches, *line, self._tensor([*chain(*written)]), self._steady.queries)
+        logits = forward(
+            stretches,
+            self._tensor([*chain(*tokens), *[0] * padding]),
+            torch.cat([*positions, self._counter[:padding]]),
+            self._tensor([*chain(*written)]),
+            self._steady.queries,
+        )
         return logits[: sum(counts)]
 
     def _append_rows(
@@ -236,7 +243,7 @@ class HFRunner(ModelRunner):
         visible = columns <= self.slots + torch.arange(length, device=self.device)[:, None]
         return torch.where(visible, self._seen, self._hidden)
 
-    def _tensor(self, values: list[list[int]]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _logits(self, logits: Tensor) -> Tensor:
