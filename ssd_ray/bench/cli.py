@@ -17,11 +17,12 @@ from rich.table import Table
 
 from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_round, target_cores
 from ssd_ray.bench.prompts import held_out_prompts
-from ssd_ray.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, SamplingParams
 
 if TYPE_CHECKING:
     from ssd_ray.bench.batches import Figure as BatchFigure
     from ssd_ray.bench.grid import Figure as GridFigure
+    from ssd_ray.bench.machine import Figures as MachineFigures
     from ssd_ray.bench.policies import Figure
 
 SHORT = {"transformers": "hf", "assisted": "hf+draft"}
@@ -274,28 +275,32 @@ def grid(
     )
 
 
-@app.command()
-def shapes(
+@app.command("machine")
+def costs(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    start: Annotated[int, typer.Option(min=1, help="Tokens before.")] = 300,
+    draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ..")] = "auto",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    compile: Annotated[bool, typer.Option(help="Compile the forwards.")] = False,
 ) -> None:
-    """Show what one fixed shape of 8 tokens costs, and whether smaller shapes would round alike."""
-    from ssd_ray.bench.shapes import equal_rows, forward_ms
-    from ssd_ray.models.loader import load_runner
+    """Show what verifications and draft steps cost here. What an engine has measured before is read; with
+    SSD_RAY_CACHE set to nothing it is measured again."""
+    from ssd_ray.bench.machine import examine
 
-    sizes = tuple(range(1, MAX_LOOKAHEAD + 2))
-    with on_cores(target_cores()):
-        runner = load_runner(target, role="target", rows=1, scratch=sizes[-1], dtype=dtype)
-        times, equal = forward_ms(runner, sizes, start=start), equal_rows(runner, sizes, start=start)
-    table = Table(title=f"one forward after {start} tokens, {runner.dtype}", caption="against the fixed shape of 8")
-    for column in ("tokens", "ms", "8 tokens cost more by", "same bits"):
-        table.add_column(column, justify="right")
-    for size in sizes:
-        more = times[sizes[-1]] / times[size] - 1.0
-        table.add_row(str(size), f"{times[size]:.2f}", f"{more:+.0%}", "yes" if equal[size] else "no")
-    _console().print(table)
-    print(json.dumps({"bench": "shapes", "machine": machine(), "ms": times, "same_bits": equal}))
+    config = EngineConfig(
+        target=target,
+        draft=draft,
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+        max_num_seqs=max_num_seqs,
+        compile=compile,
+    )
+    with Console(stderr=True).status("measuring forwards"), on_cores(target_cores()):
+        figures = list(examine(config))
+    for each in figures:
+        _console().print(_costs_table(each))
+    print(json.dumps({"bench": "machine", "machine": machine(), "results": [asdict(each) for each in figures]}))
 
 
 def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:
@@ -391,6 +396,25 @@ def _grid_table(figures: Sequence[GridFigure], rows: int) -> Table:
         machines.setdefault(machine, []).append(f"{figure.ratio:.2f} ({figure.ceiling:.2f})")
     for (token_cost, step, drag), ratios in machines.items():
         table.add_row(f"{token_cost:.0%}", f"{step:.3f}", f"{drag:.0%}", *ratios)
+    return table
+
+
+def _costs_table(figures: MachineFigures) -> Table:
+    """A line for each number of tokens up to the largest one that was tried."""
+    what = "a verification" if figures.role == "target" else "a step"
+    packed = ", packed" if figures.packed else ""
+    table = Table(
+        title=f"{figures.role}: {what} in {figures.dtype} on {figures.device}{packed}",
+        caption=f"every further row adds {figures.row_ms:.2f} ms" if figures.role == "target" else None,
+        box=SIMPLE,
+    )
+    for column in ("tokens", "run as", "ms", "a token", *(["same bits"] if figures.role == "target" else [])):
+        table.add_column(column, justify="right")
+    largest = max(figures.sizes, default=1)
+    for tokens in (1 << power for power in range(largest.bit_length())):
+        size, took = figures.run_as(tokens), figures.forward_ms(tokens)
+        alike = [] if figures.role == "draft" else ["no" if size in figures.unsteady else "yes"]
+        table.add_row(str(tokens), str(size), f"{took:.2f}", f"{took / tokens:.2f}", *alike)
     return table
 
 

@@ -60,6 +60,12 @@ class Calibration(msgspec.Struct, frozen=True):
     steady: tuple[int, ...]
     unsteady: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        costs = zip(self.measured.sizes, self.measured.ms, strict=True)
+        curve = ", ".join(f"{size}: {ms:.2f}" for size, ms in costs)
+        own = f"; {', '.join(map(str, self.unsteady))} tokens give bits of their own" if self.unsteady else ""
+        return f"milliseconds by tokens {curve}; {self.measured.row_ms:.2f} for each further row{own}"
+
 
 @torch.inference_mode()
 def calibrate(

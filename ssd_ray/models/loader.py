@@ -41,6 +41,8 @@ from ssd_ray.models.support import max_positions, refuse_unsupported, shortest_w
 
 logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
 Role = Literal["target", "draft"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -233,6 +235,8 @@ def load_runner(
             name = machine_name(role, config.to_json_string(), str(kind), str(where), rows, compile, runner.packed)
             calibration = calibrate if role == "target" else calibrate_steps
             runner.adopt(kept_or_made(name, lambda: calibration(runner, bound=kv_memory is None)))
+            packed = ", packed" if runner.packed else ""
+            logger.info("%s in %s on %s%s: %s", role, str(kind)[len("torch.") :], where, packed, runner.calibration)
         return runner
 
 

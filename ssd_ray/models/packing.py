@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.clock import forward_clock
 
 _FEW_TOKENS = 8
@@ -105,11 +106,23 @@ def pack_linears(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ())
     ]
     packing = _Packing(siblings)
     sample = list(_sample([linear for _, _, linear in places]))
-    if not sample or seconds(list(map(packing.packed, sample))) > CLEARLY * seconds(sample):
+    if not sample or not _packing_pays(packing, sample):
         return False
     for module, name, linear in places:
         setattr(module, name, packing.packed(linear))
     return True
+
+
+def _packing_pays(packing: _Packing, sample: Sequence[nn.Linear]) -> bool:
+    """Whether products are faster packed. Kept from start to start: in single precision they round otherwise."""
+    shapes = [tuple(linear.weight.shape) for linear in sample]
+    path = cache_path(machine_name("packing", str(sample[0].weight.dtype), shapes))
+    times = read(path, tuple[float, float])
+    if times is None:
+        times = seconds(list(map(packing.packed, sample))), seconds(sample)
+        keep(path, times)
+    packed, plain = times
+    return packed <= CLEARLY * plain
 
 
 class _Packing:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import PERIOD, choose_attention
-from ssd_ray.models.calibration import Calibration
+from ssd_ray.models.calibration import PER_ROW, Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
@@ -65,6 +65,7 @@ class HFRunner(ModelRunner):
         self.rows, self.slots = rows, self.extent(max_length + scratch)
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
+        self.calibration: Calibration | None = None
         self._body = caller(model.get_decoder())
         fix_frequencies(model, max_length)
         shapes = probe_layers(model)
@@ -96,7 +97,10 @@ class HFRunner(ModelRunner):
 
     def adopt(self, calibration: Calibration) -> None:
         """Run the numbers of tokens that were found to be alike, and say what they cost."""
+        self.calibration = calibration
         self.measured, self.line_sizes = calibration.measured, calibration.steady
+        if self._line is None:  # each row is padded, which takes slots: no row need have more than for its tokens
+            self.line_sizes = [*(size for size in calibration.steady if size < PER_ROW), PER_ROW]
 
     def extent(self, needed: int) -> int:
         return -(-needed // self.page_slots) * self.page_slots

@@ -114,14 +114,6 @@ def test_soak(tmp_path: Path) -> None:
     assert all(each["end"] > 0 for each in figures["memory"].values())
 
 
-def test_shapes(tmp_path: Path) -> None:
-    target, _ = tiny_pair(tmp_path, context=128)
-    result = CliRunner().invoke(app, ["shapes", "--target", str(target), "--start", "20"], catch_exceptions=False)
-    figures = json.loads(result.stdout.splitlines()[-1])
-    assert set(figures["ms"]) == {str(tokens) for tokens in range(1, 9)}
-    assert figures["same_bits"]["8"] is True
-
-
 @pytest.mark.slow
 def test_batches(tmp_path: Path) -> None:
     target, draft = tiny_pair(tmp_path, vocab=4096, context=2048)

@@ -1,6 +1,7 @@
 """Packed weights: the same products, bit for bit in half precision, where they are faster."""
 
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_only_plain_linear_layers_are_packed(faster: bool) -> None:
     assert pack_linears(model) == faster
     first = PackedLinear if faster else nn.Linear
     assert [type(module) for module in model.modules()][1:] == [first, nn.Sequential, Special, nn.LayerNorm]
+
+
+def test_what_was_found_to_be_faster_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that measured otherwise would round otherwise."""
+    monkeypatch.setenv("SSD_RAY_CACHE", str(tmp_path))
+    times = iter([1.0, 2.0, 3.0, 2.0])
+    monkeypatch.setattr(packing, "seconds", lambda layers: next(times))
+    for dtype, packed in ((torch.float32, True), (torch.float32, True), (torch.bfloat16, False)):
+        assert pack_linears(nn.Sequential(nn.Linear(8, 8)).to(dtype)) == packed
 
 
 def test_a_model_without_linear_layers_is_left_alone() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
-from ssd_ray.models.calibration import calibrate
+from ssd_ray.models.calibration import PER_ROW, Calibration, calibrate
 from ssd_ray.models.probe import probe_layers, takes_lines
 from ssd_ray.models.runner import HFRunner
+from ssd_ray.saguaro.costs import Measured
 from tests.support.tiny import tiny_model
 
 SIZE = {"rows": 3, "max_length": 128, "scratch": 32}
@@ -128,6 +129,16 @@ def test_fewer_tokens_are_padded_to_a_number_that_is_run(in_line: bool) -> None:
     assert [len(logits) for logits in padded] == [3, 2]
     torch.testing.assert_close(padded, plain)
     torch.testing.assert_close(runner.append([0], [text(4, seed=3)], [43]), runner.append([0], [text(4, seed=3)], [43]))
+
+
+def test_a_row_of_a_batch_is_not_padded_beyond_the_tokens_that_it_may_have() -> None:
+    """Others may have the page after them."""
+    runner = HFRunner(tiny_model("gemma2"), rows=2, max_length=48, scratch=16, page_slots=16, pages=6)
+    assert runner._line is None
+    runner.adopt(Calibration(Measured((20,), (1.0,)), (20,)))
+    runner.bind(0, 0, [0, 1])
+    runner.prefill(0, text(16))
+    assert len(runner.append([0], [text(PER_ROW)], [16])[0]) == PER_ROW
 
 
 def test_models_that_look_at_k_and_v_get_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

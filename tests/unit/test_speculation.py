@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.saguaro.fanout import Histogram, Uniform
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation import cache as cache_module
 from ssd_ray.speculation.cache import SampledNode, SpeculationCache
-from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item, Ranking
+from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item, Ranking, best_width
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
@@ -322,6 +326,43 @@ class TestDraftSession:
         widths = [len(run(session, width=4)[0]) for _ in range(8)]
         assert max(widths) == 4
 
+    def test_what_is_not_worth_its_price_is_not_run_unless_the_target_waits(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform())
+        run(session)
+        session.advance(Outcome(1, 0, 2, 0, 9, [], False, price=inf))
+        assert session.next_step(4) == []
+        session.advance(Outcome(1, 1, 3, 0, 8, [], False, wanted=1, price=inf))
+        assert [item.token for item in run(session)[0]] == [9, 8]  # its past, and what it goes on from
+        session.advance(Outcome(1, 2, 4, 0, 7, [], False, price=1e-6))
+        assert len(run(session)[0]) == 1
+        assert len(run(session)[0]) == 4
+
+    def test_what_was_not_run_is_run_when_it_is_worth_it(self) -> None:
+        dear, cheap = (DraftSession(opened([1, 2], [3]), Uniform()) for _ in range(2))
+        for session in (dear, cheap):
+            run(session)
+        assert dear.next_step(4, lambda tokens: 1e3 * tokens, 1.0) == []
+        wanted = [(item.token, item.position) for item in run(cheap)[0]]
+        assert [(item.token, item.position) for item in run(dear)[0]] == wanted
+
+    def test_a_step_is_as_wide_as_its_tokens_pay(self) -> None:
+        widths = []
+        for per_token in (0.0, 0.02, 0.2):
+            session = DraftSession(opened([1, 2], [3]), Histogram())
+            run(session)
+            items = session.next_step(8, lambda tokens, each=per_token: 0.01 + each * tokens, 1.0)  # type: ignore[misc]
+            widths.append(len(items))
+        assert widths[0] == 8
+        assert widths == sorted(widths, reverse=True)
+        assert widths[-1] < 8
+
+    def test_tokens_that_the_target_would_not_verify_are_not_run(self) -> None:
+        session = DraftSession(opened([1, 2]), Uniform())
+        run(session)
+        session.advance(Outcome(1, 0, 2, 0, 9, [], False, floor=1.0))
+        run(session)
+        assert session.next_step(4) == []
+
     def test_only_the_next_possible_outcome_is_expected(self) -> None:
         session = DraftSession(opened([1, 2], [3]), Uniform())
         assert session.expects(Outcome(1, 0, 3, 1, 9, [], False))
@@ -420,3 +461,19 @@ class TestDraftSession:
         session.reopen(opened([1, 2, 9, 4, 5]))
         items, _ = run(session)
         assert [item.position for item in items] == [2, 3, 4]
+
+
+@given(
+    values=st.lists(st.floats(0.0, 1.0), max_size=12).map(lambda some: sorted(some, reverse=True)),
+    others=st.integers(0, 3),
+    fixed=st.floats(0.0, 1.0),
+    each=st.floats(0.0, 0.5),
+)
+def test_a_step_has_the_best_width_of_all(values: list[float], others: int, fixed: float, each: float) -> None:
+    def price(tokens: int) -> float:
+        return fixed + each * tokens
+
+    def left(width: int) -> float:
+        return sum(values[:width]) - (price(others + width) if others + width else 0.0)
+
+    assert left(best_width(values, others, price)) == pytest.approx(max(map(left, range(len(values) + 1))))
