@@ -25,7 +25,8 @@ from ssd_ray.sampling.logits import scores, scores_by_row, top
 from ssd_ray.sampling.noise import NoiseRows
 from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
-from ssd_ray.speculation.draft import DraftSession, Item, Ranking
+from ssd_ray.speculation.draft import DraftSession
+from ssd_ray.speculation.nodes import Item, Ranking
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
 from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Nodes, Open, Outcome, decode, encode
 

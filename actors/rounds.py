@@ -149,10 +149,14 @@ class Rounds:
         return self._rules.patient or (self._rules.backup in ("draft", "auto") and self._is_followed(row))
 
     def _is_followed(self, row: Row) -> bool:
-        latest = max(row.session.cache.latest.values(), default=-1)
-        if self._planner.drafts_work:
-            return latest >= max(0, row.session.round - 1)  # it has said something about the round before this one
-        return latest >= 0 and row.asked
+        if self._planner.drafts_work and self._links.drafted_ms > 0.0:
+            return self._heard_of(row)
+        return bool(row.session.cache.latest) and row.asked  # their silence may be rest
+
+    @staticmethod
+    def _heard_of(row: Row) -> bool:
+        """Whether some draft has said something about the round before this one."""
+        return max(row.session.cache.latest.values(), default=-1) >= max(0, row.session.round - 1)
 
     def _wait(self, rows: Sequence[Row]) -> float:
         """Wait for drafts where longer speculations are worth it; returns milliseconds."""
@@ -161,7 +165,10 @@ class Rounds:
             return 0.0
         start, before = self._clock(), _lengths(rows)
         verify_ms = self._costs.verify_ms(len(rows), _load(rows))
-        deadline = start + (inf if self._rules.patient else 1e-3 * self._pace.patience_ms(steps, verify_ms))
+        patience_ms = inf if self._rules.patient else self._pace.patience_ms(steps, verify_ms)
+        if not all(map(self._heard_of, rows)):
+            patience_ms += verify_ms  # who has rested has to run first what was committed meanwhile
+        deadline = start + 1e-3 * patience_ms
         while steps > 0 and (left := deadline - self._clock()) > 0:
             if not self._links.receive(left) and self._rules.patient:
                 break
@@ -169,7 +176,8 @@ class Rounds:
         waited_ms = 1e3 * (self._clock() - start)
         made = max(now - then for now, then in zip(_lengths(rows), before, strict=True))
         # The draft in this process is never late: what does not come is not to be had, and nothing was lost by asking.
-        self._pace.saw_wait(waited_ms, made or first, came=self._rules.patient or steps <= 0)
+        if not self._planner.disturbed:
+            self._pace.saw_wait(waited_ms, made or first, came=self._rules.patient or steps <= 0)
         return waited_ms
 
     def _begin(self, rows: Sequence[Row]) -> list[Row]:

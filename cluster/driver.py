@@ -20,7 +20,7 @@ from ssd_ray.cluster.placement import Placer
 from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.refs import DrainChannel
 from ssd_ray.cluster.runtime import RayRuntime
-from ssd_ray.cluster.supervisor import Supervisor, own_error
+from ssd_ray.cluster.supervisor import Supervisor, call, own_error
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, QueueFullError, SsdRayError
 from ssd_ray.stats import EngineStats
@@ -95,7 +95,7 @@ class Driver:
             number = next(self._numbers)
             self._requests[number] = deliver
         holders = self._supervisor.hand_out(number, payload) if isinstance(payload, ray.ObjectRef) else []
-        self._target.submit.remote(number, payload, params, timeout, holders)  # if it is lost, the target has died
+        call(self._target.submit, number, payload, params, timeout, holders)  # if it is lost, the target has died
         return number
 
     def cancel(self, number: int) -> None:
@@ -103,7 +103,7 @@ class Driver:
         with self._lock:
             under_way = number in self._requests
         if under_way:
-            self._target.cancel.remote(number)
+            call(self._target.cancel, number)
 
     def when_room(self, notify: Callable[[], None]) -> None:
         """Call ``notify`` once, from any thread, when :meth:`submit` is worth another try."""
@@ -154,7 +154,7 @@ class Driver:
 
     def _call(self, method: str, *args: Any) -> Any:
         try:
-            return ray.get(getattr(self._target, method).remote(*args))
+            return ray.get(call(getattr(self._target, method), *args))
         except RayError as error:
             raise self._failure or own_error(error, "target") from error
 

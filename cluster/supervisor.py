@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -141,7 +142,7 @@ class Supervisor:
         with self._changing:
             drafts = list(self._drafts)
         for draft in drafts:
-            draft.handle.give.remote(sequence, prompt)
+            call(draft.handle.give, sequence, prompt)
         return [draft.name for draft in drafts]
 
     def close(self) -> None:
@@ -313,6 +314,15 @@ def _warnings() -> Iterator[list[str]]:
 def _pass_on(warnings: Sequence[str]) -> None:
     for warning in warnings:
         logger.warning("%s", warning)
+
+
+def call(method: Any, *args: Any) -> Any:
+    """Call an actor's method, apart from the task that this may be; the ref of what it returns.
+
+    Where a client leaves, Serve cancels the task of its request and, recursively, the calls that the task has made. The
+    actor would wait for a call that never comes, and after half a minute drop all others.
+    """
+    return Context().run(method.remote, *args)
 
 
 def _get(ref: Any, name: str) -> Any:

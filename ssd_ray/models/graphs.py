@@ -82,7 +82,7 @@ class EagerLine:
     """The plain forward of a model over a line of tokens of several rows; see :data:`LineForward`."""
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
-        self._name, self._call, self._kv = type(model).__name__, caller(model), kv
+        self._model, self._call, self._kv = model, caller(model), kv
         # Attention has the masks of its parts. This one only keeps the model from making its own.
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device)
 
@@ -136,7 +136,7 @@ class ReplayedLine(EagerLine):
             self._replays[tokens.shape[1]] = replay
         else:
             self._recordable = False
-            logger.info("%s is run plainly, not replayed: %s", self._name, why)
+            logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, why)
         return logits
 
 

@@ -114,6 +114,7 @@ class Planner:
     Attributes:
         floor: probability of being reached and accepted below which tokens have not been worth verifying lately.
         trial: in the coming round drafts rest, or work for nothing if they have rested, to see what they cost.
+        disturbed: so it is, or was in the round before: drafts may be at work on something else, and waits say nothing.
     """
 
     def __init__(self, pace: Pace, costs: Costs, lookahead: int, c: float | str | None = None) -> None:
@@ -125,7 +126,7 @@ class Planner:
         self._sampled = c is not None
         self._measured = False
         self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
-        self.floor, self.trial = 0.0, False
+        self.floor, self.trial, self.disturbed = 0.0, False, False
         self._plain_rate = 0.0  # tokens per millisecond without drafts
         self._at_work = 1.0  # part of verifications lately beside which drafts worked
         self.plan = Plan(lookahead, lookahead, c=self.c)
@@ -194,7 +195,8 @@ class Planner:
         if self.trial and (self._learned or self._until_trial <= -LONGEST_TRIAL):
             self._period = min(2 * self._period, RAREST_TRIAL)
             self._until_trial = self._period
-        self.trial = self._until_trial <= 0
+        self.disturbed, self.trial = self.trial, self._until_trial <= 0
+        self.disturbed |= self.trial
         self._learned = False
 
     def saw_verification(self, tokens: int, load: Load, milliseconds: float, drafted_ms: float) -> None:

@@ -14,7 +14,6 @@ one forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -22,9 +21,12 @@ from math import inf
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.saguaro.calibration import UNSAID, to_byte
 from ssd_ray.saguaro.fanout import FanOutPolicy, Situation, Source, shape
-from ssd_ray.saguaro.ngram import LONGEST, NgramIndex
-from ssd_ray.sampling.laws import Law, pack_laws
-from ssd_ray.speculation.tree import Node, TokenTree
+from ssd_ray.saguaro.ngram import LONGEST
+from ssd_ray.saguaro.width import best_width
+from ssd_ray.sampling.laws import pack_laws
+from ssd_ray.speculation.advice import TextAdvice
+from ssd_ray.speculation.nodes import Candidate, DraftNode, Item, Moves, Prefill, Ranking
+from ssd_ray.speculation.tree import TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
 WINDOW = 192
@@ -44,128 +46,8 @@ RESERVE = 2 * (MAX_LOOKAHEAD + 1)
 CATCH_UP = 16
 """More committed tokens than this without KV are prefilled, not run in a step."""
 
-_TRUSTED = 0.8
-"""How often the text must have been right lately for a branch to follow it blindly."""
-
 _BEYOND = 0.25
 """How much a token beyond the lookahead is worth: it orders the work, no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """What the draft says about the token after another one.
-
-    Attributes:
-        tokens: the likeliest, best first.
-        scores: theirs, in nats up to a constant, noise included.
-        drafted: the token that it drafts.
-        law: in rejection mode what that one was drawn from.
-        source: where the drafted token comes from.
-        model_lead: how far ahead of the next one the model's likeliest token is, in nats, where the text has changed
-            the order.
-    """
-
-    tokens: Sequence[int]
-    scores: Sequence[float]
-    drafted: int
-    law: Law | None = None
-    source: Source = Source.MODEL
-    model_lead: float | None = None
-
-    @property
-    def lead(self) -> float:
-        """How far ahead of the next one the likeliest token is, in nats."""
-        return self.scores[0] - self.scores[1]
-
-
-NOTHING = Ranking((), (), -1)
-
-
-class DraftNode(Node):
-    """A node with what the draft knows of it.
-
-    Attributes:
-        id: its number on the wire; -1 before it was pushed.
-        slot: where its KV is; -1 before it ran.
-        path: slots of its ancestors in the tree and its own.
-        ranking: what the draft said after it; nothing before it ran.
-        depth: tokens of its branch up to it, the guess being 1.
-        chance: probability that its outcome happens and that it is accepted then.
-        reach: the latter alone: that it is reached and accepted, given its outcome; 1 of a guess.
-        sure: probability that it is accepted once it is reached; 0 for a guess, of which that is not known.
-        law: in rejection mode what it was drawn from.
-        sampled: in rejection mode the child that was drawn.
-        tail: the last tokens of the text up to it.
-    """
-
-    __slots__ = ("chance", "depth", "id", "law", "path", "ranking", "reach", "sampled", "slot", "sure", "tail")
-
-    def __init__(self, token: int) -> None:
-        super().__init__(token)
-        self.id = -1
-        self.slot = -1
-        self.path: tuple[int, ...] = ()
-        self.ranking = NOTHING
-        self.depth = 0
-        self.chance = 0.0
-        self.reach = 1.0
-        self.sure = 0.0
-        self.law: Law | None = None
-        self.sampled: DraftNode | None = None
-        self.tail: tuple[int, ...] = ()
-
-    def continuation(self) -> DraftNode | None:
-        return self.sampled or super().continuation()
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One token to run.
-
-    Attributes:
-        token, position, slot: what is run and where its KV goes.
-        trunk: slots 0 .. trunk-1 are seen.
-        path: the other slots that are seen.
-        node: None for a committed token, of which only the KV is wanted.
-    """
-
-    token: int
-    position: int
-    slot: int
-    trunk: int
-    path: tuple[int, ...]
-    node: DraftNode | None
-
-    @property
-    def highest(self) -> int:
-        """The last slot that is seen."""
-        return max(self.path, default=self.slot)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """Write the KV of committed tokens from position ``start`` on."""
-
-    start: int
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """Copy KV between slots, all read before any is written."""
-
-    source: Sequence[int]
-    destination: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """Something to run: ``node`` below ``stem``, or the guess of this rank at this depth of the trunk, not made yet."""
-
-    stem: DraftNode
-    node: DraftNode | None = None
-    depth: int = 0
-    rank: int = 0
 
 
 class DraftSession:
@@ -204,18 +86,16 @@ class DraftSession:
         self._branching = branching
         self._budget = float(budget)
         self._strict = strict
-        self._text_lookup = text_lookup
+        self._advice = TextAdvice(heeds=text_lookup)
         self._next_id = 0
         self._filled = filled  # committed tokens whose KV is in place
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
         self._weights: Sequence[float] = ()
         self._planned: Sequence[int] = ()  # guesses by depth, as fan_out has it
-        self._text_right = 0.5
         self.worth = 0.0  # of the last step
         self._last_width = 8  # branches in the last step that ran nothing else
         self._hits = 0.8  # how often outcomes were prepared for lately
-        self._disputes = [1.0, 1.0]  # won by the model and by the text where they differ; recent ones count more
         self._start(opened)
 
     def _start(self, opened: Open) -> None:
@@ -227,7 +107,7 @@ class DraftSession:
         self._wanted = 0
         self._after_hit = True
         self._base = window_base(self.position)
-        self._ngrams = NgramIndex(self.tokens if self._text_lookup else ())
+        self._advice.begin(self.tokens)
         self._tree: TokenTree[DraftNode] = TokenTree(DraftNode, self.tokens[-1])
         self._follow(opened)
 
@@ -269,8 +149,7 @@ class DraftSession:
         start = self.position
         added = [*(node.token for node in committed[1:]), outcome.bonus_token]
         self.tokens += added
-        if self._text_lookup:
-            self._ngrams.extend(added)
+        self._advice.extend(added)
         self._tree.advance(outcome.accepted, outcome.bonus_token)
         self.round += 1
         moves = self._move_kv(committed, start)
@@ -407,7 +286,7 @@ class DraftSession:
         """
         for item, ranking in zip(items, rankings, strict=True):
             if item.node is not None:
-                item.node.ranking = self._with_text(ranking, self._ngrams.follows(item.node.tail))
+                item.node.ranking = self._advice.heeded(ranking, item.node.tail)
         self._open_guesses()
         for item in items:
             if item.node is not None and item.node.depth > 0:
@@ -431,41 +310,17 @@ class DraftSession:
     def _tail(self) -> tuple[int, ...]:
         return tuple(self.tokens[-LONGEST:])
 
-    def _with_text(self, ranking: Ranking, said: int | None) -> Ranking:
-        """Add the token that the text suggests: drafted if the text has been right more often than the model where
-        they differ, else the first guess."""
-        if said is None:
-            return ranking
-        if said == ranking.drafted:
-            return replace(ranking, source=Source.BOTH)
-        others = [(token, score) for token, score in zip(ranking.tokens, ranking.scores, strict=True) if token != said]
-        wins = ranking.law is None and self._disputes[1] > self._disputes[0]
-        others.insert(0 if wins else 1, (said, others[0][1] if wins else others[min(1, len(others) - 1)][1]))
-        tokens, scores = zip(*others, strict=True)
-        if wins:
-            return Ranking(tokens, scores, said, None, Source.TEXT)
-        return Ranking(tokens, scores, ranking.drafted, ranking.law, Source.OVERRULED, ranking.lead)
-
     def _unroll(self, node: DraftNode) -> None:
         """Continue a guess by what the text says, without running anything, once the text is worth it."""
-        if not (self._disputes[1] > self._disputes[0] and self._text_right > _TRUSTED):
-            return
-        while node.depth <= self._lookahead and (said := self._ngrams.follows(node.tail)) is not None:
+        right = self._advice.right
+        while self._advice.trusted and node.depth <= self._lookahead:
+            said = self._advice.follows(node.tail)
+            if said is None:
+                return
             child = self._make(node, said, node.id)
-            child.sure = self._text_right
-            child.depth, child.chance = node.depth + 1, node.chance * self._text_right
-            child.reach = node.reach * self._text_right
+            child.sure, child.depth = right, node.depth + 1
+            child.chance, child.reach = node.chance * right, node.reach * right
             node = child
-
-    def _judge(self, ranking: Ranking, token: int) -> None:
-        """Learn how often the text is right, and who was where it differed from the model."""
-        if ranking.source is not Source.MODEL:
-            said = ranking.tokens[1] if ranking.source is Source.OVERRULED else ranking.drafted
-            self._text_right += 0.05 * ((said == token) - self._text_right)
-        if ranking.source >= Source.OVERRULED and token in ranking.tokens[:2]:
-            first = token == ranking.tokens[0]
-            model = first == (ranking.source is Source.OVERRULED)
-            self._disputes = [0.9 * wins + (model == (index == 0)) for index, wins in enumerate(self._disputes)]
 
     # The tree
 
@@ -670,19 +525,7 @@ class DraftSession:
             self._policy.observe(self._situation, outcome.accepted, rank)
         for depth, node in enumerate(self._tree.trunk[: outcome.accepted + 1]):
             token = self._tree.trunk[depth + 1].token if depth < outcome.accepted else outcome.bonus_token
-            self._judge(node.ranking, token)
-
-
-def best_width(values: Sequence[float], others: int, step_price: Callable[[int], float]) -> int:
-    """How many branches to run beside ``others`` of the trunk: those that leave most value beyond the step's price.
-    ``values`` fall."""
-    best, width, total = -step_price(others) if others else 0.0, 0, 0.0
-    for some, value in enumerate(values, 1):
-        total += value
-        left = total - step_price(others + some)
-        if left > best:
-            best, width = left, some
-    return width
+            self._advice.judge(node.ranking, token)
 
 
 def _trunk_depth(item: Item) -> int:

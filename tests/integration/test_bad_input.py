@@ -126,7 +126,7 @@ def test_an_unknown_field(pair):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("lookahead", 8),
+        ("lookahead", 16),
         ("lookahead", 0),
         ("num_drafts", -1),
         ("num_drafts", True),

@@ -110,7 +110,7 @@ def test_alone_with_a_draft(config: EngineConfig, case: Case) -> None:
 
 def test_together_with_a_draft_in_turn(config: EngineConfig, case: Case) -> None:
     """Its tokens always come in time, so that many are accepted."""
-    with engine(replace(config, method="sd"), "memory") as generate:
+    with engine(replace(config, method="sd", lookahead=4), "memory") as generate:
         texts, stats = generate(*case.requests)
     assert texts == case.expected
     assert sum(each.rounds for each in stats) < 0.7 * sum(each.tokens for each in stats)

@@ -300,6 +300,13 @@ def test_a_client_that_goes_away_in_the_middle_frees_its_row(client, complete):
     leave_in_the_middle(client, leave, requests=1)
 
 
+def test_however_many_go_away_the_engine_goes_on(client, complete):
+    for _ in range(50):
+        with complete(stream=True, **LONG) as stream:
+            next(iter(stream))
+        assert free_rows(client)["running"] == 0
+
+
 def leave_in_the_middle(client, leave, requests):
     def tokens():
         before = free_rows(client)

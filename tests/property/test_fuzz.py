@@ -40,7 +40,7 @@ class Bench:
         tokenizer = tiny_tokenizer(VOCAB)
         self.models = checked(tokenizer, VOCAB, CONTEXT)
         options = {"concurrency": AT_ONCE, "tokenizer": tokenizer, "end_tokens": [EOS], "backup": "auto"}
-        self.pump = Pump(target, drafts, draft_turns=lambda: 1, proposing=proposing, clock=ticking(), **options)
+        self.pump = Pump(target, drafts, draft_turns=lambda: 1, proposing=proposing, clock=ticking, **options)
         self.running: dict[int, Text] = {}
         self.ends: Counter[str | None] = Counter()
         self.number = 0

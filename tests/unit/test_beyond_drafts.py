@@ -37,7 +37,7 @@ def draft(vocab_size: int = 32, max_length: int = 256) -> Bounded:
 
 
 def texts(drafts: list[TableModel], prompts: list[list[int]], params: SamplingParams = PARAMS) -> list[Text]:
-    pump = Pump(TARGET.perturbed(1.0), drafts, concurrency=3, clock=ticking())
+    pump = Pump(TARGET.perturbed(1.0), drafts, concurrency=3, clock=ticking)
     for number, prompt in enumerate(prompts):
         pump.target.submit(number, prompt, params)
     while len(pump.texts) < len(prompts) or any(text.finish_reason is None for text in pump.texts.values()):

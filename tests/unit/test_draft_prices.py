@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from ssd_ray.config import SamplingParams
 from ssd_ray.saguaro.calibration import UNSAID
 from ssd_ray.saguaro.fanout import POLICIES, Confidence
+from ssd_ray.saguaro.width import best_width
 from ssd_ray.sampling.laws import Law
-from ssd_ray.speculation.draft import WINDOW, DraftNode, DraftSession, Item, Ranking, best_width
+from ssd_ray.speculation.draft import WINDOW, DraftSession
+from ssd_ray.speculation.nodes import DraftNode, Item, Ranking
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -16,6 +16,7 @@ from ssd_ray.bench.rehearsal import Part, Play, Rehearsal, Stage, Stretch
 from ssd_ray.bench.simulate import Hardware, ideal, plain
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.table import TableModel
+from ssd_ray.saguaro.planner import Planner
 from ssd_ray.speculation.draft import SCRATCH
 from ssd_ray.stats import Stats, add
 
@@ -102,7 +103,8 @@ def test_a_step_that_began_before_the_verification_slows_it_until_it_ends() -> N
     assert stage.now == pytest.approx(2e-3 + 12e-3)
 
 
-def test_a_draft_that_never_rests_slows_every_verification() -> None:
+def test_a_draft_that_never_rests_slows_every_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Planner, "price", 0.0)
     slow = replace(HARDWARE, step_ms=30.0, drag=0.5)
     _, stats = rehearse(Play(), slow)
     tokens = rehearse(Play(), slow)[0].forwards.tokens

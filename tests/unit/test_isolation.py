@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ssd_ray.actors import isolation
-from ssd_ray.actors.batch import Batch
+from ssd_ray.actors.batch import Batch, Row
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.isolation import Isolation, told
+from ssd_ray.actors.rounds import Rounds
 from ssd_ray.actors.verifying import Target
 from ssd_ray.config import SamplingParams
 from ssd_ray.errors import EngineError
@@ -38,7 +39,7 @@ def params(number):
 def pump():
     target = TableModel(VOCAB, rows=3, max_length=64, scratch=SCRATCH, contexts=256)
     drafts = [target.perturbed(0.8, seed) for seed in (1, 2)]
-    return Pump(target, drafts, concurrency=3, tokenizer=tiny_tokenizer(VOCAB), backup="auto", clock=ticking())
+    return Pump(target, drafts, concurrency=3, tokenizer=tiny_tokenizer(VOCAB), backup="auto", clock=ticking)
 
 
 def run(pump):
@@ -95,15 +96,15 @@ def by_prompt(detokenizer, tokenizer, stop, context, *_):
 IN_TARGET = {
     "made": (Target, "_row", lambda _, request: request.number == BAD),
     "its detokenizer": (Detokenizer, "__init__", by_prompt),
-    "opened to drafts": (Target, "_introduce", by_row),
+    "opened to drafts": (Rounds, "introduce", by_row),
     "prefilled": (Batch, "prefill", by_row),
     "begun": (TargetSession, "begin", by_session),
     "decided": (CoupledVerifier, "_verify", by_seed),
     "committed": (TargetSession, "commit", by_session),
-    "its stop strings": (Target, "_look_for_stop", by_row),
+    "its stop strings": (Row, "look_for_stop", lambda row: row.session.sequence == BAD),
     "given nodes": (TargetSession, "add", by_session),
     "looked up": (TargetSession, "look_up", by_session),
-    "reported": (Target, "_report", by_row),
+    "reported": (Rounds, "_report", by_row),
 }
 
 ON_DRAFTS = {
@@ -151,7 +152,7 @@ def test_a_forward_that_fails_is_tried_for_each_alone(pump, alone, monkeypatch, 
     before = getattr(runner, name)
 
     def failing(rows, tokens, *rest):
-        if bool((tokens == last).any()):
+        if any(last in (some.tolist() if isinstance(some, torch.Tensor) else some) for some in tokens):
             raise MemoryError("no room for this")
         return before(rows, tokens, *rest)
 

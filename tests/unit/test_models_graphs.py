@@ -82,18 +82,23 @@ def exercise(plain: HFRunner, graphed: HFRunner) -> None:
     for runner in (plain, graphed):
         runner.bind(3, 0, [11, 9, 10])  # not one after the other
         runner.prefill(3, tokens_of(1, 70, seed=3)[0].tolist())
-    for rows, starts in (*cases, ([1], [100]), ([1], [186]), ([3], [70])):
+    for rows, starts, first in (
+        *((*case, 4) for case in cases),
+        ([1], [100], 4),
+        ([1], [186], 4),
+        ([3, 0], [70, 54], 3),
+    ):
         tokens = tokens_of(len(rows), 4, seed=sum(starts)).tolist()
-        tokens[0] = tokens[0][:3]
+        tokens[0] = tokens[0][:first]
         want, got = (runner.append(rows, tokens, starts) for runner in (plain, graphed))
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-4)
         for runner in (plain, graphed):
-            runner.move(rows[0], [starts[0] + 2], [starts[0] + 1])
-    (first,) = graphed.append([0], tokens_of(1, 4).tolist(), [50])
-    kept = first.clone()
+            runner.move(rows[0], [starts[0] + first - 1], [starts[0] + 1])
+    (logits,) = graphed.append([0], tokens_of(1, 4).tolist(), [50])
+    kept = logits.clone()
     graphed.append([0], tokens_of(1, 4, seed=5).tolist(), [50])
-    assert torch.equal(first, kept)
+    assert torch.equal(logits, kept)
 
 
 def test_steps_are_padded_only_where_each_shape_has_to_be_prepared() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.saguaro.backup import ENOUGH, Pace
 from ssd_ray.saguaro.budget import Prospect, best_budget, best_lengths
 from ssd_ray.saguaro.calibration import Calibration, to_byte
@@ -291,7 +292,7 @@ def test_what_was_whole_from_the_start_says_nothing_about_waiting() -> None:
         pace.saw_decision(7, 7, whole=True)
         pace.saw_decision(2, 1)
     assert pace.acceptance[1] < 0.1
-    assert pace.acceptance[2:] == Pace().acceptance[2:]
+    assert pace.acceptance[2:] == [pace.acceptance[1]] * (MAX_LOOKAHEAD - 2)  # as at the last depth that was tried
 
 
 MEASURED = Measured((1, 4, 8, 16), (5.0, 8.0, 8.0, 16.0), row_ms=0.5, slot_ms=0.001)

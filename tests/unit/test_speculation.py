@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.saguaro.fanout import Histogram, Uniform
+from ssd_ray.saguaro.width import best_width
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation import cache as cache_module
 from ssd_ray.speculation.cache import SampledNode, SpeculationCache
-from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession, Item, Ranking, best_width
+from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession
+from ssd_ray.speculation.nodes import Item, Ranking
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.speculation.tree import Node, TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome

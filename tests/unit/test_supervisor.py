@@ -1,13 +1,15 @@
 """What the supervisor relies on, and what it says, without Ray."""
 
 import inspect
+from contextvars import ContextVar
+from types import SimpleNamespace
 
 import pytest
 
 from ssd_ray.cluster import supervisor as module
 from ssd_ray.cluster.processes import DraftProcess, TargetProcess
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS
-from ssd_ray.cluster.supervisor import Member, Supervisor
+from ssd_ray.cluster.supervisor import Member, Supervisor, call
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ModelError
 
@@ -50,3 +52,12 @@ def test_the_first_draft_that_fails_is_told_while_others_load(monkeypatch):
     with pytest.raises(ModelError, match="no weights"):
         supervisor._join([Member("draft-0", slow, place), Member("draft-1", failed, place)])
     supervisor.close()
+
+
+def test_calls_are_apart_from_the_task_that_makes_them():
+    """Else they are cancelled with it, as that of a client that leaves a server is."""
+    task = ContextVar("task", default=None)
+    task.set("a request")
+    method = SimpleNamespace(remote=lambda *args: (task.get(), args))
+    assert call(method, 1, 2) == (None, (1, 2))
+    assert task.get() == "a request"
