@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_round, target_cores
+from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_round, target_cores, verdict
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import EngineConfig, SamplingParams
 
@@ -81,6 +81,7 @@ def methods(
     out = _console()
     for each in params:
         out.print(_table([result for result in results if result.temperature == each.temperature], each, len(chosen)))
+    out.print(verdict(results))
     print(json.dumps({"bench": "methods", "machine": machine(), "results": [result.as_dict() for result in results]}))
 
 

@@ -103,6 +103,26 @@ def per_round(stats: Stats) -> dict[str, float]:
     }
 
 
+def verdict(results: Sequence[Result]) -> str:
+    """Which of our methods serves one request best on this machine, and what to expect, in a sentence."""
+    parts = []
+    for temperature in dict.fromkeys(result.temperature for result in results):
+        here = [result for result in results if result.temperature == temperature]
+        ours = [result for result in here if result.method in OWN]
+        best = max(ours, key=_rate, default=None)
+        if best is None:
+            continue
+        against = [f"{best.ratio(other):.2f} x {other.method}" for other in here if other.method != best.method]
+        parts.append(
+            f"{best.method} at temperature {temperature:g}: {', '.join([f'{best.rate:.0f} tokens/s', *against])}"
+        )
+    return f"Served best here by {'; '.join(parts)}." if parts else ""
+
+
+def _rate(result: Result) -> float:
+    return result.rate
+
+
 def compare(
     config: EngineConfig,
     prompts: Sequence[list[int]],

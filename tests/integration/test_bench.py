@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ssd_ray.bench.cli import app
-from ssd_ray.bench.methods import Result, Run
+from ssd_ray.bench.methods import Result, Run, verdict
 from ssd_ray.bench.plot import check_plotting
 from ssd_ray.bench.prompts import held_out_prompts, held_out_texts
 from ssd_ray.errors import ConfigError
@@ -32,6 +32,15 @@ def test_ratios_are_taken_prompt_by_prompt() -> None:
     slow = Result("ar", 0.0, [Run(100, 2.0), Run(100, 20.0), Run(100, 3.0)])
     assert fast.ratio(slow) == pytest.approx(2.0)
     assert (fast.rate, slow.rate) == (100.0, pytest.approx(100.0 / 3))
+
+
+def test_a_sentence_says_what_serves_best() -> None:
+    results = [Result("ar", 0.0, [Run(100, 2.0)]), Result("ssd", 0.0, [Run(100, 1.0)])]
+    results += [Result("ar", 1.0, [Run(100, 2.0)]), Result("ssd", 1.0, [Run(100, 4.0)])]
+    assert verdict(results) == (
+        "Served best here by ssd at temperature 0: 100 tokens/s, 2.00 x ar; "
+        "ar at temperature 1: 50 tokens/s, 2.00 x ssd."
+    )
 
 
 def test_policies(tmp_path: Path) -> None:
