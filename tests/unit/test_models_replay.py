@@ -122,7 +122,7 @@ def test_a_model_that_looks_at_values_is_run_plainly(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(packing, "CLEARLY", inf)  # both alike
     runner, plain = (HFRunner(tiny_model("llama"), **SIZE) for _ in range(2))
     run_plainly(plain)
-    kind = type(plain._body.layers[0].mlp)
+    kind = type(plain._line._model.model.layers[0].mlp)
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * (1.0 + float(x.sum()) % 1.0))
     got = exercise(runner, RECORDED_AT + 1)
