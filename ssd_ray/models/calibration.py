@@ -33,7 +33,7 @@ GRID = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 96, 
 PER_ROW = MAX_LOOKAHEAD + 1
 """Tokens of each row but the last."""
 
-SECONDS = 2.0
+SECONDS = 6.0
 """Time after which no larger number of tokens is tried: what lies beyond goes on as a straight line."""
 
 WARM_UP, REPEATS = 3, 3
@@ -64,7 +64,8 @@ class Calibration(msgspec.Struct, frozen=True):
         costs = zip(self.measured.sizes, self.measured.ms, strict=True)
         curve = ", ".join(f"{size}: {ms:.2f}" for size, ms in costs)
         own = f"; {', '.join(map(str, self.unsteady))} tokens give bits of their own" if self.unsteady else ""
-        return f"milliseconds by tokens {curve}; {self.measured.row_ms:.2f} for each further row{own}"
+        text = f"milliseconds by tokens {curve}; {self.measured.row_ms:.2f} for each further row and "
+        return f"{text}{1e3 * self.measured.slot_ms:.1f} for each 1,000 slots read{own}"
 
 
 @torch.inference_mode()
@@ -80,6 +81,10 @@ def calibrate(
         trial.end()
 
 
+LONG_ROWS, LONG_SLOTS = 4, 512
+"""Rows that are run far from their beginnings, and slots that they read then, at most."""
+
+
 class _Trial:
     """The forwards of one calibration, over rows that begin at slot 0."""
 
@@ -87,16 +92,23 @@ class _Trial:
         self._runner, self._bound, self._clock = runner, bound, clock
         self._pages_each = -(-PER_ROW // runner.page_slots)
         self._rows = max(1, min(rows, runner.rows, runner.num_pages // self._pages_each))
+        self._bind(self._rows, self._pages_each)
         random = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, runner.vocab_size, (self._rows, PER_ROW), generator=random)
         self._tokens: list[list[int]] = drawn.tolist()
-        for row in range(0 if bound else self._rows):
-            first = row * self._pages_each
-            runner.bind(row, 0, range(first, first + self._pages_each))
+
+    def _bind(self, rows: int, pages: int) -> None:
+        """Give rows so many pages each, all others' being theirs no more, if rows have none of their own."""
+        if self._bound:
+            return
+        for row in range(self._rows):
+            self._runner.bind(row, 0, [UNBOUND] * (self._runner.slots // self._runner.page_slots))
+        for row in range(rows):
+            self._runner.bind(row, 0, range(row * pages, (row + 1) * pages))
 
     def end(self) -> None:
-        for row in range(0 if self._bound else self._rows):
-            self._runner.bind(row, 0, [UNBOUND] * self._pages_each)
+        """Leave the rows as they were."""
+        self._bind(0, 0)
 
     def run(self) -> Calibration:
         sizes, logits = self._first_pass()
@@ -105,7 +117,8 @@ class _Trial:
         bare = [took - row_ms * (len(self._dealt(size)) - 1) for size, took in zip(sizes, ms, strict=True)]
         steady, unsteady = choose_sizes(sizes, bare, _alike(logits), exact=self._runner.dtype != torch.float32)
         costs = dict(zip(sizes, bare, strict=True))
-        return Calibration(Measured(steady, tuple(costs[size] for size in steady), row_ms), steady, unsteady)
+        measured = Measured(steady, tuple(costs[size] for size in steady), row_ms, self._slot_ms())
+        return Calibration(measured, steady, unsteady)
 
     def _first_pass(self) -> tuple[list[int], list[Tensor]]:
         """The sizes that there is time for, and the first row's logits of each."""
@@ -120,13 +133,14 @@ class _Trial:
                 break
         return sizes, logits
 
-    def _fastest(self, shapes: Sequence[Sequence[int]]) -> list[float]:
-        """Milliseconds of forwards of so many tokens for each row, the quickest of several each, which take turns."""
+    def _fastest(self, shapes: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[float]:
+        """Milliseconds of forwards of so many tokens for each row, from these slots on, the quickest of several each,
+        which take turns."""
         best = [inf] * len(shapes)
         for _ in range(REPEATS):
-            for index, counts in enumerate(shapes):
+            for index, (counts, slot) in enumerate(zip(shapes, starts or [0] * len(shapes), strict=True)):
                 start = self._clock()
-                self._forward(counts)
+                self._forward(counts, slot)
                 best[index] = min(best[index], 1e3 * (self._clock() - start))
         return best
 
@@ -142,10 +156,21 @@ class _Trial:
         (apart,) = self._fastest([[1] * size])
         return max(0.0, apart - ms[sizes.index(size)]) / (size - len(self._dealt(size)))
 
-    def _forward(self, counts: Sequence[int]) -> Tensor:
-        """Run so many tokens of each row; the logits of the first row, [tokens, V]."""
+    def _slot_ms(self) -> float:
+        """What a slot adds that is read: tokens of some rows far from their beginnings, against as many there."""
+        rows, runner = min(LONG_ROWS, self._rows), self._runner
+        pages = min(LONG_SLOTS // runner.page_slots, runner.num_pages // rows, runner.max_length // runner.page_slots)
+        start = pages * runner.page_slots - 1
+        if start <= runner.page_slots:
+            return 0.0
+        self._bind(rows, pages)
+        near, far = self._fastest([[1] * rows] * 2, starts=[0, start])
+        return max(0.0, far - near) / (rows * start)
+
+    def _forward(self, counts: Sequence[int], start: int = 0) -> Tensor:
+        """Run so many tokens of each row from a slot on; the logits of the first row, [tokens, V]."""
         tokens = [self._tokens[row][:count] for row, count in enumerate(counts)]
-        return self._runner.append(range(len(tokens)), tokens, [0] * len(tokens))[0]
+        return self._runner.append(range(len(tokens)), tokens, [start] * len(tokens))[0]
 
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)

@@ -30,6 +30,7 @@ from ssd_ray.models.calibration import (
     read,
 )
 from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.table import TableModel
 from ssd_ray.saguaro.costs import Measured
 from tests.support.tiny import tiny_model
 
@@ -180,6 +181,21 @@ class TestCalibrating:
         assert len(found.measured.ms) == len(found.steady)
         assert all(0.0 < ms < inf for ms in found.measured.ms)
         assert found.measured.row_ms >= 0.0
+
+    @pytest.mark.parametrize(("bound", "options"), [(True, {}), (False, {"pages": 96})])
+    def test_it_tells_tokens_rows_and_slots_apart(self, bound: bool, options: dict[str, int]) -> None:
+        now = 0.0
+
+        class Costly(TableModel):
+            def append(self, rows, tokens, starts):  # type: ignore[no-untyped-def]
+                nonlocal now
+                now += 1e-3 * (5.0 + 0.5 * sum(map(len, tokens)) + 0.3 * (len(rows) - 1) + 0.01 * sum(starts))
+                return super().append(rows, tokens, starts)
+
+        model = Costly(rows=4, max_length=256, page_slots=16, **options)
+        measured = calibrate(model, bound=bound, clock=lambda: now).measured
+        assert measured.ms == pytest.approx([5.0 + 0.5 * size for size in measured.sizes])
+        assert (measured.row_ms, measured.slot_ms) == (pytest.approx(0.3), pytest.approx(0.01))
 
     @pytest.mark.parametrize("find", [calibrate, calibrate_steps])
     def test_pages_are_left_as_they_were(self, find: Callable[..., Calibration]) -> None:
