@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 GRID = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
 """Numbers of tokens, over all rows, that are tried."""
 
+COARSE, SLOW_SECONDS = (1, 2, 4, 8, 16, 32, 64), 0.1
+"""The same, run once each, where a token takes so long that noise matters less than a user's patience."""
+
 PER_ROW = MAX_LOOKAHEAD + 1
 """Tokens of each row but the last."""
 
@@ -93,6 +96,7 @@ class _Trial:
         self._pages_each = -(-PER_ROW // runner.page_slots)
         self._rows = max(1, min(rows, runner.rows, runner.num_pages // self._pages_each))
         self._bind(self._rows, self._pages_each)
+        self._grid, self._warm_up, self._repeats = GRID, WARM_UP, REPEATS
         random = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, runner.vocab_size, (self._rows, PER_ROW), generator=random)
         self._tokens: list[list[int]] = drawn.tolist()
@@ -124,9 +128,12 @@ class _Trial:
         """The sizes that there is time for, and the first row's logits of each."""
         sizes, logits = [], []
         started = self._clock()
-        for size in (each for each in GRID if each <= self._rows * PER_ROW):
+        self._forward([1])
+        if self._clock() - started > SLOW_SECONDS:
+            self._grid, self._warm_up, self._repeats = COARSE, 1, 1
+        for size in (each for each in self._grid if each <= self._rows * PER_ROW):
             sizes.append(size)
-            for _ in range(WARM_UP):
+            for _ in range(self._warm_up):
                 last = self._forward(self._dealt(size))
             logits.append(last.clone())
             if self._clock() - started > SECONDS / 2 and size >= PER_ROW:
@@ -137,7 +144,7 @@ class _Trial:
         """Milliseconds of forwards of so many tokens for each row, from these slots on, the quickest of several each,
         which take turns."""
         best = [inf] * len(shapes)
-        for _ in range(REPEATS):
+        for _ in range(self._repeats):
             for index, (counts, slot) in enumerate(zip(shapes, starts or [0] * len(shapes), strict=True)):
                 start = self._clock()
                 self._forward(counts, slot)
