@@ -96,7 +96,8 @@ class _Trial:
         self._pages_each = -(-PER_ROW // runner.page_slots)
         self._rows = max(1, min(rows, runner.rows, runner.num_pages // self._pages_each))
         self._bind(self._rows, self._pages_each)
-        self._grid, self._warm_up, self._repeats = GRID, WARM_UP, REPEATS
+        self._grid: Sequence[int] = GRID
+        self._warm_up, self._repeats = WARM_UP, REPEATS
         random = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, runner.vocab_size, (self._rows, PER_ROW), generator=random)
         self._tokens: list[list[int]] = drawn.tolist()
