@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from math import inf
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_ray.models import packing
-from ssd_ray.models.graphs import RECORDED_AT, EagerLine, ReplayedLine
+from ssd_ray.models.graphs import CACHE_NAMES, RECORDED_AT, EagerLine, ReplayedLine
 from ssd_ray.models.replay import CannotRecordError, opaque, record
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import tiny_model
@@ -135,10 +136,13 @@ def test_a_model_whose_calls_depend_on_extents_is_run_plainly(monkeypatch: pytes
     kind = type(runner._line._model)
     forward = kind.forward
 
-    def scaled(self, *args, past_key_values, **kwargs):
-        output = forward(self, *args, past_key_values=past_key_values, **kwargs)
-        output.logits = output.logits * past_key_values.get_mask_sizes(2, 0)[0]
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        (cache,) = (kwargs[name] for name in CACHE_NAMES if name in kwargs)
+        output.logits = output.logits * cache.get_mask_sizes(2, 0)[0]
         return output
+
+    scaled.__signature__ = signature(forward)
 
     monkeypatch.setattr(kind, "forward", scaled)
     for _ in range(RECORDED_AT + 1):
