@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ssd_ray.cli import app
+from tests.support.processes import started
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -41,7 +42,7 @@ def kill_in_the_middle(arguments, output):
         environment = os.environ | {"TMPDIR": folder}
         root = Path(__file__).parents[2]
         command = [sys.executable, "-c", script, *arguments, "--output", str(output)]
-        with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as process:
+        with started(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as process:
             deadline = monotonic() + 120.0
             while not output.exists() or output.read_bytes().count(b"\n") < 5:
                 assert process.poll() is None

@@ -31,6 +31,7 @@ from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError, ModelError, SsdRayError
 from ssd_ray.models.loader import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
+from tests.support.processes import started
 from tests.support.tiny import with_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -403,12 +404,13 @@ class TestCommand:
         command = [sys.executable, "-c", script, "serve", *flags]
         environment = os.environ | {"TMPDIR": folder}
         root = Path(__file__).parents[2]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment) as server:
+        with started(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment) as server:
             said = server.stderr.readline()
             assert said == f"serving at http://127.0.0.1:{port}\n"
             assert self.left(folder)
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
-                assert client.completions.create(model=pair[0], prompt=PROMPT, max_tokens=2).choices[0].text
+                reply = client.completions.create(model=pair[0], prompt=PROMPT, max_tokens=2, temperature=0.0)
+                assert reply.choices[0].text
             server.send_signal(ending)
             said = server.stderr.read()
             assert server.wait(60) == 0
