@@ -47,6 +47,9 @@ WORTH = 0.9
 run all the same if they take no more than this part of the time."""
 
 
+FORMAT = 2
+"""Of what is kept, and of what it tells: other ones are not read."""
+
 T = TypeVar("T")
 
 
@@ -120,7 +123,8 @@ class _Trial:
         ms = self._fastest([self._dealt(size) for size in sizes])
         row_ms = self._row_ms(sizes, ms)
         bare = [took - row_ms * (len(self._dealt(size)) - 1) for size, took in zip(sizes, ms, strict=True)]
-        steady, unsteady = choose_sizes(sizes, bare, _alike(logits), exact=self._runner.dtype != torch.float32)
+        alike = _alike(logits, [self._runner.bits(self._dealt(size)) for size in sizes])
+        steady, unsteady = choose_sizes(sizes, bare, alike, exact=self._runner.dtype != torch.float32)
         costs = dict(zip(sizes, bare, strict=True))
         measured = Measured(steady, tuple(costs[size] for size in steady), row_ms, self._slot_ms())
         return Calibration(measured, steady, unsteady)
@@ -207,19 +211,24 @@ def calibrate_steps(
     return Calibration(Measured(tuple(best), tuple(best.values())), ())
 
 
-def _alike(logits: Sequence[Tensor]) -> list[bool]:
-    """Which of some forwards give the bits that most of them give to the tokens that they have in common."""
-    kinds: list[tuple[Tensor, list[int]]] = []
-    for index, each in reversed(list(enumerate(logits))):
-        for reference, members in kinds:
-            common = min(len(each), len(reference))
-            if torch.equal(each[:common], reference[:common]):
+def _alike(logits: Sequence[Tensor], bits: Sequence[object]) -> list[bool]:
+    """Which of some forwards round as most of them do: they give the same logits to the tokens that they have in
+    common, and what else tells of their rounding is equal."""
+    kinds: list[list[int]] = []
+    for index in reversed(range(len(logits))):
+        for members in kinds:
+            if bits[index] == bits[members[0]] and _equal(logits[index], logits[members[0]]):
                 members.append(index)
                 break
         else:
-            kinds.append((each, [index]))
-    most = max((members for _, members in kinds), key=len, default=[])
+            kinds.append([index])
+    most = max(kinds, key=len, default=[])
     return [index in most for index in range(len(logits))]
+
+
+def _equal(some: Tensor, others: Tensor) -> bool:
+    common = min(len(some), len(others))
+    return torch.equal(some[:common], others[:common])
 
 
 def choose_sizes(
@@ -260,7 +269,7 @@ def machine_name(*parts: Any) -> str:
     """Names what a measurement depends on: the machine, the libraries, and the parts that the caller adds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", ""), torch.backends.cpu.get_cpu_capability()
-    versions = torch.__version__, transformers.__version__
+    versions = FORMAT, torch.__version__, transformers.__version__
     whole = repr((platform.machine(), _processor(), cores, torch.get_num_threads(), isa, versions, *parts))
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 

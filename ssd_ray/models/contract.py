@@ -55,6 +55,10 @@ class ModelRunner(ABC):
         """How many tokens a row to hand to ``extend`` for that many: more where every shape has to be prepared."""
         return tokens
 
+    def bits(self, counts: Sequence[int]) -> list[bytes]:
+        """What tells how :meth:`append` rounds with so many tokens of each row: equal where it rounds alike."""
+        return []
+
     @abstractmethod
     def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
         """Let the row's virtual pages ``first``, ``first + 1``, .. be these pages of the pool from now on.

@@ -39,11 +39,18 @@ class Product:
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         weights: list[Tensor] = [linear.weight for linear in linears]
         self._bias = torch.cat(biases) if biases else None
+        self.like = weights[0].new_empty(0)
+        self.out_features = sum(linear.out_features for linear in linears)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), _FEW_TOKENS)
         sizes = [linear.out_features for linear in linears]
         self._parts = [(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         self._inputs: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # of these inputs, as far as they were not asked for
+
+    def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """All layers' outputs, [.., in_features] to [.., sum of out_features], with a bias."""
+        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")
+        return outputs
 
     def weight(self, index: int) -> Tensor:
         """A layer's weight in the usual order, a copy."""
@@ -53,7 +60,7 @@ class Product:
     def output(self, index: int, inputs: Tensor) -> Tensor:
         """A layer's output, [.., in_features] to [.., out_features]."""
         if inputs is not self._inputs or index not in self._outputs:
-            whole: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self._bias, "none", [], "")
+            whole = self.of(inputs, self._bias)
             if len(self._parts) == 1:
                 return whole
             self._inputs = inputs
@@ -71,16 +78,16 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self._product, self._index = product or Product([linear]), index
+        self.product, self._index = product or Product([linear]), index
 
     @property
     def weight(self) -> Tensor:
         """A copy in the usual order, for code that looks at it."""
-        return self._product.weight(self._index)
+        return self.product.weight(self._index)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The product, [.., in_features] to [.., out_features]."""
-        return self._product.output(self._index, inputs)
+        return self.product.output(self._index, inputs)
 
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:

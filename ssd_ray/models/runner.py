@@ -17,9 +17,7 @@ from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
 from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import SlotCache, Stretch
-from ssd_ray.models.steady import steadiness
-
-SMALLEST_CHUNK = 8
+from ssd_ray.models.steady import Products, steadiness, steady_chunks
 
 FEW_SIZES = (1, 2, 4, 8, 16, 32)
 """Tokens of a row where every number is a shape of its own, that is compiled or captured."""
@@ -35,7 +33,7 @@ class HFRunner(ModelRunner):
             depend on the length are those of ``max_length`` tokens.
         page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
         prefill_chunk: tokens in one prefill forward at most, which ends at a multiple of it; fewer are padded to a
-            power of two.
+            power of two that leaves their bits alone.
         compile: compile the decoding forwards with torch.compile, once for each shape.
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
 
@@ -66,13 +64,16 @@ class HFRunner(ModelRunner):
         self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
         self.calibration: Calibration | None = None
-        self._body = caller(model.get_decoder())
+        body = model.get_decoder()
+        self._body = caller(body)
         fix_frequencies(model, max_length)
         shapes = probe_layers(model)
         check_addressing(model, shapes, max_length)
         packing = packable(model.device, model.dtype) and not compile
         self.packed = packing and pack_linears(model, find_siblings(model))
         self._steady = steadiness(model, shapes[0], page_slots)
+        self._chunks = steady_chunks(body, prefill_chunk)
+        self._products = Products(model)
         self._kv = SlotCache(
             shapes,
             rows=rows,
@@ -176,6 +177,10 @@ class HFRunner(ModelRunner):
         logits = self._decode(rows, extents, padded, positions, self._tensor(places), mask)
         return torch.cat([of_row[: len(some)] for of_row, some in zip(logits, tokens, strict=True)])
 
+    def bits(self, counts: Sequence[int]) -> list[bytes]:
+        padded = max(counts) * len(counts) if self._line is None else sum(counts)
+        return self._products.bits(padded)
+
     def line_size(self, count: int) -> int:
         """How many tokens are run where there are so many."""
         return next((size for size in self.line_sizes if size >= count), count)
@@ -197,7 +202,7 @@ class HFRunner(ModelRunner):
     def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int, written: list[int]) -> None:
         # Chunks end and read at multiples of their length, so KV is the same, bit for bit, however a prompt is cut.
         count = len(tokens)
-        padded = min(self._chunk, max(SMALLEST_CHUNK, 1 << (count - 1).bit_length()))
+        padded = next(size for size in self._chunks if size >= count)
         inputs = torch.zeros(1, padded, dtype=torch.int64)
         inputs[0, :count] = torch.tensor(tokens, dtype=torch.int64)
         extent = min(self.slots, self.extent((start // self._chunk + 1) * self._chunk))

@@ -7,16 +7,27 @@ found at load, by computing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import NAME, PERIOD, Heads, steady_extents, steady_queries
+from ssd_ray.models.packing import PackedLinear
 from ssd_ray.models.slots import LayerShape
 
 MOST_QUERIES = 32
 """Tokens of one row in a line at most."""
+
+SMALLEST_CHUNK = 8
+"""Tokens to which fewer of a prompt are padded at least."""
+
+DRAWS = 4
+"""Inputs that a product is asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +55,59 @@ def steadiness(model: PreTrainedModel, shape: LayerShape, page_slots: int) -> St
     query_heads = model.config.get_text_config().num_attention_heads // shape.heads
     heads = Heads(query_heads, shape.key_dim, model.dtype, model.device)
     return Steadiness(steady_extents(heads, page_slots), steady_queries(heads, MOST_QUERIES))
+
+
+def steady_chunks(body: nn.Module, largest: int) -> list[int]:
+    """Powers of two and ``largest``: the numbers of tokens up to it among which a token of a prompt gets the bits that
+    it gets among ``largest``."""
+    products = Products(body)
+    sizes = [*(1 << power for power in range(largest.bit_length()) if SMALLEST_CHUNK <= 1 << power < largest), largest]
+    wanted = products.bits(largest)
+    return [size for size in sizes if products.bits(size) == wanted]
+
+
+_Product = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Products:
+    """The linear layers of a module, one of each shape, asked how they round."""
+
+    @torch.inference_mode()
+    def __init__(self, module: nn.Module) -> None:
+        random = torch.Generator().manual_seed(0)
+        self._asked: list[tuple[_Product, Tensor, Tensor]] = []
+        for (inputs, _), (product, like) in _products(module).items():
+            for drawn in torch.randn(DRAWS, 1, inputs, generator=random).to(like.device, like.dtype):
+                self._asked.append((product, drawn, -product(drawn, None)[0]))
+
+    @torch.inference_mode()
+    def bits(self, tokens: int) -> list[bytes]:
+        """What is equal for two numbers of tokens that round alike.
+
+        Half precision rounds most differences away: one token in hundreds shows them, and changes its text all the
+        same. So each product is asked for the rest when its own result is subtracted, as a bias is: that has as many
+        bits as the result had. All tokens are the same one, and so must be their rests.
+        """
+        return [_one(product(token.repeat(tokens, 1), bias)) for product, token, bias in self._asked]
+
+
+def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor]]:
+    """By inputs and outputs, how to compute a product with a bias, and a tensor of its dtype and device."""
+    found: dict[tuple[int, int], tuple[_Product, Tensor]] = {}
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            found.setdefault((layer.in_features, layer.out_features), (partial(_plain, layer.weight), layer.weight))
+        elif isinstance(layer, PackedLinear):
+            product = layer.product
+            found.setdefault((layer.in_features, product.out_features), (product.of, product.like))
+    return found
+
+
+def _plain(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(inputs, weight, bias)
+
+
+def _one(rows: Tensor) -> bytes:
+    """The bytes of rows that are equal, of one of them."""
+    alike = torch.equal(rows, rows[:1].expand_as(rows))
+    return (rows[:1] if alike else rows).contiguous().view(torch.uint8).cpu().numpy().tobytes()
