@@ -26,8 +26,8 @@ MOST_QUERIES = 32
 SMALLEST_CHUNK = 8
 """Tokens to which fewer of a prompt are padded at least."""
 
-DRAWS = 4
-"""Inputs that a product is asked about."""
+ASKED = 4096
+"""Outputs of a product that are looked at, in all inputs together; one whole input at least, and no more than four."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,9 @@ class Products:
     def __init__(self, module: nn.Module) -> None:
         random = torch.Generator().manual_seed(0)
         self._asked: list[tuple[_Product, Tensor, Tensor]] = []
-        for (inputs, _), (product, like) in _products(module).items():
-            for drawn in torch.randn(DRAWS, 1, inputs, generator=random).to(like.device, like.dtype):
+        for (inputs, outputs), (product, like) in _products(module).items():
+            draws = min(4, -(-ASKED // outputs))
+            for drawn in torch.randn(draws, 1, inputs, generator=random).to(like.device, like.dtype):
                 self._asked.append((product, drawn, -product(drawn, None)[0]))
 
     @torch.inference_mode()

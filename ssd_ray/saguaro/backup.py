@@ -10,6 +10,7 @@ text itself competes with waiting, at its own rate of acceptance.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -24,7 +25,42 @@ NARROW = 2
 ENOUGH, LATEST = 3, 9
 """Steps whose times must be known, and whose median counts: one may have taken long for reasons of its own."""
 
+FIRST, FIRST_LOOKED_UP = 0.6, 0.3
+"""Chances that a first token is accepted, drafted or from the text, before anything is known."""
+
+WORTH = 5.0
+"""Tokens that what is known before counts for."""
+
+FADING = 0.99
+"""What is left of a decision with each one after it."""
+
 _SMOOTHING = 0.1
+
+
+class Acceptance:
+    """How often the i-th token of a speculation is accepted when it is reached.
+
+    Before it was tried a depth is thought to be like the one above it, and what was not tried for long is thought so
+    again: a few bad first tries must not keep a depth from being tried for ever.
+
+    Attributes:
+        chances: by depth.
+    """
+
+    def __init__(self, first: float) -> None:
+        self._first = first
+        self._accepted, self._tried = [0.0] * MAX_LOOKAHEAD, [0.0] * MAX_LOOKAHEAD
+        self.chances = [first] * MAX_LOOKAHEAD
+
+    def saw(self, n: int, accepted: int) -> None:
+        """Learn from a speculation of n tokens."""
+        chance = self._first
+        for depth in range(MAX_LOOKAHEAD):
+            reached = depth < min(accepted + 1, n)
+            self._tried[depth] = FADING * self._tried[depth] + reached
+            self._accepted[depth] = FADING * self._accepted[depth] + (depth < min(accepted, n))
+            chance = (WORTH * chance + self._accepted[depth]) / (WORTH + self._tried[depth])
+            self.chances[depth] = chance
 
 
 @dataclass(slots=True)
@@ -34,28 +70,34 @@ class Pace:
     Attributes:
         host_ms: milliseconds of a round's other work.
         rate: tokens per millisecond, all rows together.
-        acceptance: probability that the i-th token of a speculation is accepted when it is reached. Speculations that
-            were whole when they were looked up do not count: nobody asks whether to wait for more of them, and they
-            are accepted more often than others.
-        lookup_acceptance: the same of tokens that were found in the text.
         arrival: probability that a wait is not in vain. It recovers slowly, so that a draft that has got better is
             found out.
         outcomes: outcomes that a round is prepared for.
+        drafted, looked_up: what becomes of speculations, drafted or found in the text.
     """
 
     host_ms: float = 0.0
     rate: float = 0.0
     arrival: float = 1.0
     outcomes: float = 0.0
-    acceptance: list[float] = field(default_factory=lambda: [0.6] * MAX_LOOKAHEAD)
-    lookup_acceptance: list[float] = field(default_factory=lambda: [0.3] * MAX_LOOKAHEAD)
+    drafted: Acceptance = field(default_factory=lambda: Acceptance(FIRST))
+    looked_up: Acceptance = field(default_factory=lambda: Acceptance(FIRST_LOOKED_UP))
 
     _delays: deque[float] = field(default_factory=lambda: deque([0.5] * ENOUGH, maxlen=LATEST))
     _narrow: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
     _wide: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
-    _seen: dict[bool, list[int]] = field(
-        default_factory=lambda: {looked_up: [0] * MAX_LOOKAHEAD for looked_up in (False, True)}
-    )
+
+    @property
+    def acceptance(self) -> Sequence[float]:
+        """Probability that the i-th drafted token of a speculation is accepted when it is reached. Speculations that
+        were whole when they were looked up do not count: nobody asks whether to wait for more of them, and they are
+        accepted more often than others."""
+        return self.drafted.chances
+
+    @property
+    def lookup_acceptance(self) -> Sequence[float]:
+        """The same of tokens that were found in the text."""
+        return self.looked_up.chances
 
     @property
     def known(self) -> bool:
@@ -79,16 +121,8 @@ class Pace:
 
     def saw_decision(self, n: int, accepted: int, *, looked_up: bool = False, whole: bool = False) -> None:
         """Learn from a row that verified n tokens, drafted or found in the text, and ``whole`` from the start."""
-        if whole:
-            return
-        acceptance = self.lookup_acceptance if looked_up else self.acceptance
-        seen = self._seen[looked_up]
-        for depth in range(min(accepted + 1, n)):
-            seen[depth] += 1
-            acceptance[depth] += max(0.02, 1.0 / (5 + seen[depth])) * ((depth < accepted) - acceptance[depth])
-        for depth in range(1, len(acceptance)):
-            if seen[depth] < ENOUGH:  # else what is not tried is never thought worth trying
-                acceptance[depth] = acceptance[depth - 1]
+        if not whole:
+            (self.looked_up if looked_up else self.drafted).saw(n, accepted)
 
     def saw_round(self, tokens: int, milliseconds: float, host_ms: float) -> None:
         """Learn from a round that gave so many tokens, over all rows, in so long."""

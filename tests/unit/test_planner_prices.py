@@ -42,7 +42,7 @@ class Machine:
     ) -> None:
         self.drag, self.step, self.work = drag, step, work
         self.pace, self.costs = Pace(), Costs(machine(token_ms))
-        self.pace.acceptance = [acceptance] * LOOKAHEAD
+        self.pace.drafted.chances = [acceptance] * LOOKAHEAD
         self.planner = Planner(self.pace, self.costs, LOOKAHEAD)
         self.prospects = [Prospect([acceptance] * LOOKAHEAD)]
         for _ in range(ENOUGH):

@@ -291,8 +291,22 @@ def test_what_was_whole_from_the_start_says_nothing_about_waiting() -> None:
     for _ in range(50):
         pace.saw_decision(7, 7, whole=True)
         pace.saw_decision(2, 1)
-    assert pace.acceptance[1] < 0.1
+    assert pace.acceptance[1] < 0.2
     assert pace.acceptance[2:] == [pace.acceptance[1]] * (MAX_LOOKAHEAD - 2)  # as at the last depth that was tried
+
+
+def test_a_depth_that_was_unlucky_at_first_is_tried_again() -> None:
+    """What is not tried is thought to be like the depth above it, whatever its few tries came to."""
+    pace = Pace()
+    for _ in range(4):
+        pace.saw_decision(2, 1)
+    unlucky = pace.acceptance[1]
+    assert unlucky < 0.6 * pace.acceptance[0]
+    for _ in range(100):
+        pace.saw_decision(1, 1)
+    assert pace.acceptance[0] > 0.9
+    assert pace.acceptance[1] > 0.8 * pace.acceptance[0]
+    assert pace.acceptance[1] > 1.5 * unlucky
 
 
 MEASURED = Measured((1, 4, 8, 16), (5.0, 8.0, 8.0, 16.0), row_ms=0.5, slot_ms=0.001)
