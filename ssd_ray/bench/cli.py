@@ -241,7 +241,7 @@ def grid(
     acceptance: Annotated[list[float] | None, typer.Option(min=0.05, max=0.99, help=_GRID_HELP["acceptance"])] = None,
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once; default: 1, 4, 16, 64.")] = None,
     quick: Annotated[bool, typer.Option(help="The corners alone, for one request, and shorter texts.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Of a cell; default: 400, quick: 80.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of a cell; default: 400, quick: 200.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the models and prompts.")] = 0,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture, too: a PNG file.")] = None,

@@ -166,7 +166,7 @@ class Load:
 
     rounds: int = 400
     least: int = 16
-    warm_up: int = 20
+    warm_up: int = 40
     seed: int = 0
 
     def tokens(self, acceptance: float, rows: int) -> tuple[int, int]:
@@ -175,7 +175,7 @@ class Load:
         return round(self.warm_up * of_a_round), round(max(self.least, self.rounds / rows) * of_a_round)
 
 
-BRIEF = Load(rounds=80)
+BRIEF = Load(rounds=200)
 """Enough to see where a cell stands, not to a few hundredths."""
 
 
