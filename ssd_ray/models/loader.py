@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,12 +232,17 @@ def load_runner(
             vocab_size=vocab_size,
         )
         if calibrated:
-            name = machine_name(role, config.to_json_string(), str(kind), str(where), rows, compile, runner.packed)
-            calibration = calibrate if role == "target" else calibrate_steps
-            runner.adopt(kept_or_made(name, lambda: calibration(runner, bound=kv_memory is None)))
-            packed = ", packed" if runner.packed else ""
-            logger.info("%s in %s on %s%s: %s", role, str(kind)[len("torch.") :], where, packed, runner.calibration)
+            _calibrate(runner, role, (config.to_json_string(), str(kind), str(where), rows, compile), kv_memory is None)
         return runner
+
+
+def _calibrate(runner: HFRunner, role: Role, parts: Sequence[object], bound: bool) -> None:
+    """Find out what a runner's forwards cost, or look it up under a name of these parts, and let the runner know."""
+    calibration = calibrate if role == "target" else calibrate_steps
+    name = machine_name(role, *parts, runner.packed)
+    runner.adopt(kept_or_made(name, lambda: calibration(runner, bound=bound)))
+    kind, packed = str(runner.dtype).removeprefix("torch."), ", packed" if runner.packed else ""
+    logger.info("%s in %s on %s%s: %s", role, kind, runner.device, packed, runner.calibration)
 
 
 def _dtype(
