@@ -47,7 +47,8 @@ def consistent(tokenizer, tokens):
     that follow one another as soon as one of them is no character."""
     if tokenizer not in (WORDS, KEPT):
         return True
-    names = tokenizer.convert_ids_to_tokens(tokens, skip_special_tokens=True)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = tokenizer.convert_ids_to_tokens([token for token in tokens if token not in special])
     for in_bytes, run in groupby(names, lambda name: name.startswith("<0x")):
         text = bytes.fromhex("".join(name[3:5] for name in run)).decode(errors="replace") if in_bytes else ""
         if REPLACEMENT in text and set(text) != {REPLACEMENT}:
@@ -59,6 +60,10 @@ def continuation(tokenizer, prompt, tokens):
     """The decoding of all without that of the prompt, as far as that is the same."""
     before, both = decoded(tokenizer, prompt), decoded(tokenizer, [*prompt, *tokens])
     return both[next((i for i, (a, b) in enumerate(zip(before, both, strict=False)) if a != b), len(before)) :]
+
+
+def test_bytes_around_a_token_that_is_skipped_follow_one_another():
+    assert not consistent(WORDS, [*tokens_of(WORDS, "\0"), *WORDS.convert_tokens_to_ids([END, "<0xF0>"])])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
