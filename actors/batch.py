@@ -92,9 +92,9 @@ class Batch:
     def __init__(self, runner: ModelRunner, rows: int, shape: int, *, caching: bool = True) -> None:
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
-        self.pool = PagePool(range(runner.num_pages), runner.page_slots)
-        self._runner = runner
         self._most = min(rows, runner.rows)
+        self.pool = PagePool(range(runner.num_pages), runner.page_slots, self._most)
+        self._runner = runner
         self._shape = shape
         self._caching = caching
         self._arrivals = count()

@@ -127,7 +127,7 @@ class Draft:
         self._lookahead = lookahead
         self._branching = branching
         self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
-        self.pool = PagePool(range(runner.num_pages), runner.page_slots)
+        self.pool = PagePool(range(runner.num_pages), runner.page_slots, runner.rows)
         self._seats: dict[int, Seat] = {}
         self._isolation = Isolation(self._give_up)
         self._handover = Handover()

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 from ssd_ray.models.contract import ModelRunner
 
+BEFORE = -2
+"""In place of the last page of a sequence that has none."""
+
 
 class CachedPage:
     """A page of the prefix cache.
@@ -34,13 +37,17 @@ class PagePool:
     """The pages of one runner.
 
     Args:
-        pages: their numbers.
+        pages: their numbers, one after the other.
         slots: slots of a page.
+        rows: leases that run at the same time, mostly. So many lanes divide the pool, and where there is room each
+            begins a lane: rows that lie at equal distances are read as one.
     """
 
-    def __init__(self, pages: Sequence[int], slots: int) -> None:
+    def __init__(self, pages: range, slots: int, rows: int = 1) -> None:
         self.slots = slots
         self.size = len(pages)
+        self._lane = max(1, self.size // rows)
+        self._lanes = pages[: rows * self._lane : self._lane]
         self._free = set(pages)
         self._root = CachedPage(-1, None, ())
         self._idle: dict[CachedPage, None] = {}  # nobody's, the longest unused first
@@ -85,11 +92,20 @@ class PagePool:
             self._evict(next(iter(self._idle)))
         taken: list[int] = []
         for _ in range(count):
-            number = after + 1 if after + 1 in self._free else self._begin_run(count - len(taken))
+            number = after + 1
+            if number not in self._free:
+                number = self._begin_run(count - len(taken)) if taken or after != BEFORE else self._begin(count)
             self._free.remove(number)
             taken.append(number)
             after = number
         return taken
+
+    def _begin(self, count: int) -> int:
+        """A free page for a sequence to begin with: the first lane's that is free as a whole."""
+        for start in self._lanes:
+            if self._free.issuperset(range(start, start + max(count, self._lane))):
+                return start
+        return self._begin_run(count)
 
     def _begin_run(self, count: int) -> int:
         """A free page from which a sequence can go on: the middle of the longest run of free pages, so that whoever
@@ -167,7 +183,7 @@ class Lease:
         """Have room for so many slots; False, and nothing has changed, if there are no pages for it."""
         missing = self._pool.pages_for(slots) - len(self.pages)
         if missing > 0:
-            taken = self._pool._take(missing, self.pages[-1] if self.pages else -2)
+            taken = self._pool._take(missing, self.pages[-1] if self.pages else BEFORE)
             if taken is None:
                 return False
             self.pages += taken

@@ -5,15 +5,15 @@ at which rows, which slots to write, how many to read. The mask alone says which
 
 A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
 they lie; others are gathered. Where the attention takes them so (:mod:`~ssd_ray.models.attention`), the tokens of all
-rows stand in one line, however many each row has, and rows are read in parts at their own extents; else rows are
-gathered at the longest.
+rows stand in one line, however many each row has, and rows are read in parts at their own extents, those that lie at
+equal distances as one; else rows are gathered at the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from ssd_ray.models.pages import PageTable
 from ssd_ray.models.replay import opaque
 
 SHORT = 384
-"""Slots up to which neighbours of equal extent are gathered into one tensor: measured on a CPU, copying them then costs
-less than an attention call for each."""
+"""Slots up to which rows of equal extent whose pages lie scattered are gathered into one tensor: measured on a CPU,
+copying them then costs less than an attention call for each."""
 
 MAX_VIEWS = 128
 """Views that a layer keeps: each takes a kilobyte, and a row needs another one every page."""
@@ -48,8 +48,8 @@ class Place:
     """What is read of some rows: ``extent`` slots of each."""
 
     extent: int
-    first: int = 0
-    """Where in the pool a row's slots begin, if they follow one another there."""
+    firsts: range = range(0)
+    """Where in the pool the rows' slots begin, if they follow one another there, and at equal distances."""
     pages: Tensor | None = None
     """int64 [R, P]: pages to gather, if they do not."""
 
@@ -97,7 +97,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
         self._window = window
         self._page_slots = page_slots
-        self._views: dict[tuple[int, int], KeysValues] = {}
+        self._views: dict[tuple[range, int], KeysValues] = {}
 
     @opaque(lambda self, key_states, *args, **kwargs: (key_states,))
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
@@ -113,13 +113,13 @@ class SlotLayer(CacheLayerMixin):
         if place.pages is not None:
             where = place.pages, self._page_slots, place.extent
             return gather(self.keys, *where), gather(self.values, *where)
-        span = place.first, place.first + place.extent
-        if span not in self._views:
+        where = place.firsts, place.extent
+        if where not in self._views:
             # Kept, since making them costs as much as writing.
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            self._views[span] = self.keys[:, :, slice(*span)], self.values[:, :, slice(*span)]
-        return self._views[span]
+            self._views[where] = strided(self.keys, *where), strided(self.values, *where)
+        return self._views[where]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: everything was allocated at the start."""
@@ -147,6 +147,15 @@ def write(pool: Tensor, addresses: Tensor, states: Tensor) -> None:
     if rows > 1:
         states = states.transpose(0, 1).reshape(1, heads, -1, dim)
     pool.index_copy_(2, addresses, states)
+
+
+def strided(pool: Tensor, firsts: range, extent: int) -> Tensor:
+    """Slots ``first .. first + extent - 1`` of a pool [1, heads, slots, dim] for each of ``firsts``, as
+    [R, heads, extent, dim], without a copy."""
+    _, heads, _, dim = pool.shape
+    _, by_head, by_slot, by_dim = pool.stride()
+    shape, strides = (len(firsts), heads, extent, dim), (firsts.step * by_slot, by_head, by_slot, by_dim)
+    return pool.as_strided(shape, strides, pool.storage_offset() + firsts.start * by_slot)
 
 
 def gather(pool: Tensor, pages: Tensor, page_slots: int, extent: int) -> Tensor:
@@ -222,16 +231,17 @@ class SlotCache(Cache):
         """
         window = self.window
         window.written, window.extent = written, max(each.extent for each in stretches)
-        groups = _groups(stretches)
-        rows = [[stretches[index].row for index in group] for group in groups]
+        firsts = [self.table.run(each.row, each.extent) for each in stretches]
+        groups = group([each.extent for each in stretches], firsts)
+        rows = [[stretches[index].row for index in some] for some in groups]
         window.places = [
-            self._place(some, stretches[group[0]].extent) for some, group in zip(rows, groups, strict=True)
+            self._place(some, stretches[members[0]].extent) for some, members in zip(rows, groups, strict=True)
         ]
         window.layout = lay_out(stretches, groups, length, queries, self.device)
 
     def _place(self, rows: Sequence[int], extent: int) -> Place:
-        first = self.table.run(rows[0], extent) if len(rows) == 1 else None
-        return Place(extent, pages=self.pages(rows, extent)) if first is None else Place(extent, first)
+        firsts = _progression([self.table.run(row, extent) for row in rows])
+        return Place(extent, pages=self.pages(rows, extent)) if firsts is None else Place(extent, firsts)
 
     def pages(self, rows: Sequence[int], extent: int) -> Tensor:
         """The pages behind the first slots of rows, int64 [R, P]."""
@@ -250,12 +260,43 @@ class SlotCache(Cache):
             bank.index_copy_(2, goal, bank.index_select(2, origin))
 
 
-def _groups(stretches: Sequence[Stretch]) -> list[list[int]]:
-    """Stretches that are read together: those of equal short extents, and every other one alone."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, stretch in enumerate(stretches):
-        groups.setdefault((stretch.extent, -1 if stretch.extent <= SHORT else index), []).append(index)
-    return list(groups.values())
+def group(extents: Sequence[int], firsts: Sequence[int | None]) -> list[list[int]]:
+    """Which stretches are read together: those of equal extents whose rows lie at equal distances, and those of equal
+    short extents whose pages lie scattered.
+
+    Args:
+        extents: slots that each reads.
+        firsts: where in the pool its row begins; None: its pages lie scattered.
+    """
+    in_line: dict[int, list[tuple[int, int]]] = {}
+    scattered: dict[tuple[int, int], list[int]] = {}
+    for index, (extent, first) in enumerate(zip(extents, firsts, strict=True)):
+        if first is not None:
+            in_line.setdefault(extent, []).append((first, index))
+        else:
+            scattered.setdefault((extent, -1 if extent <= SHORT else index), []).append(index)
+    return [*chain.from_iterable(map(_at_equal_distances, in_line.values())), *scattered.values()]
+
+
+def _at_equal_distances(places: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The second numbers of pairs, those together whose first ones rise by equal steps."""
+    runs: list[list[tuple[int, int]]] = []
+    for place in sorted(places):
+        run = runs[-1] if runs else []
+        if not run or (len(run) > 1 and place[0] - run[-1][0] != run[1][0] - run[0][0]):
+            runs.append([place])
+        else:
+            run.append(place)
+    return [[index for _, index in run] for run in runs]
+
+
+def _progression(firsts: Sequence[int | None]) -> range | None:
+    """Places at equal distances as a range; None if they are not, or one is missing."""
+    known = [first for first in firsts if first is not None]
+    steps = {after - before for before, after in pairwise(known)} or {1}
+    if len(known) < len(firsts) or len(steps) > 1 or min(steps) <= 0:
+        return None
+    return range(known[0], known[-1] + 1, steps.pop())
 
 
 def lay_out(

@@ -17,7 +17,7 @@ class Leases(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(range(PAGES), SLOTS)
+        self.pool = PagePool(range(PAGES), SLOTS, rows=3)
         self.running: list[tuple[Lease, list[int]]] = []
         self.written: dict[int, tuple[int, ...]] = {}  # page -> all tokens up to its end, as its KV depends on them
 
@@ -108,4 +108,17 @@ def test_equal_beginnings_share_while_both_run() -> None:
     assert second.pages == first.pages[:2]
     first.release()
     assert pool.available == 4
+    pool.validate()
+
+
+def test_leases_that_begin_together_lie_at_equal_distances() -> None:
+    pool = PagePool(range(33), SLOTS, rows=4)
+    leases = [pool.lease() for _ in range(5)]
+    for lease in leases:
+        assert lease.grow(3 * SLOTS)
+    assert [lease.pages[0] for lease in leases[:4]] == [0, 8, 16, 24]  # and the fifth what follows one of them
+    leases[1].release()
+    again = pool.lease()
+    assert again.grow(8 * SLOTS)
+    assert again.pages == list(range(8, 16))
     pool.validate()

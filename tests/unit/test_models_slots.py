@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_ray.models import slots as slots_module
-from ssd_ray.models.slots import LayerShape, SlotCache
+from ssd_ray.models.slots import LayerShape, SlotCache, group, strided
 
 ROWS, SLOTS, PAGE = 4, 12, 4
 PAGES = [[5, 9, 0], [1, 2, 3], [11, 4, 10], [6, 7, 8]]
@@ -110,3 +110,21 @@ def test_kept_views_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         cache.aim([1], [extent], torch.tensor([[0]]))
         assert cache.update(*states(0, 1, 1, extent), 0)[0].shape[2] == extent
         assert len(cache.layers[0]._views) <= 3
+
+
+def test_rows_at_equal_distances_are_read_together_without_a_copy() -> None:
+    extents = [64, 64, 128, 64, 64, 64, 512, 512]
+    firsts = [0, 640, 64, None, 320, None, None, None]
+    assert group(extents, firsts) == [[0, 4, 1], [2], [3, 5], [6], [7]]  # what lies scattered is copied, if it is short
+    assert group([64] * 5, [0, 64, 256, 320, 384]) == [[0, 1], [2, 3, 4]]
+    assert group([64], [128]) == [[0]]
+
+
+def test_a_strided_view_is_what_would_be_gathered() -> None:
+    bank = torch.randn(3, 2, 40, 4)
+    for pool in bank[:, None]:
+        view = strided(pool, range(4, 40, 12), 8)
+        assert view.shape == (3, 2, 8, 4)
+        assert all(torch.equal(view[i], pool[0, :, first : first + 8]) for i, first in enumerate((4, 16, 28)))
+        assert view.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr()
+        assert torch.equal(strided(pool, range(7, 8), 30)[0], pool[0, :, 7:37])
