@@ -33,7 +33,7 @@ class HFRunner(ModelRunner):
             depend on the length are those of ``max_length`` tokens.
         page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
         prefill_chunk: tokens in one prefill forward at most, which ends at a multiple of it; fewer are padded to a
-            power of two that leaves their bits alone.
+            number that leaves their bits alone.
         compile: compile the decoding forwards with torch.compile, once for each shape.
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
 

@@ -113,13 +113,13 @@ class SlotLayer(CacheLayerMixin):
         if place.pages is not None:
             where = place.pages, self._page_slots, place.extent
             return gather(self.keys, *where), gather(self.values, *where)
-        where = place.firsts, place.extent
-        if where not in self._views:
+        lie = place.firsts, place.extent
+        if lie not in self._views:
             # Kept, since making them costs as much as writing.
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            self._views[where] = strided(self.keys, *where), strided(self.values, *where)
-        return self._views[where]
+            self._views[lie] = strided(self.keys, *lie), strided(self.values, *lie)
+        return self._views[lie]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: everything was allocated at the start."""

@@ -58,10 +58,11 @@ def steadiness(model: PreTrainedModel, shape: LayerShape, page_slots: int) -> St
 
 
 def steady_chunks(body: nn.Module, largest: int) -> list[int]:
-    """Powers of two and ``largest``: the numbers of tokens up to it among which a token of a prompt gets the bits that
-    it gets among ``largest``."""
+    """The numbers of tokens up to ``largest`` among which a token of a prompt gets the bits that it gets among so many,
+    in steps of a third to a half."""
     products = Products(body)
-    sizes = [*(1 << power for power in range(largest.bit_length()) if SMALLEST_CHUNK <= 1 << power < largest), largest]
+    steps = (size for power in range(largest.bit_length()) for size in (1 << power, 3 << power >> 1))
+    sizes = [*(size for size in steps if SMALLEST_CHUNK <= size < largest), largest]
     wanted = products.bits(largest)
     return [size for size in sizes if products.bits(size) == wanted]
 

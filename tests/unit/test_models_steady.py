@@ -51,12 +51,12 @@ def test_tokens_that_round_otherwise_by_their_place_are_found(layer, monkeypatch
 
 def test_chunks_that_round_otherwise_are_left_out(layer, monkeypatch):
     monkeypatch.setattr(steady, "_plain", lambda *args: another_order_for_few(*args, few=20))
-    assert steady_chunks(nn.Sequential(layer), 100) == [32, 64, 100]
+    assert steady_chunks(nn.Sequential(layer), 100) == [24, 32, 48, 64, 96, 100]
 
 
 def test_nothing_is_asked_where_there_are_no_products():
     assert Products(nn.Sequential(nn.ReLU())).bits(3) == []
-    assert steady_chunks(nn.ReLU(), 64) == [8, 16, 32, 64]
+    assert steady_chunks(nn.ReLU(), 64) == [8, 12, 16, 24, 32, 48, 64]
     assert steady_chunks(nn.ReLU(), 4) == [4]
 
 
