@@ -1,9 +1,10 @@
 """The attention that decoding uses: torch's fused kernels under an explicit mask, without copying K and V.
 
 Transformers' own function repeats K and V for every group of query heads as soon as a mask is given. Here the groups
-are left to the kernel on a CPU, and folded into the query's token dimension elsewhere (CUDA's fused kernels take a mask
-or groups, not both). So they are for a single token: measured on a CPU, the kernel takes several times as long for one
-query a head as for a few in half precision.
+are folded into the query's token dimension where a row has few tokens, as in decoding: measured on a CPU, the kernel,
+which reads K and V once for each head, then takes a third to nine tenths of the time, and for a single token in half
+precision as little as a twentieth. For the many tokens of a prompt the groups are left to the kernel on a CPU, and are
+folded elsewhere (CUDA's fused kernels take a mask or groups, not both).
 
 K and V may come in parts, rows of one extent each, whose queries stand in one line of tokens. The cost then follows
 every row's own length, and a row's result is bit for bit what it is without the others. At steady extents
@@ -14,7 +15,7 @@ of queries (:func:`steady_queries`) however many tokens of a row are run togethe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ class Part:
     mask: Tensor
     start: int = 0
     take: Tensor | None = None
+    _folded: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def folded_mask(self, groups: int) -> Tensor:
+        """The mask for queries of so many groups of heads, one group after the other; made once for all layers."""
+        if groups not in self._folded:
+            self._folded[groups] = _folded_mask(self.mask, groups)
+        return self._folded[groups]
 
     def queries(self, line: Tensor) -> Tensor:
         """The part's queries, [G, heads, T, D], of a line's, [1, heads, N, D]."""
@@ -116,8 +124,9 @@ def masked_attention(
 def _by_parts(query: Tensor, keys: Read, values: Sequence[Tensor], scaling: float | None) -> Tensor:
     layout, outputs = keys.layout, []
     for part, key, value in zip(layout.parts, keys, values, strict=True):
-        output = _fused(part.queries(query), key, value, part.mask, scaling)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [G * T, heads, D]
+        queries = part.queries(query)
+        mask = part.folded_mask(queries.shape[1] // key.shape[1])
+        outputs.append(_folded(queries, key, value, mask, scaling).transpose(1, 2).flatten(0, 1))  # [G * T, heads, D]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return (joined if layout.restore is None else joined.index_select(0, layout.restore))[None].contiguous()
 
@@ -125,11 +134,9 @@ def _by_parts(query: Tensor, keys: Read, values: Sequence[Tensor], scaling: floa
 def _fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, causal: bool = False
 ) -> Tensor:
-    rows, heads, tokens, _ = query.shape
-    groups = heads // key.shape[1]
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     if groups > 1 and mask is not None and (query.device.type != "cpu" or tokens == 1):
-        query, mask = fold_groups(query, mask, groups)
-        groups = 1
+        return _folded(query, key, value, _folded_mask(mask, groups), scaling)
     output: Tensor = F.scaled_dot_product_attention(
         query,
         key,
@@ -139,14 +146,20 @@ def _fused(
         scale=scaling,
         enable_gqa=groups > 1,
     )
+    return output
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention of queries [R, kv_heads*groups, T, D], as if [R, kv_heads, groups*T, D], under the mask that fits."""
+    rows, heads, tokens, dim = query.shape
+    query = query.reshape(rows, key.shape[1], -1, dim)
+    output: Tensor = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(rows, heads, tokens, -1)
 
 
-def fold_groups(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Queries [R, kv_heads*groups, T, D] as [R, kv_heads, groups*T, D], and the mask [., 1, T, E] that fits them."""
-    rows, heads, tokens, dim = query.shape
-    repeated = mask.repeat(1, 1, groups, 1) if tokens > 1 else mask.expand(-1, -1, groups, -1)
-    return query.reshape(rows, heads // groups, groups * tokens, dim), repeated
+def _folded_mask(mask: Tensor, groups: int) -> Tensor:
+    """A mask [., 1, T, E] for groups of heads that are folded into the tokens, [., 1, groups*T, E]."""
+    return mask.repeat(1, 1, groups, 1) if mask.shape[2] > 1 else mask.expand(-1, -1, groups, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +218,11 @@ def _first(inputs: Sequence[Tensor], queries: int) -> Sequence[Tensor]:
 
 
 def _among(inputs: Sequence[Tensor], seen: int, extent: int) -> Tensor:
-    """Attention over the first ``seen`` slots where ``extent`` are read."""
+    """Attention over the first ``seen`` slots where ``extent`` are read, as decoding asks for it."""
     query, key, value = inputs
     mask = query.new_zeros(1, 1, query.shape[2], extent)
     mask[..., seen:] = torch.finfo(query.dtype).min
-    return _fused(query, key[:, :, :extent], value[:, :, :extent], mask, None)
+    return _folded(query, key[:, :, :extent], value[:, :, :extent], _folded_mask(mask, query.shape[1]), None)
 
 
 def choose_attention(model: PreTrainedModel) -> str:

@@ -237,7 +237,7 @@ def choose_sizes(
     """Which numbers of tokens to run, and which of them give bits of their own.
 
     Those that are alike, without those that cost no less than a larger one. If not ``exact``, others that are clearly
-    cheaper than the next one that is alike, too.
+    cheaper than the next one, too, and the largest, whatever its bits: more tokens are run as more of them.
 
     Args:
         sizes: rising; ``ms`` what each takes, ``alike`` whether it gives the bits that most give, as some do.
@@ -247,7 +247,7 @@ def choose_sizes(
     cheapest = inf
     for index in reversed(range(len(sizes))):
         part = 1.0 if alike[index] else 0.0 if exact or not chosen else WORTH
-        if ms[index] < part * cheapest or (alike[index] and not chosen):
+        if ms[index] < part * cheapest or (not chosen and (alike[index] or not exact)):
             chosen.insert(0, index)
             cheapest = ms[index]
     unsteady = tuple(sizes[index] for index in chosen if not alike[index])

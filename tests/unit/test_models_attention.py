@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_ray.errors import UnsupportedModelError
@@ -16,7 +15,6 @@ from ssd_ray.models.attention import (
     Parts,
     Read,
     choose_attention,
-    fold_groups,
     masked_attention,
     steady_extents,
     steady_queries,
@@ -70,7 +68,9 @@ def test_parts_of_the_rows(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> No
     for row, extent in enumerate((10, 10, 11)):
         r = slice(row, row + 1)
         alone = query[r], key[r, :, :extent], value[r, :, :extent], mask[r, ..., :extent]
-        assert torch.equal(got[r], masked_attention(Causal(), *alone, scaling=0.3)[0])
+        only = Parts([Part(1, 5, alone[3])])
+        read = (Read([part], only) for part in alone[1:3])
+        assert torch.equal(got[r], masked_attention(Causal(), alone[0], *read, None, scaling=0.3)[0])
         torch.testing.assert_close(got[r], defined(*alone, 0.3))
 
 
@@ -87,18 +87,6 @@ def test_parts_may_take_tokens_from_anywhere(tensors: tuple[Tensor, Tensor, Tens
     (got,) = masked_attention(Causal(), line, keys, values, None, scaling=0.3)[0]
     want = defined(query, key, value, mask, 0.3)
     torch.testing.assert_close(got[:6], torch.cat([want[0, :2], want[1, :1], want[2, :3]]))
-
-
-def test_folded_groups(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    query, key, value, mask = tensors
-    folded = F.scaled_dot_product_attention(
-        *(fold_groups(query, mask, 4 // key.shape[1])[:1]),
-        key,
-        value,
-        attn_mask=fold_groups(query, mask, 4 // key.shape[1])[1],
-        scale=0.3,
-    )
-    torch.testing.assert_close(folded.reshape(query.shape).transpose(1, 2), defined(query, key, value, mask, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -120,7 +120,7 @@ def test_fewer_tokens_are_padded_to_a_number_that_is_run(in_line: bool) -> None:
     runner = HFRunner(tiny_model("gemma2" if not in_line else "llama"), **SIZE)
     assert (runner._line is not None) == in_line
     runner.line_sizes = (2, 8, 16)
-    assert [runner.line_size(count) for count in (1, 2, 3, 8, 9, 16, 17)] == [2, 2, 8, 8, 16, 16, 17]
+    assert [runner.line_size(count) for count in (1, 2, 3, 8, 9, 16, 17, 40, 41)] == [2, 2, 8, 8, 16, 16, 20, 40, 48]
     runner.prefill(0, text(40))
     runner.prefill(1, text(50))
     padded = runner.append([0, 1], [text(3, seed=1), text(2, seed=2)], [40, 50])
