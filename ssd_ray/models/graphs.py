@@ -1,7 +1,7 @@
 """How a decoding forward is launched: eagerly, replayed, compiled at fixed shapes, or as a CUDA graph.
 
-All write the KV and return logits. On a CPU the tokens of all rows stand in a line of N, whose torch calls are recorded
-for each N. The others have rows of T tokens, and hold shapes fixed, too, so that launching costs less: one compilation
+All write the KV and return logits. On a CPU the tokens of all rows stand in a line of N, whose torch calls are
+replayed. The others have rows of T tokens, and hold shapes fixed, too, so that launching costs less: one compilation
 for each (R, T), one CUDA graph for each (R, T, E), made when the shape is first met, or has been met a few times.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ssd_ray.models.replay import record
+from ssd_ray.models.replay import CannotRecordError, replay, trace
 from ssd_ray.models.slots import KeysValues, SlotCache, Stretch, gather, write
 
 logger = logging.getLogger(__name__)
@@ -37,10 +36,10 @@ Pools = list[KeysValues]
 """K and V of each layer."""
 
 RECORDED_AT = 3
-"""How often a shape is met before its forward is recorded, which takes as long as a few forwards."""
+"""Forwards before they are traced, which takes as long as a few."""
 
-MAX_RECORDINGS = 256
-"""Shapes that are recorded at most; each takes a few hundred bytes a call."""
+MORE = 3
+"""Tokens of padding that a second trace has more than the first."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a forward may call its KV cache: the models of transformers from 5.24 on; those before, and with code of their
@@ -99,45 +98,61 @@ class EagerLine:
 
 
 class ReplayedLine(EagerLine):
-    """The plain forward's calls without the model's Python, recorded for each number of tokens.
+    """The plain forward's calls without the model's Python.
 
-    A recording is made of other tokens and positions than the ones at hand and has to give the model's bits for these;
-    a model that fails is left to the plain forward. What is read of the KV is no part of a shape: only our attention
-    looks at it.
+    A replay has to give the model's bits for each number of tokens when that is first met, and is not used for one with
+    which it does not; a model that cannot be traced is left to the plain forward. What is read of the KV is no part of
+    a trace: only our attention looks at it.
+
+    Attributes:
+        replayed: by numbers of tokens that were met since there is a replay, whether it is used.
     """
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         super().__init__(model, kv)
-        self._met: Counter[int] = Counter()
-        self._replays: dict[int, Callable[..., Tensor]] = {}
-        self._recordable = True
+        self._until_traced = RECORDED_AT
+        self._replay: Callable[..., Tensor] | None = None
+        self.replayed: dict[int, bool] = {}
+
+    def __call__(
+        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
+    ) -> Tensor:
+        self._until_traced -= 1
+        if self._until_traced == 0:
+            self._trace(lambda length: self._kv.aim_line(stretches, written, length, queries), len(tokens))
+        return super().__call__(stretches, tokens, positions, written, queries)
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self._replay is None:
+            return super()._run(tokens, positions)
         count = tokens.shape[1]
-        replay = self._replays.get(count)
-        if replay is not None:
-            return replay(tokens, positions)
-        self._met[count] += 1
-        if self._recordable and self._met[count] >= RECORDED_AT and len(self._replays) < MAX_RECORDINGS:
-            return self._record(tokens, positions)
-        return super()._run(tokens, positions)
+        if count not in self.replayed:
+            return self._compare(self._replay, tokens, positions)
+        return self._replay(tokens, positions) if self.replayed[count] else super()._run(tokens, positions)
 
-    def _record(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Record a shape, if that can be done; returns the plain forward's logits."""
-        got, why = None, "its calls depend on more than shapes"
+    def _compare(self, replayed: Callable[..., Tensor], tokens: Tensor, positions: Tensor) -> Tensor:
+        """Find out whether a replay gives the plain forward's bits for so many tokens; returns these."""
         try:
-            others = {"tokens": torch.zeros_like(tokens), "positions": torch.zeros_like(positions)}
-            replay = record(super()._run, **others)
-            got = replay(tokens, positions)
-        except Exception as error:  # whatever it is, the plain forward decides whether it is one
-            why = str(error)
+            got = replayed(tokens, positions)
+        except Exception:  # the plain forward decides whether it is an error
+            got = None
         logits = super()._run(tokens, positions)
-        if got is not None and torch.equal(got, logits) and not self._kv.window.asked:
-            self._replays[tokens.shape[1]] = replay
-        else:
-            self._recordable = False
-            logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, why)
+        self.replayed[tokens.shape[1]] = got is not None and torch.equal(got, logits)
         return logits
+
+    def _trace(self, aim: Callable[[int], None], length: int) -> None:
+        """Trace forwards of zeros of two lengths, whose KV the real one then writes over."""
+        traces = []
+        try:
+            for count in (length, length + MORE):
+                aim(count)
+                inputs = torch.zeros(1, count, dtype=torch.int64, device=self._kv.device)
+                traces.append(trace(super()._run, tokens=inputs, positions=inputs.clone()))
+            if self._kv.window.asked:
+                raise CannotRecordError("it asks how much KV is read")
+            self._replay = replay(*traces)
+        except Exception as error:  # whatever it is, the plain forward decides whether it is one
+            logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, error)
 
 
 def decoding_forward(model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> Forward:

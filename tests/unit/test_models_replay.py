@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_ray.models import packing
 from ssd_ray.models.graphs import CACHE_NAMES, RECORDED_AT, EagerLine, ReplayedLine
-from ssd_ray.models.replay import CannotRecordError, opaque, record
+from ssd_ray.models.replay import CannotRecordError, opaque, replay, trace
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import tiny_model
 
@@ -19,30 +19,42 @@ SIZE = {"rows": 4, "max_length": 128, "scratch": 64}
 WEIGHT = torch.arange(12.0).view(3, 4)
 
 
+def record(function, rows: int = 4):
+    """A replay of a function of x [rows, n], from zeros of two lengths."""
+    return replay(*(trace(function, x=torch.zeros(rows, length)) for length in (3, 5)))
+
+
 def inplace(x: Tensor) -> Tensor:
-    total = torch.zeros(2, 4)
+    total = torch.zeros(3, x.shape[-1])
     view = total[:1]
-    total.add_(x @ WEIGHT)
-    total[1, 2] = 7.0
+    total.add_(WEIGHT @ x)
+    total[1, 0] = 7.0
     return view + total
 
 
 def parts(x: Tensor) -> Tensor:
-    low, *others = x.split([1, 1, 1], dim=-1)
-    values, places = x.topk(2)
-    return torch.cat([low, *others, values, places.float()], dim=-1)[..., None].expand(-1, -1, 2)
+    low, *others = x.split([1, 1, 2])
+    values, places = x.topk(2, dim=0)
+    return torch.cat([low, *others, values, places.float()])[..., None].expand(-1, -1, 2)
 
 
 def untouched(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("function", [inplace, parts, untouched])
-def test_a_replay_gives_what_the_function_gives(function) -> None:
-    replay = record(function, x=torch.zeros(2, 3))
-    for seed in range(3):
-        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(replay(x), function(x=x))
+def shaped(x: Tensor) -> Tensor:
+    length = x.shape[-1]
+    heads = x.view(2, 2, -1).transpose(0, 1).reshape(4 * length)
+    several = heads.view(length, 4)[slice(0, length)].repeat(1, 2).reshape(torch.Size([2 * length, 4]))
+    return several + torch.ones(length * 2, 1)
+
+
+@pytest.mark.parametrize("function", [inplace, parts, untouched, shaped])
+def test_a_replay_gives_what_the_function_gives_whatever_the_length(function) -> None:
+    replayed = record(function)
+    for length in (1, 2, 3, 5, 8, 13):
+        x = torch.randn(4, length, generator=torch.Generator().manual_seed(length))
+        assert torch.equal(replayed(x), function(x=x))
 
 
 @pytest.mark.parametrize(
@@ -59,27 +71,52 @@ def test_a_replay_gives_what_the_function_gives(function) -> None:
 )
 def test_a_function_that_looks_at_values_is_refused(look) -> None:
     with pytest.raises(CannotRecordError):
-        record(look, x=torch.ones(2, 3))
+        trace(look, x=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "depends",
+    [
+        lambda x: x[:, : x.shape[-1] - 1],
+        lambda x: x if x.shape[-1] > 3 else x + 1.0,
+        lambda x: x.relu() if x.shape[-1] > 3 else x.neg(),
+        lambda x: x * (0.5 * x.shape[-1]),
+        lambda x: x.sum(-1, keepdim=x.shape[-1] > 3),
+        lambda x: torch.cat([x] * x.shape[-1]),
+        lambda x: x + torch.tensor([1.0] * x.shape[-1]),
+        lambda x: (x + 1.0, x + 2.0)[x.shape[-1] > 3],
+    ],
+    ids=["less", "branch", "function", "factor", "flag", "list", "new tensor", "result"],
+)
+def test_a_function_that_depends_on_the_length_in_another_way_is_refused(depends) -> None:
+    with pytest.raises(CannotRecordError):
+        record(depends)
+
+
+class Factors:
+    """Something whose values are no part of a trace."""
+
+    def __init__(self) -> None:
+        self.values = [2.0]
+        self.asked: list[int] = []
+
+    @opaque(lambda self, x: (x,))
+    def scaled(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        self.asked.append(len(self.values))
+        return x * sum(self.values), [x + each for each in self.values]
 
 
 def test_an_opaque_function_runs_anew_each_time() -> None:
-    asked: list[int] = []
-
-    @opaque(lambda factors, x: (x,))
-    def scaled(factors: list[float], x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        asked.append(len(factors))
-        return x * sum(factors), [x + factor for factor in factors]
-
-    factors = [2.0]
+    factors = Factors()
 
     def function(x: Tensor) -> Tensor:
-        product, sums = scaled(factors, x)
+        product, sums = factors.scaled(x)
         return product + sums[0]
 
-    replay = record(function, x=torch.ones(2))
-    factors[:] = [3.0, 1.0]
-    assert torch.equal(replay(torch.ones(2)), torch.tensor([8.0, 8.0]))
-    assert asked == [1, 2]
+    replayed = record(function, 1)
+    factors.values = [3.0, 1.0]
+    assert torch.equal(replayed(torch.ones(1, 2)), torch.tensor([[8.0, 8.0]]))
+    assert factors.asked == [1, 1, 2]
 
 
 def run_plainly(runner: HFRunner) -> HFRunner:
@@ -114,7 +151,8 @@ def test_replayed_forwards_give_the_plain_ones_bits(
     forward = runner._line
     assert isinstance(forward, ReplayedLine)
     got = exercise(runner, RECORDED_AT + 4)
-    assert len(forward._replays) >= 3
+    assert len(forward.replayed) >= 3
+    assert all(forward.replayed.values())
     plain = run_plainly(HFRunner(tiny_model(architecture).to(dtype), **SIZE))
     assert all(map(torch.equal, got, exercise(plain, RECORDED_AT + 4)))
 
@@ -127,7 +165,7 @@ def test_a_model_that_looks_at_values_is_run_plainly(monkeypatch: pytest.MonkeyP
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * (1.0 + float(x.sum()) % 1.0))
     got = exercise(runner, RECORDED_AT + 1)
-    assert not runner._line._replays
+    assert not runner._line.replayed
     assert all(map(torch.equal, got, exercise(plain, RECORDED_AT + 1)))
 
 
@@ -147,4 +185,4 @@ def test_a_model_whose_calls_depend_on_extents_is_run_plainly(monkeypatch: pytes
     monkeypatch.setattr(kind, "forward", scaled)
     for _ in range(RECORDED_AT + 1):
         runner.append([0], [[1, 1]], [0])
-    assert not runner._line._replays
+    assert not runner._line.replayed
