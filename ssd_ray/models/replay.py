@@ -174,10 +174,14 @@ class _Source:
         if known is not None:
             self._last_use[known.split("[")[0]] = len(self.lines)
             return known
+        if type(value) is not type(other):
+            raise CannotRecordError("another length takes other arguments")
         if type(value) is list:
             return f"[{self._several(value, other)}]"
         if type(value) in (tuple, torch.Size):
             return f"({self._several(value, other)})"
+        if type(value) is dict:
+            return f"dict([{self._several(list(value.items()), list(other.items()))}])"
         if type(value) is slice:
             ends = [(value.start, other.start), (value.stop, other.stop), (value.step, other.step)]
             return f"slice({', '.join(self._expression(*pair) for pair in ends)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from inspect import signature
 from math import inf
+from typing import Any
 
 import pytest
 import torch
@@ -100,8 +101,10 @@ class Factors:
         self.values = [2.0]
         self.asked: list[int] = []
 
-    @opaque(lambda self, x: (x,))
-    def scaled(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    @opaque(lambda self, x, more: (x,))
+    def scaled(self, x: Tensor, more: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        assert more["same"] is x
+        assert more["count"] == x.shape[-1]
         self.asked.append(len(self.values))
         return x * sum(self.values), [x + each for each in self.values]
 
@@ -110,7 +113,7 @@ def test_an_opaque_function_runs_anew_each_time() -> None:
     factors = Factors()
 
     def function(x: Tensor) -> Tensor:
-        product, sums = factors.scaled(x)
+        product, sums = factors.scaled(x, more={"same": x, "count": x.shape[-1]})
         return product + sums[0]
 
     replayed = record(function, 1)
