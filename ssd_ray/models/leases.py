@@ -94,7 +94,7 @@ class PagePool:
         for _ in range(count):
             number = after + 1
             if number not in self._free:
-                number = self._begin_run(count - len(taken)) if taken or after != BEFORE else self._begin(count)
+                number = self._begin(count) if after == BEFORE else self._begin_run(count - len(taken))
             self._free.remove(number)
             taken.append(number)
             after = number

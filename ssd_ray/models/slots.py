@@ -218,7 +218,8 @@ class SlotCache(Cache):
         """
         window = self.window
         window.written, window.extent, window.layout = written.flatten(), max(extents), None
-        window.places = [self._place(rows, window.extent)]
+        firsts = [self.table.run(row, window.extent) for row in rows]
+        window.places = [self._place(rows, window.extent, firsts)]
 
     def aim_line(self, stretches: Sequence[Stretch], written: Tensor, length: int, queries: Sequence[int]) -> None:
         """Set where the next forward goes, whose tokens stand in a line of ``length``, one stretch after the other and
@@ -233,15 +234,15 @@ class SlotCache(Cache):
         window.written, window.extent = written, max(each.extent for each in stretches)
         firsts = [self.table.run(each.row, each.extent) for each in stretches]
         groups = group([each.extent for each in stretches], firsts)
-        rows = [[stretches[index].row for index in some] for some in groups]
         window.places = [
-            self._place(some, stretches[members[0]].extent) for some, members in zip(rows, groups, strict=True)
+            self._place([stretches[i].row for i in some], stretches[some[0]].extent, [firsts[i] for i in some])
+            for some in groups
         ]
         window.layout = lay_out(stretches, groups, length, queries, self.device)
 
-    def _place(self, rows: Sequence[int], extent: int) -> Place:
-        firsts = _progression([self.table.run(row, extent) for row in rows])
-        return Place(extent, pages=self.pages(rows, extent)) if firsts is None else Place(extent, firsts)
+    def _place(self, rows: Sequence[int], extent: int, firsts: Sequence[int | None]) -> Place:
+        together = _progression(firsts)
+        return Place(extent, pages=self.pages(rows, extent)) if together is None else Place(extent, together)
 
     def pages(self, rows: Sequence[int], extent: int) -> Tensor:
         """The pages behind the first slots of rows, int64 [R, P]."""

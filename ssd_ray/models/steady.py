@@ -62,9 +62,8 @@ def steady_chunks(body: nn.Module, largest: int) -> list[int]:
     in steps of a third to a half."""
     products = Products(body)
     steps = (size for power in range(largest.bit_length()) for size in (1 << power, 3 << power >> 1))
-    sizes = [*(size for size in steps if SMALLEST_CHUNK <= size < largest), largest]
     wanted = products.bits(largest)
-    return [size for size in sizes if products.bits(size) == wanted]
+    return [*(size for size in steps if SMALLEST_CHUNK <= size < largest and products.bits(size) == wanted), largest]
 
 
 _Product = Callable[[Tensor, Tensor | None], Tensor]
