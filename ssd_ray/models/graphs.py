@@ -35,7 +35,7 @@ queries as in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
 Pools = list[KeysValues]
 """K and V of each layer."""
 
-RECORDED_AT = 3
+TRACED_AT = 3
 """Forwards before they are traced, which takes as long as a few."""
 
 MORE = 3
@@ -110,7 +110,7 @@ class ReplayedLine(EagerLine):
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         super().__init__(model, kv)
-        self._until_traced = RECORDED_AT
+        self._until_traced = TRACED_AT
         self._replay: Callable[..., Tensor] | None = None
         self.replayed: dict[int, bool] = {}
 
@@ -137,7 +137,9 @@ class ReplayedLine(EagerLine):
         except Exception:  # the plain forward decides whether it is an error
             got = None
         logits = super()._run(tokens, positions)
-        self.replayed[tokens.shape[1]] = got is not None and torch.equal(got, logits)
+        self.replayed[tokens.shape[1]] = same = got is not None and torch.equal(got, logits)
+        if not same:
+            logger.info("%d tokens are run plainly: a replay gives other bits", tokens.shape[1])
         return logits
 
     def _trace(self, aim: Callable[[int], None], length: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssd_ray.models import packing
-from ssd_ray.models.graphs import CACHE_NAMES, RECORDED_AT, EagerLine, ReplayedLine
+from ssd_ray.models.graphs import CACHE_NAMES, TRACED_AT, EagerLine, ReplayedLine
 from ssd_ray.models.replay import CannotRecordError, opaque, replay, trace
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import tiny_model
@@ -153,11 +153,11 @@ def test_replayed_forwards_give_the_plain_ones_bits(
     runner = HFRunner(tiny_model(architecture).to(dtype), **SIZE)
     forward = runner._line
     assert isinstance(forward, ReplayedLine)
-    got = exercise(runner, RECORDED_AT + 4)
+    got = exercise(runner, TRACED_AT + 4)
     assert len(forward.replayed) >= 3
     assert all(forward.replayed.values())
     plain = run_plainly(HFRunner(tiny_model(architecture).to(dtype), **SIZE))
-    assert all(map(torch.equal, got, exercise(plain, RECORDED_AT + 4)))
+    assert all(map(torch.equal, got, exercise(plain, TRACED_AT + 4)))
 
 
 def test_a_model_that_looks_at_values_is_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +167,9 @@ def test_a_model_that_looks_at_values_is_run_plainly(monkeypatch: pytest.MonkeyP
     kind = type(plain._line._model.model.layers[0].mlp)
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * (1.0 + float(x.sum()) % 1.0))
-    got = exercise(runner, RECORDED_AT + 1)
+    got = exercise(runner, TRACED_AT + 1)
     assert not runner._line.replayed
-    assert all(map(torch.equal, got, exercise(plain, RECORDED_AT + 1)))
+    assert all(map(torch.equal, got, exercise(plain, TRACED_AT + 1)))
 
 
 def test_a_model_whose_calls_depend_on_extents_is_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +186,19 @@ def test_a_model_whose_calls_depend_on_extents_is_run_plainly(monkeypatch: pytes
     scaled.__signature__ = signature(forward)
 
     monkeypatch.setattr(kind, "forward", scaled)
-    for _ in range(RECORDED_AT + 1):
+    for _ in range(TRACED_AT + 1):
         runner.append([0], [[1, 1]], [0])
     assert not runner._line.replayed
+
+
+def test_a_number_of_tokens_with_other_bits_is_run_plainly_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    runner, plain = (HFRunner(tiny_model("llama"), **SIZE) for _ in range(2))
+    run_plainly(plain)
+    line = runner._line
+    line._until_traced, line._replay = 0, lambda tokens, positions: torch.zeros(1)
+    with caplog.at_level("INFO", "ssd_ray"):
+        for _ in range(3):
+            (got,), (want,) = (each.append([0], [[1, 2]], [0]) for each in (runner, plain))
+            assert torch.equal(got, want)
+    assert line.replayed == {2: False}
+    assert [record.getMessage() for record in caplog.records] == ["2 tokens are run plainly: a replay gives other bits"]
