@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from math import inf
 from time import perf_counter
@@ -376,7 +377,7 @@ class Draft:
     def _step_ms(self, sequences: int) -> Callable[[int], float]:
         """Milliseconds of a step by the tokens of each of some sequences."""
         load = Load(sequences)
-        return lambda tokens: self._costs.alone_ms(tokens * sequences, load)
+        return cache(lambda tokens: self._costs.alone_ms(tokens * sequences, load))
 
     def _push(self, work: Mapping[Seat, Sequence[Item]], rankings: Mapping[Seat, list[Ranking]]) -> None:
         """Grow the trees by what the model has said, and send what is new."""

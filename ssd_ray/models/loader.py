@@ -41,8 +41,6 @@ from ssd_ray.models.support import max_positions, refuse_unsupported, shortest_w
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 Role = Literal["target", "draft"]
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -8,10 +8,20 @@ whatever the curve of the cost. Waiting adds tokens at the ends of rows, whose g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+Curve = Callable[[Integers], Floats | float]
+"""Milliseconds of verifications by their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +61,12 @@ class Budget:
         return self.tokens / self.ms
 
 
-def best_lengths(rows: Sequence[Sequence[float]], verify_ms: Callable[[int], float], other_ms: float = 0.0) -> Budget:
+def best_lengths(rows: Sequence[Sequence[float]], verify_ms: Curve, other_ms: float = 0.0) -> Budget:
     """The best tokens to verify of what is there.
 
     Args:
         rows: for each row the probabilities of accepting its tokens when they are reached.
-        verify_ms: milliseconds of a verification of so many tokens.
+        verify_ms: milliseconds of verifications of so many tokens, of several at once.
         other_ms: what the round takes besides.
     """
     return best_budget([Prospect(row) for row in rows], verify_ms, lambda steps: 0.0, other_ms)
@@ -64,7 +74,7 @@ def best_lengths(rows: Sequence[Sequence[float]], verify_ms: Callable[[int], flo
 
 def best_budget(
     rows: Sequence[Prospect],
-    verify_ms: Callable[[int], float],
+    verify_ms: Curve,
     wait_ms: Callable[[int], float],
     other_ms: float = 0.0,
     arrival: float = 1.0,
@@ -74,36 +84,46 @@ def best_budget(
     Args:
         rows: what each row could verify.
         verify_ms, other_ms: as for :func:`best_lengths`.
-        wait_ms: milliseconds of waiting for so many steps, 1 and more; more steps take no less.
+        wait_ms: milliseconds of waiting for so many steps, 1 and more.
         arrival: probability that what is waited for comes in time.
     """
-    table = np.array([token for row, each in enumerate(rows) for token in _tokens(row, each, arrival)]).reshape(-1, 3)
-    gains, of_row, after = table[np.argsort(-table[:, 0], kind="stable")].T  # [tokens] each
-    ms = np.array([max(1e-9, verify_ms(len(rows) + count) + other_ms) for count in range(len(gains) + 1)])
-    best = (0.0, 0, 0)  # tokens per millisecond, steps, tokens beside the bonus tokens
-    for steps in range(1 + max((len(row.coming) for row in rows), default=0)):
-        waited = wait_ms(steps) if steps else 0.0
-        if len(rows) + gains.sum() <= best[0] * (ms.min() + waited):
-            break  # not even if all came in that time, and cost nothing to verify
-        tokens = len(rows) + np.cumsum(gains[after <= steps])
-        rates = np.append(len(rows), tokens) / (ms[: len(tokens) + 1] + waited)
-        count = int(rates.argmax())
-        best = max(best, (float(rates[count]), steps, count), key=lambda each: each[0])
-    rate, steps, count = best
-    chosen = np.flatnonzero(after <= steps)[:count]
-    lengths = np.bincount(of_row[chosen].astype(np.int64), minlength=len(rows)).tolist()
-    expected = len(rows) + float(gains[chosen].sum())
-    return Budget(lengths, steps, expected, expected / rate, float(gains[chosen[-1]]) if count else 1.0)
+    gains, of_row, after = _best_first(rows, arrival)
+    ms = np.empty(1 + len(gains))  # by tokens beside the bonus tokens
+    ms[:] = np.maximum(1e-9, verify_ms(len(rows) + np.arange(len(ms))) + other_ms)
+    waits = range(1, 1 + max((len(row.coming) for row in rows), default=0))
+    waited = np.array([0.0, *map(wait_ms, waits)])[:, None]  # [steps, 1]
+    there = after <= np.arange(len(waited))[:, None]  # [steps, tokens]
+    expected = len(rows) + _sums(there * gains)
+    count = _sums(there).astype(np.int64)
+    rates = expected / (ms[count] + waited)  # [steps, 1 + tokens]
+    steps, place = divmod(int(rates.argmax()), rates.shape[1])
+    chosen = np.flatnonzero(there[steps, :place])
+    lengths = np.bincount(of_row[chosen], minlength=len(rows)).tolist()
+    tokens = float(expected[steps, place])
+    least = float(gains[chosen[-1]]) if len(chosen) else 1.0
+    return Budget(lengths, steps, tokens, tokens / float(rates[steps, place]), least)
 
 
-def _tokens(row: int, prospect: Prospect, arrival: float) -> Iterator[tuple[float, int, int]]:
-    """For each token of a row the probability of reaching and accepting it, the row, and the steps after which it is
-    there."""
-    reach = 1.0
-    for chance in prospect.there:
-        reach *= min(1.0, chance)
-        yield reach, row, 0
-    reach *= arrival
-    for step, chance in enumerate(prospect.coming, 1):
-        reach *= min(1.0, chance)
-        yield reach, row, step
+def _best_first(rows: Sequence[Prospect], arrival: float) -> tuple[Floats, Integers, Integers]:
+    """For each token the probability of reaching and accepting it, its row, and the steps after which it is there; the
+    most probable first."""
+    gains: list[float] = []
+    after: list[int] = []
+    for row in rows:
+        chances = [min(1.0, chance) for chance in (*row.there, *row.coming)]
+        if row.coming:
+            chances[len(row.there)] *= arrival
+        gains += accumulate(chances, mul)
+        after += [0] * len(row.there)
+        after += range(1, 1 + len(row.coming))
+    of_row = np.repeat(np.arange(len(rows)), [len(row.there) + len(row.coming) for row in rows])
+    values = np.array(gains)
+    order = np.argsort(-values, kind="stable")
+    return values[order], of_row[order], np.array(after, dtype=np.int64)[order]
+
+
+def _sums(values: NDArray[Any]) -> Floats:
+    """Sums of the first 0, 1, .. values of each row."""
+    sums = np.zeros((values.shape[0], 1 + values.shape[1]))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
 from msgspec import Struct
+
+from ssd_ray.saguaro.budget import Floats, Integers
 
 _SMOOTHING = 0.1
 _SHAPE_SMOOTHING = 0.03
@@ -84,12 +86,19 @@ class Costs:
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
         """Milliseconds of a verification with nobody at work beside it."""
-        extra = (load.rows - 1) * self.measured.row_ms + load.slots * self.measured.slot_ms
-        return self._speed * (self._curve(tokens) + extra)
+        return float(self._alone_ms(tokens, load))
 
     def verify_ms(self, tokens: int, load: Load = Load(), *, beside: float = 1.0) -> float:
         """Milliseconds of a verification with drafts at work ``beside`` it for that part of the time."""
         return self._slowdown(beside) * self.alone_ms(tokens, load)
+
+    def each_verify_ms(self, tokens: Integers, load: Load = Load(), *, beside: float = 1.0) -> Floats:
+        """The same of many numbers of tokens at once."""
+        return self._slowdown(beside) * self._alone_ms(tokens, load)
+
+    def _alone_ms(self, tokens: int | Integers, load: Load) -> Floats:
+        extra = (load.rows - 1) * self.measured.row_ms + load.slots * self.measured.slot_ms
+        return self._speed * (self._curve(tokens) + extra)
 
     @property
     def toll(self) -> float:
@@ -138,25 +147,14 @@ class Costs:
     def _begin(self, tokens: int, milliseconds: float) -> None:
         self._sizes, self._ms, self.known = [tokens], [milliseconds], True
 
-    def _curve(self, tokens: int) -> float:
-        """The curve at a number of tokens: fewer that are run as more cost as much, beyond the last in proportion."""
-        index = bisect_left(self._sizes, tokens)
-        if index < len(self._sizes):
-            if index == 0 or self._sizes[index] == tokens:
-                return self._ms[index]
-            return _between(self._sizes, self._ms, index, tokens)
-        if len(self._sizes) < 2:
-            return self._ms[-1]
-        return max(self._ms[-1], _between(self._sizes, self._ms, len(self._sizes) - 1, tokens))
+    def _curve(self, tokens: int | Integers) -> Floats:
+        """The curve at numbers of tokens: fewer that are run as more cost as much, beyond the last in proportion."""
+        sizes, ms = self._sizes, self._ms
+        slope = (ms[-1] - ms[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
+        return np.interp(tokens, sizes, ms) + max(0.0, slope) * np.maximum(0, tokens - sizes[-1])
 
     def _bend(self, tokens: int, ratio: float) -> None:
         """Let the curve follow at the sizes next to a number of tokens."""
         index = min(bisect_left(self._sizes, tokens), len(self._sizes) - 1)
         for near in {index, max(0, index - 1)} if self._sizes[index] > tokens else {index}:
             self._ms[near] *= 1.0 + _SHAPE_SMOOTHING * (ratio - 1.0)
-
-
-def _between(sizes: Sequence[int], values: Sequence[float], index: int, at: int) -> float:
-    """The straight line through points ``index - 1`` and ``index``."""
-    low, high = sizes[index - 1], sizes[index]
-    return values[index - 1] + (at - low) / (high - low) * (values[index] - values[index - 1])

@@ -15,7 +15,7 @@ from math import inf
 from typing import Generic, TypeVar
 
 from ssd_ray.saguaro.backup import Pace
-from ssd_ray.saguaro.budget import Budget, Prospect, best_budget
+from ssd_ray.saguaro.budget import Budget, Curve, Prospect, best_budget
 from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.factors import FACTORS, FIRST, Factors
 
@@ -174,8 +174,8 @@ class Planner:
     def _alone(self, row: Prospect, load: Load) -> Budget:
         return best_budget([row], self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
 
-    def _verify_ms(self, load: Load) -> Callable[[int], float]:
-        return lambda tokens: self._costs.verify_ms(tokens, load, beside=self._at_work)
+    def _verify_ms(self, load: Load) -> Curve:
+        return lambda tokens: self._costs.each_verify_ms(tokens, load, beside=self._at_work)
 
     def update(self) -> Plan | None:
         """Reconsider after a round; the new plan if there is one."""

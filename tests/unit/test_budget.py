@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate, product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_ray.saguaro.budget import Budget, Prospect, best_budget, best_lengths
+from ssd_ray.saguaro.budget import Budget, Curve, Prospect, best_budget, best_lengths
 
 CHANCES = st.lists(st.floats(0.0, 1.0), max_size=4)
 ROWS = st.lists(CHANCES, min_size=1, max_size=3)
 COSTS = st.lists(st.floats(0.0, 5.0), min_size=25, max_size=25)
 
 
-def convex(increments: Sequence[float]) -> Callable[[int], float]:
+def convex(increments: Sequence[float]) -> Curve:
     """Every further token costs at least as much as the one before it."""
-    costs = list(accumulate(sorted(increments), initial=1.0))
+    costs = np.array([*accumulate(sorted(increments), initial=1.0)])
     return lambda tokens: costs[tokens]
 
 
-def steps(increments: Sequence[float]) -> Callable[[int], float]:
+def steps(increments: Sequence[float]) -> Curve:
     """Four tokens cost what one does: where shapes are padded."""
-    costs = list(accumulate(increments, initial=1.0))
+    costs = np.array([*accumulate(increments, initial=1.0)])
     return lambda tokens: costs[-(-tokens // 4)]
 
 
-def anyhow(increments: Sequence[float]) -> Callable[[int], float]:
+def anyhow(increments: Sequence[float]) -> Curve:
     """More tokens cost no less, and nothing else is said."""
-    costs = list(accumulate(increments, initial=1.0))
+    costs = np.array([*accumulate(increments, initial=1.0)])
     return lambda tokens: costs[tokens]
 
 
@@ -46,7 +47,7 @@ def rate(rows: Sequence[Sequence[float]], lengths: Sequence[int], ms: float) -> 
     return sum(gain(chances, length) for chances, length in zip(rows, lengths, strict=True)) / ms
 
 
-def best_rate(rows: Sequence[Sequence[float]], verify_ms: Callable[[int], float], other_ms: float) -> float:
+def best_rate(rows: Sequence[Sequence[float]], verify_ms: Curve, other_ms: float) -> float:
     """By trying all lengths of all rows."""
     choices = product(*(range(len(chances) + 1) for chances in rows))
     return max(rate(rows, lengths, verify_ms(len(rows) + sum(lengths)) + other_ms) for lengths in choices)
@@ -66,7 +67,7 @@ def check(budget: Budget, rows: Sequence[Sequence[float]], ms: float) -> None:
 def test_the_best_lengths_are_the_best_of_all(
     rows: list[list[float]],
     increments: list[float],
-    shape: Callable[[Sequence[float]], Callable[[int], float]],
+    shape: Callable[[Sequence[float]], Curve],
     other_ms: float,
 ) -> None:
     verify_ms = shape(increments)
@@ -88,7 +89,7 @@ def test_the_best_lengths_are_the_best_of_all(
 def test_the_best_budget_is_the_best_of_all_lengths_and_waits(
     rows: list[Prospect],
     increments: list[float],
-    shape: Callable[[Sequence[float]], Callable[[int], float]],
+    shape: Callable[[Sequence[float]], Curve],
     other_ms: float,
     delay_ms: float,
     step_ms: float,

@@ -7,14 +7,13 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.saguaro.backup import ENOUGH, Pace
-from ssd_ray.saguaro.budget import Prospect, best_budget, best_lengths
+from ssd_ray.saguaro.budget import Prospect, best_budget
 from ssd_ray.saguaro.calibration import Calibration, to_byte
-from ssd_ray.saguaro.costs import Costs, Load, Measured
 from ssd_ray.saguaro.fanout import (
     MAX_RANK,
     POLICIES,
@@ -182,74 +181,6 @@ def test_the_exponent_is_found_again(r: float) -> None:
 chances = st.lists(st.floats(0.0, 1.0), max_size=4)
 
 
-@given(
-    rows=st.lists(chances, min_size=1, max_size=3),
-    curve=st.lists(st.floats(0.0, 5.0), min_size=16, max_size=16),
-    fixed_ms=st.floats(0.1, 50.0),
-    other_ms=st.floats(0.0, 5.0),
-)
-def test_the_tokens_of_a_round_are_the_best_of_all(
-    rows: list[list[float]], curve: list[float], fixed_ms: float, other_ms: float
-) -> None:
-    """Whatever a verification costs by its tokens."""
-    costs = [fixed_ms, *(fixed_ms + total for total in itertools.accumulate(curve))]
-    budget = best_lengths(rows, costs.__getitem__, other_ms)
-
-    def rate(lengths: Sequence[int]) -> float:
-        tokens = sum(sum(_product(row[:i]) for i in range(n + 1)) for row, n in zip(rows, lengths, strict=True))
-        return tokens / (costs[len(rows) + sum(lengths)] + other_ms)
-
-    best = max(map(rate, itertools.product(*(range(len(row) + 1) for row in rows))))
-    assert rate(budget.lengths) == pytest.approx(budget.rate)
-    assert budget.rate == pytest.approx(best)
-    gains = [_product(row[:n]) for row, n in zip(rows, budget.lengths, strict=True) if n]
-    assert budget.least == pytest.approx(min(gains, default=1.0))
-
-
-@given(
-    rows=st.lists(st.tuples(chances, chances), min_size=1, max_size=3),
-    fixed_ms=st.floats(1.0, 100.0),
-    token_ms=st.floats(0.0, 10.0),
-    step_ms=st.floats(0.1, 100.0),
-    delay_ms=st.floats(0.0, 10.0),
-    arrival=st.floats(0.0, 1.0),
-)
-@example([([], [0.05, 1.0, 1.0, 1.0])], 100.0, 0.0, 1.0, 10.0, 1.0)  # two steps are not worth the delay, three are
-def test_a_wait_is_the_best_of_all(
-    rows: list[tuple[list[float], list[float]]],
-    fixed_ms: float,
-    token_ms: float,
-    step_ms: float,
-    delay_ms: float,
-    arrival: float,
-) -> None:
-    prospects = [Prospect(there, coming) for there, coming in rows]
-
-    def verify_ms(tokens: int) -> float:
-        return fixed_ms + tokens * token_ms
-
-    def wait_ms(steps: int) -> float:
-        return steps * step_ms + delay_ms
-
-    chosen = best_budget(prospects, verify_ms, wait_ms, 0.5, arrival)
-
-    def rate(steps: int) -> float:
-        after = [
-            [*there, *(c * (1.0 if i else arrival) for i, c in enumerate(coming[:steps]))] for there, coming in rows
-        ]
-        return best_lengths(after, verify_ms, 0.5 + (wait_ms(steps) if steps else 0.0)).rate
-
-    assert rate(chosen.steps) == pytest.approx(chosen.rate)
-    assert chosen.rate >= 0.999 * max(map(rate, range(5)))
-
-
-def _product(values: list[float]) -> float:
-    result = 1.0
-    for value in values:
-        result *= value
-    return result
-
-
 def wait(pace: Pace, verify_ms: float) -> int:
     """Steps that a row with nothing waits for."""
     prospect = Prospect((), pace.acceptance[:7])
@@ -307,49 +238,6 @@ def test_a_depth_that_was_unlucky_at_first_is_tried_again() -> None:
     assert pace.acceptance[0] > 0.9
     assert pace.acceptance[1] > 0.7 * pace.acceptance[0]
     assert pace.acceptance[1] > 1.5 * unlucky
-
-
-MEASURED = Measured((1, 4, 8, 16), (5.0, 8.0, 8.0, 16.0), row_ms=0.5, slot_ms=0.001)
-
-
-def test_a_verification_costs_what_was_measured() -> None:
-    costs = Costs(MEASURED)
-    assert [costs.alone_ms(tokens) for tokens in (1, 4, 6, 12, 24)] == [5.0, 8.0, 8.0, 12.0, 24.0]
-    assert costs.alone_ms(4, Load(rows=3, slots=100)) == pytest.approx(8.0 + 1.0 + 0.1)
-    assert costs.per_token_ms(8) == pytest.approx(1.0)
-
-
-def test_the_first_verification_says_what_nobody_measured() -> None:
-    costs = Costs()
-    assert not costs.known
-    costs.saw(4, Load(), 12.0, beside=False)
-    assert costs.known
-    assert costs.alone_ms(1) == costs.alone_ms(9) == pytest.approx(12.0)
-
-
-def test_costs_follow_the_machine_and_not_its_noise() -> None:
-    costs, dice = Costs(MEASURED), random.Random(0)
-    for _ in range(600):
-        tokens = dice.choice([1, 4, 8, 16])
-        truth = 2.0 * MEASURED.ms[MEASURED.sizes.index(tokens)]
-        disturbed = truth * (50.0 if dice.random() < 0.05 else dice.uniform(0.9, 1.1))
-        costs.saw(tokens, Load(), disturbed, beside=False)
-    for tokens, once in zip(MEASURED.sizes, MEASURED.ms, strict=True):
-        assert costs.alone_ms(tokens) == pytest.approx(2.0 * once, rel=0.3)
-
-
-def test_what_drafts_cost_is_found_by_trials() -> None:
-    costs, dice = Costs(MEASURED), random.Random(0)
-    for round in range(200):
-        resting = round % 20 == 19
-        truth = 8.0 * (1.0 if resting else 1.5) * dice.uniform(0.95, 1.05)
-        if resting:
-            costs.saw_trial(4, Load(), truth, beside=False)
-        else:
-            costs.saw(4, Load(), truth, beside=True)
-    assert costs.drag == pytest.approx(0.5, abs=0.15)
-    assert costs.verify_ms(4) == pytest.approx(12.0, rel=0.15)
-    assert costs.alone_ms(4) == pytest.approx(8.0, rel=0.15)
 
 
 @given(said=st.integers(1, 255), depth=st.integers(0, 14))
