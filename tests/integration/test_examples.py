@@ -24,6 +24,7 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_offline(run, pair):
     out = run("offline.py", *pair).out
     assert len(re.findall(r"^--- (?:length|stop) after \d+ tokens$", out, re.MULTILINE)) == 2

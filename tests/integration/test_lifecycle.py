@@ -130,6 +130,7 @@ def test_after_an_error_in_the_middle(driver):
     assert_gone(driver, traces)
 
 
+@pytest.mark.slow
 def test_after_control_c(driver):
     traces = driver.start("wait")
     sleep(0.2)

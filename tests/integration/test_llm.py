@@ -505,7 +505,8 @@ def test_a_failed_start_leaves_nothing_running(cluster, llm, pair, tmp_path):
     wait_until(lambda: free_cpus() == ray.cluster_resources()["CPU"] - 1)
 
 
-@pytest.mark.parametrize("transport", ["zmq", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["zmq", "ray"])
 def test_rejection_mode_with_laws_over_the_whole_vocabulary(cluster, pair, transport):
     """Frames of laws are beyond what goes inline here, so they ride on object refs with either transport."""
     fields = {"sampler": "rejection", "law_tokens": 0, "text_lookup": False, "inline_max_bytes": 1024}

@@ -22,17 +22,15 @@ import openai
 import psutil
 import pytest
 import ray
-from ray import serve
 
 from ssd_ray import SamplingParams
 from ssd_ray.cluster.runtime import MARK
 from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
-from ssd_ray.errors import ConfigError, ModelError, SsdRayError
+from ssd_ray.errors import ConfigError
 from ssd_ray.models.loader import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
 from tests.support.processes import started
-from tests.support.tiny import with_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -50,22 +48,7 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def refusal(cluster, pair, tmp_path_factory):
-    """Why a server whose draft passes the checks but cannot be loaded did not start, and replicas that were tried."""
-    broken = tmp_path_factory.mktemp("broken")
-    with_weights(pair[1], broken, {"model.norm.weight": None})
-    with (
-        pytest.raises(SsdRayError) as caught,
-        serving(EngineConfig(target=pair[0], draft=str(broken)), "127.0.0.1", free_port()),
-    ):
-        pass
-    serve.shutdown()  # it keeps the port that it was first started with
-    tried = [group for group in ray.util.placement_group_table().values() if len(group["bundles"]) == 3]
-    return caught.value, len(tried)
-
-
-@pytest.fixture(scope="module")
-def address(refusal, pair):
+def address(cluster, pair):
     config = EngineConfig(target=pair[0], draft=pair[1], max_queue=MAX_QUEUE)
     with serving(config, "127.0.0.1", free_port()) as address:
         yield address
@@ -115,13 +98,6 @@ def free_rows(client):
 def nothing_is_held(client):
     yield
     free_rows(client)
-
-
-def test_a_replicas_error_reaches_whoever_started_it_and_is_not_tried_again(refusal):
-    error, tried = refusal
-    assert type(error) is ModelError
-    assert re.match(r"draft: .* lacks weights that the model has: model\.norm\.weight", str(error))
-    assert tried == 1
 
 
 def test_the_model_is_called_as_its_folder(client, model, pair):
@@ -367,6 +343,7 @@ def test_a_port_in_use_is_refused_at_once(address, pair):
         pass
 
 
+@pytest.mark.slow
 def test_serve_run_can_build_before_it_connects():
     """As it does; nothing stays of the Ray that was asked what there is."""
     script = """

@@ -71,6 +71,7 @@ def test_training_lowers_the_loss_and_the_figures_are_written(out: Path) -> None
     assert set(figures["greedy"]["tokens_per_round"]) == {"3", "5", "7"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(out: Path) -> None:
     before = {name: (out / f"{name}.pt").read_bytes() for name in ("target", "draft", "distilled")}
     recipe(out)

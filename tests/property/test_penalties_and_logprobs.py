@@ -87,7 +87,7 @@ def test_autoregressive_decoding_follows_the_definition(params: SamplingParams) 
     assert alone(params) == transcript(params)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     params=penalised_params,
     dice=st.randoms(use_true_random=False),
@@ -105,7 +105,7 @@ def test_no_speculation_changes_a_penalised_text(
     assert pump.run(PROMPT, params).tokens == alone(params)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(params=penalised_params, dice=st.randoms(use_true_random=False), lookahead=st.integers(1, 7))
 def test_a_perfect_draft_is_always_right_with_penalties(
     params: SamplingParams, dice: random.Random, lookahead: int
@@ -206,7 +206,7 @@ def p_value(requests: int, **options: Any) -> float:
 
 @pytest.mark.parametrize("proposing", [Proposing(), Proposing(most=2)])
 def test_the_law_of_a_penalised_text_is_the_targets(proposing: Proposing) -> None:
-    assert p_value(500, proposing=proposing) > 0.001
+    assert p_value(300, proposing=proposing) > 0.001
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def check_logprobs(text: Text, most: int) -> None:
         assert list(entry.top.values()) == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     params=penalised_params,
     most=st.integers(0, 20),

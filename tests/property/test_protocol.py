@@ -47,7 +47,7 @@ def test_drafts_do_not_change_the_text(temperature: float, drafts: int) -> None:
     assert text.stats.tokens == sum((k + 1) * count for k, count in enumerate(text.stats.accepted)) == 120
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32),
     trouble=st.floats(0.0, 0.6),
@@ -70,7 +70,7 @@ def test_no_message_can_change_the_text(
     assert text.finish_reason == "length"
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32), temperature=st.sampled_from([0.0, 1.0]))
 def test_drafts_that_join_and_leave_do_not_change_the_text(seed: int, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, max_tokens=60, seed=seed)
@@ -90,7 +90,7 @@ def test_drafts_that_join_and_leave_do_not_change_the_text(seed: int, temperatur
     assert pump.texts[1].tokens == alone(params).tokens
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**32),
     drafts=st.integers(1, 3),

@@ -207,7 +207,7 @@ def test_how_much_of_what_is_possible_is_reached() -> None:
 
 
 def test_a_survey_measures_what_theory_says_of_plain_decoding() -> None:
-    (figure,) = survey([Cell(0.0, 1 / 16, 0.0, 0.7, rows=4)], Load(rounds=100, warm_up=5))
+    (figure,) = survey([Cell(0.0, 1 / 16, 0.0, 0.7, rows=4)], Load(rounds=60, warm_up=5))
     assert max(figure.ar, figure.sd) == pytest.approx(figure.plain, rel=0.15)
     assert figure.ar == pytest.approx(4e3 / (20.0 + 0.6))
     assert figure.ratio > 1.0
@@ -223,7 +223,7 @@ def test_several_processes_find_the_same() -> None:
 
 def test_the_command_prints_a_table_and_draws_a_picture(tmp_path) -> None:
     picture = tmp_path / "grid.png"
-    arguments = ["grid", "--quick", "--rounds", 16, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
+    arguments = ["grid", "--quick", "--rounds", 8, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
     arguments += ["--processes", 1, "--plot", picture]
     result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
     figures = json.loads(result.stdout.splitlines()[-1])["results"]
