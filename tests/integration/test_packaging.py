@@ -43,6 +43,7 @@ def wheel_names(archives):
         return wheel.namelist()
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_linked_folders_once(archives):
     with tarfile.open(archives[0]) as sdist:
         members = sdist.getmembers()
@@ -52,10 +53,12 @@ def test_sdist_holds_the_linked_folders_once(archives):
     assert not [name for name in names if name.startswith(("ssd_ray/actors", "ssd_ray/cluster", ".venv", ".git/"))]
 
 
+@pytest.mark.slow
 def test_wheel_installs_one_top_level_name(wheel_names):
     assert {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name} == {"ssd_ray"}
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file_once(wheel_names):
     linked = {f"ssd_ray/{name}" for name in git_files(*LINKED)}
     own = {name for name in git_files("ssd_ray") if not (ROOT / name).is_symlink()}
@@ -66,17 +69,20 @@ def test_wheel_holds_every_file_once(wheel_names):
     assert not [name for name in wheel_names if "__pycache__" in name]
 
 
+@pytest.mark.slow
 def test_both_ways_to_a_wheel_agree(archives, wheel_names):
     with zipfile.ZipFile(archives[2]) as wheel:
         assert sorted(wheel.namelist()) == sorted(wheel_names)
 
 
+@pytest.mark.slow
 def test_wheel_has_the_console_script(archives, wheel_names):
     (entry_points,) = (name for name in wheel_names if name.endswith("/entry_points.txt"))
     with zipfile.ZipFile(archives[1]) as wheel:
         assert "ssd-ray = ssd_ray.cli:main" in wheel.read(entry_points).decode()
 
 
+@pytest.mark.slow
 def test_unpacked_wheel_imports_its_linked_packages(archives, tmp_path):
     with zipfile.ZipFile(archives[1]) as wheel:
         wheel.extractall(tmp_path)

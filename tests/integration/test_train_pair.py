@@ -35,6 +35,7 @@ def tokenizer(out: Path) -> object:
     return AutoTokenizer.from_pretrained(out / "pair" / "target")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("name", "layers"), [("target", 4), ("draft", 1)])
 def test_the_exported_models_load_and_predict(out: Path, name: str, layers: int) -> None:
@@ -46,16 +47,19 @@ def test_the_exported_models_load_and_predict(out: Path, name: str, layers: int)
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_both_models_share_one_vocabulary(out: Path, tokenizer: object) -> None:
     draft = AutoTokenizer.from_pretrained(out / "pair" / "draft")
     assert draft.get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 @given(text=st.text())
 def test_any_text_comes_back(tokenizer: object, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_no_held_out_file_was_trained_on(out: Path) -> None:
     trained = json.loads((out / "sources.json").read_text())
     held_out = json.loads((out / "held_out.json").read_text())
@@ -64,6 +68,7 @@ def test_no_held_out_file_was_trained_on(out: Path) -> None:
     assert not {s["text"] for s in trained} & {s["text"] for s in held_out}
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_the_figures_are_written(out: Path) -> None:
     figures = json.loads((out / "figures.json").read_text())
     assert str(figures["target_loss"]) in (out / "pair" / "README.md").read_text()

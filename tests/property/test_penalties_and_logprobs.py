@@ -204,7 +204,7 @@ def p_value(requests: int, **options: Any) -> float:
     return float(chi2.sf(statistic + (rare[1] - rare[0]) ** 2 / max(rare[0], 1.0), len(common)))
 
 
-@pytest.mark.parametrize("proposing", [Proposing(), Proposing(most=2)])
+@pytest.mark.parametrize("proposing", [pytest.param(Proposing(), marks=pytest.mark.slow), Proposing(most=2)])
 def test_the_law_of_a_penalised_text_is_the_targets(proposing: Proposing) -> None:
     assert p_value(300, proposing=proposing) > 0.001
 

@@ -29,7 +29,7 @@ from ssd_ray.sampling.verify import Outcome
 torch.set_num_threads(1)
 
 VOCABULARY = 6
-TRIALS = 3000
+TRIALS = 2000
 Propose = Callable[[torch.Tensor, torch.Tensor], tuple[int, Proposal | None]]
 
 
@@ -95,7 +95,7 @@ def liar(law: torch.Tensor, noise: torch.Tensor) -> tuple[int, Proposal | None]:
     return 3, Proposal(torch.arange(VOCABULARY), weights)
 
 
-@pytest.mark.parametrize(("c", "most"), [(1.0, 0), (0.5, 4), (0.0, 0), (0.0, 2)])
+@pytest.mark.parametrize(("c", "most"), [(1.0, 0), (0.5, 4), (0.0, 2)])
 def test_the_law_is_the_targets(c: float, most: int) -> None:
     assert p_value(sampled(c, most)) > 0.001
 

@@ -81,7 +81,7 @@ def test_auto_lookahead_is_within_five_percent_of_the_best(temperature: float, v
         play = Play(text_lookup=False, target={"lookahead": longest, "backup": "draft"})
         rehearsal = Rehearsal(TARGET, [TARGET.blurred(blur)], hardware, play)
         total = RequestStats()
-        for seed in range(2):
+        for seed in range(1 + (verify_ms < 10.0)):
             params = SamplingParams(temperature=temperature, max_tokens=150, seed=seed)
             total = add(total, rehearsal.run([*PROMPT, seed], params)[1])
         return Stats(sums=total).tokens_per_s
