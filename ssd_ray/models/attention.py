@@ -46,6 +46,8 @@ class Part:
         mask: additive, [1 or G, 1, T, E].
         start: where in the line their tokens begin, if they follow one another there, T to each row.
         take: int64 [G * T], where in the line each query stands, if they do not; queries may be there twice.
+        folds: whether query heads that share one of keys are asked as if they were tokens: faster for a few tokens; the
+            mask is copied for each of them.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class Part:
     mask: Tensor
     start: int = 0
     take: Tensor | None = None
+    folds: bool = True
     _folded: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def folded_mask(self, groups: int) -> Tensor:
@@ -125,8 +128,11 @@ def _by_parts(query: Tensor, keys: Read, values: Sequence[Tensor], scaling: floa
     layout, outputs = keys.layout, []
     for part, key, value in zip(layout.parts, keys, values, strict=True):
         queries = part.queries(query)
-        mask = part.folded_mask(queries.shape[1] // key.shape[1])
-        outputs.append(_folded(queries, key, value, mask, scaling).transpose(1, 2).flatten(0, 1))  # [G * T, heads, D]
+        if part.folds:
+            output = _folded(queries, key, value, part.folded_mask(queries.shape[1] // key.shape[1]), scaling)
+        else:
+            output = _fused(queries, key, value, part.mask, scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [G * T, heads, D]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return (joined if layout.restore is None else joined.index_select(0, layout.restore))[None].contiguous()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ Pools = list[KeysValues]
 TRACED_AT = 3
 """Forwards before they are traced, which takes as long as a few."""
 
-MORE = 3
-"""Tokens of padding that a second trace has more than the first."""
+TRACED = 5, 8
+"""Tokens of the forwards that are traced."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a forward may call its KV cache: the models of transformers from 5.24 on; those before, and with code of their
@@ -78,7 +79,8 @@ def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
 
 
 class EagerLine:
-    """The plain forward of a model over a line of tokens of several rows; see :data:`LineForward`."""
+    """The plain forward of a model over a line of tokens of several rows; see :data:`LineForward`. A model without a
+    head, which a prompt does not need, returns its last hidden states, [N, hidden]."""
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         self._model, self._call, self._kv = model, caller(model), kv
@@ -93,8 +95,9 @@ class EagerLine:
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The model over what the cache is aimed at."""
-        logits: Tensor = self._call(tokens, positions, self._mask, self._kv).logits[0]
-        return logits
+        output = self._call(tokens, positions, self._mask, self._kv)
+        states: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return states[0]
 
 
 class ReplayedLine(EagerLine):
@@ -119,7 +122,8 @@ class ReplayedLine(EagerLine):
     ) -> Tensor:
         self._until_traced -= 1
         if self._until_traced == 0:
-            self._trace(lambda length: self._kv.aim_line(stretches, written, length, queries), len(tokens))
+            first = replace(stretches[0], count=1)
+            self._trace(lambda length: self._kv.aim_line([first], written[:1], length, queries))
         return super().__call__(stretches, tokens, positions, written, queries)
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -142,11 +146,11 @@ class ReplayedLine(EagerLine):
             logger.info("%d tokens are run plainly: a replay gives other bits", tokens.shape[1])
         return logits
 
-    def _trace(self, aim: Callable[[int], None], length: int) -> None:
+    def _trace(self, aim: Callable[[int], None]) -> None:
         """Trace forwards of zeros of two lengths, whose KV the real one then writes over."""
         traces = []
         try:
-            for count in (length, length + MORE):
+            for count in TRACED:
                 aim(count)
                 inputs = torch.zeros(1, count, dtype=torch.int64, device=self._kv.device)
                 traces.append(trace(super()._run, tokens=inputs, positions=inputs.clone()))

@@ -87,6 +87,7 @@ class HFRunner(ModelRunner):
         self._decode = decoding_forward(model, self._kv, compile=compile)
         in_line = not compile and takes_lines(model, shapes)
         self._line = ReplayedLine(model, self._kv) if in_line else None
+        self._prompt = ReplayedLine(body, self._kv) if in_line else None
         self.line_sizes: Sequence[int] = () if in_line else FEW_SIZES
         # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
@@ -205,13 +206,15 @@ class HFRunner(ModelRunner):
         # Chunks end and read at multiples of their length, so KV is the same, bit for bit, however a prompt is cut.
         count = len(tokens)
         padded = next(size for size in self._chunks if size >= count)
-        inputs = torch.zeros(1, padded, dtype=torch.int64)
-        inputs[0, :count] = torch.tensor(tokens, dtype=torch.int64)
+        line = self._tensor([*tokens, *[0] * (padded - count)])
         extent = min(self.slots, self.extent((start // self._chunk + 1) * self._chunk))
         positions, mask = self._trunk([start], padded, extent)
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
+        if self._prompt is not None:
+            self._prompt([Stretch(row, padded, extent, mask[0, 0])], line, positions[0], self._tensor(written), ())
+            return
         self._kv.aim([row], [extent], self._tensor([written]))
-        self._body(inputs.to(self.device), positions, mask, self._kv)
+        self._body(line[None], positions, mask, self._kv)
 
     def _extents(self, visible: Tensor) -> list[int]:
         """How many slots each row of a mask, bool [R, T, E], has to read."""

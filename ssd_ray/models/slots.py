@@ -229,6 +229,7 @@ class SlotCache(Cache):
             stretches: of distinct rows.
             written: int64 [N], the addresses of all tokens but the padding, on the cache's device.
             queries: numbers of tokens that attention may be asked about for one row; it is padded to the next one.
+                None at all: it is asked about as many as there are, which are many, as of prompts.
         """
         window = self.window
         window.written, window.extent = written, max(each.extent for each in stretches)
@@ -319,7 +320,8 @@ def lay_out(
         masks = [_rows_of(stretch.mask, size) for stretch in members]
         mask = masks[0][None, None] if len(masks) == 1 else torch.stack(masks)[:, None]
         in_line = take == list(range(take[0], take[0] + len(take)))
-        parts.append(Part(len(group), size, mask, take[0], None if in_line else torch.tensor(take, device=device)))
+        where = None if in_line else torch.tensor(take, device=device)
+        parts.append(Part(len(group), size, mask, take[0], where, folds=bool(queries)))
         order += take
     if order == list(range(length)):
         return Parts(parts)

@@ -123,14 +123,14 @@ def test_an_opaque_function_runs_anew_each_time() -> None:
 
 
 def run_plainly(runner: HFRunner) -> HFRunner:
-    runner._line = EagerLine(runner._line._model, runner._kv)
+    runner._line, runner._prompt = (EagerLine(line._model, runner._kv) for line in (runner._line, runner._prompt))
     return runner
 
 
 def exercise(runner: HFRunner, rounds: int) -> list[Tensor]:
     """Logits of forwards of few shapes: rows of all kinds, growing extents, trees."""
-    for row in range(4):
-        runner.prefill(row, [(7 * row + token) % 96 for token in range(40)])
+    for row, length in enumerate([40, 44, 60, 44, 60, 40]):
+        runner.prefill(row % 4, [(7 * row + token) % 96 for token in range(length)])
     logits = []
     for step in range(rounds):
         tokens = torch.arange(8).view(2, 4) + step
@@ -156,6 +156,8 @@ def test_replayed_forwards_give_the_plain_ones_bits(
     got = exercise(runner, TRACED_AT + 4)
     assert len(forward.replayed) >= 3
     assert all(forward.replayed.values())
+    assert runner._prompt.replayed
+    assert all(runner._prompt.replayed.values())
     plain = run_plainly(HFRunner(tiny_model(architecture).to(dtype), **SIZE))
     assert all(map(torch.equal, got, exercise(plain, TRACED_AT + 4)))
 
