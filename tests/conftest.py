@@ -38,12 +38,21 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SIDE_BY_SIDE = (
+    "tests/unit/",
+    "tests/property/",
+    "tests/conformance/test_runner_contract.py",
+    "tests/integration/test_batch",
+)
+"""Where nothing but threads is started."""
+
+
 class WholeSystemsTakeTurns(LoadFileScheduling):
     """Files side by side, but one after the other where they start processes: an engine fills a machine's cores."""
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
-        return file if file.startswith(("tests/unit/", "tests/property/")) else "whole systems"
+        return file if file.startswith(SIDE_BY_SIDE) else "whole systems"
 
 
 def pytest_xdist_make_scheduler(config, log):
