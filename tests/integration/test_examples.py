@@ -31,6 +31,7 @@ def test_offline(run, pair):
     assert re.search(r"^--- \d\.\d\d tokens per round, hit rate \d+%, misses {'fan_out'", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_streaming(run, pair):
     out = run("streaming.py", *pair).out
     assert out.startswith("class Stack:\n")

@@ -102,11 +102,12 @@ def where(place):
 @pytest.mark.ray
 @pytest.mark.usefixtures("gpus")
 class TestGpus:
+    @pytest.mark.slow
     def test_every_actor_of_an_engine_has_its_own(self, pair):
-        with LLM(*pair) as llm:
+        with LLM(*pair, num_drafts=2) as llm:
             handles = llm._engine.driver.actors
             infos = [handle.info.remote() for handle in handles.values()]
-            assert sorted(entry["gpus"] for entry in ray.get(infos)) == ["0", "1"]
+            assert sorted(entry["gpus"] for entry in ray.get(infos)) == ["0", "1", "2"]
             assert len(llm.generate("x", SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
         assert ray.is_initialized(), "a Ray that was there before stays"
 
