@@ -42,7 +42,7 @@ SIDE_BY_SIDE = (
     "tests/unit/",
     "tests/property/",
     "tests/conformance/test_runner_contract.py",
-    "tests/integration/test_batch",
+    "tests/integration/test_batch_texts.py",
 )
 """Where nothing but threads is started."""
 

@@ -229,7 +229,7 @@ class SlotCache(Cache):
             stretches: of distinct rows.
             written: int64 [N], the addresses of all tokens but the padding, on the cache's device.
             queries: numbers of tokens that attention may be asked about for one row; it is padded to the next one.
-                None at all: it is asked about as many as there are, which are many, as of prompts.
+                Empty: about as many as there are, which are many, as of a prompt; heads are not folded then.
         """
         window = self.window
         window.written, window.extent = written, max(each.extent for each in stretches)

@@ -6,28 +6,21 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.processes import free_port, free_ports
+
 ROOT = Path(__file__).parents[2]
 MARK = "SSD_RAY_TEST_CLUSTER"
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def marked(folder):
@@ -76,7 +69,7 @@ def running_cluster(environment, folder, dashboard_port):
 def cluster_environment():
     """A cluster of our own; the environment in which the ray command reaches it."""
     folder = tempfile.mkdtemp(prefix="ssdj-", dir="/tmp")  # short: Ray's sockets lie there
-    (port,) = free_ports(1)
+    port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {
         "PATH": path,

@@ -6,7 +6,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.loader import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
-from tests.support.processes import started
+from tests.support.processes import free_port, started
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -39,12 +38,6 @@ SHORT = {"max_tokens": 24, "seed": 3, "extra_body": {"ignore_eos": True}}
 LONG = {"max_tokens": 400, "seed": 5, "extra_body": {"ignore_eos": True}}
 MESSAGES = [{"role": "system", "content": "You add."}, {"role": "user", "content": "1 + 1?"}]
 MAX_QUEUE = 4
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

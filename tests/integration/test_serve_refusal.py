@@ -1,7 +1,6 @@
 """Why a server does not start is said in the words of whoever refused, and at once."""
 
 import re
-import socket
 
 import pytest
 import ray
@@ -9,13 +8,8 @@ import ray
 from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ModelError
+from tests.support.processes import free_port
 from tests.support.tiny import with_weights
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""Processes that a test starts."""
+"""Processes that a test starts, and ports for them."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -17,3 +18,17 @@ def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
         except BaseException:
             process.kill()
             raise
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    return free_ports(1)[0]
