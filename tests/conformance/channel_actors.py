@@ -17,6 +17,10 @@ class RefNode(RefEndpoint):
         super().__init__(name, INLINE_MAX_BYTES)
         self.channel = self.refs
 
+    def begin_again(self, name, zmq_address=None):
+        """Be an endpoint of another name, without peers, as a new actor is, which takes seconds to start."""
+        self.__init__(name, zmq_address)
+
     def send(self, peer, frame):
         return self.channel.send(peer, frame)
 

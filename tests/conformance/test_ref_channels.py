@@ -32,10 +32,13 @@ def cluster():
 class ActorChannel(Channel):
     """A channel inside an actor, operated by actor calls."""
 
-    def __init__(self, node: type[RefNode], name: str, zmq_address=None):
-        self.name = name
+    def __init__(self, actor, name: str):
+        self.name, self.actor, self.closed = name, actor, False
+
+    @classmethod
+    def start(cls, node: type[RefNode], name: str, zmq_address=None):
         remote = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(node)
-        self.actor = remote.remote(name, zmq_address)
+        return cls(remote.remote(name, zmq_address), name)
 
     def send(self, peer, frame):
         accepted = self.call("send", peer, frame)
@@ -49,6 +52,7 @@ class ActorChannel(Channel):
         self.call("wake")
 
     def close(self):
+        self.closed = True
         with contextlib.suppress(RayActorError):
             self.call("close")
 
@@ -62,21 +66,32 @@ class RefNetwork(Network):
     node = RefNode
 
     def __init__(self):
-        self.hub = ActorChannel(self.node, HUB)
+        self.hub = ActorChannel.start(self.node, HUB)
         self._spokes = []
 
     def spoke(self, name):
-        spoke = ActorChannel(self.node, name, self.hub.call("zmq_address"))
+        spoke = self._made(name)
         ray.get(spoke.actor.add_peer.remote(HUB, self.hub.actor))
         ray.get(self.hub.actor.add_peer.remote(name, spoke.actor))
         self._spokes.append(spoke)
         return spoke
+
+    def _made(self, name):
+        address = self.hub.call("zmq_address")
+        for spoke in self._spokes:
+            if spoke.closed:
+                self._spokes.remove(spoke)
+                ray.get(self.hub.actor.remove_peer.remote(spoke.name))
+                spoke.call("begin_again", name, address)
+                return ActorChannel(spoke.actor, name)
+        return ActorChannel.start(self.node, name, address)
 
     def stranded(self, name):
         return RefChannel(name, Inbox())
 
     def kill(self, spoke):
         os.kill(spoke.call("pid"), signal.SIGKILL)
+        self._spokes.remove(spoke)
 
     def close(self):
         for channel in (self.hub, *self._spokes):
@@ -101,7 +116,7 @@ class DrainNetwork(RefNetwork):
         return DrainChannel(name, self.hub.actor, INLINE_MAX_BYTES)
 
     def stranded(self, name):
-        hub = ActorChannel(self.node, HUB)
+        hub = ActorChannel.start(self.node, HUB)
         ray.kill(hub.actor)
         return DrainChannel(name, hub.actor, INLINE_MAX_BYTES)
 
@@ -149,7 +164,7 @@ def test_large_frames_are_read_where_they_lie():
 
 
 def test_frames_for_a_stuck_actor_are_dropped_instead_of_piling_up():
-    stuck = ActorChannel(RefNode, "stuck")
+    stuck = ActorChannel.start(RefNode, "stuck")
     channel = RefChannel(HUB, Inbox(), {"stuck": stuck.actor})
     pid = stuck.call("pid")
     os.kill(pid, signal.SIGSTOP)

@@ -63,7 +63,7 @@ def drain(engine: Pump, numbers: set[int], turns: int = 20_000) -> None:
     raise TimeoutError("some request did not end")
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.sampled_from([1, 2, 5]),

@@ -54,7 +54,7 @@ def _statistic(model: TableModel, before: int, row: Counter[int], temperature: f
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("requests", [25, pytest.param(REQUESTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [15, pytest.param(REQUESTS, marks=pytest.mark.slow)])
 def test_the_law_is_the_targets(temperature: float, requests: int) -> None:
     assert p_value(temperature=temperature, requests=requests) > 0.001
 
@@ -94,7 +94,7 @@ def test_a_verification_that_favours_the_draft_is_found_out(monkeypatch: pytest.
         return Outcome(accepted, choices[accepted])
 
     monkeypatch.setattr(verifier, "verify", lenient)
-    assert p_value(temperature=1.0, requests=25) < 0.001
+    assert p_value(temperature=1.0, requests=12) < 0.001
 
 
 def test_noise_that_is_used_twice_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,4 +103,4 @@ def test_noise_that_is_used_twice_is_found_out(monkeypatch: pytest.MonkeyPatch) 
 
     rows = verifier.NoiseRows.rows
     monkeypatch.setattr(verifier.NoiseRows, "rows", stuck)
-    assert p_value(temperature=1.0, requests=25) < 0.001
+    assert p_value(temperature=1.0, requests=12) < 0.001

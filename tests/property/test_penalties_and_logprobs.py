@@ -80,14 +80,14 @@ def alone(params: SamplingParams) -> list[int]:
     return Pump(table_pair()[0], []).run(PROMPT, params).tokens
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(penalised_params)
 def test_autoregressive_decoding_follows_the_definition(params: SamplingParams) -> None:
     params = replace(params, top_p=1.0)
     assert alone(params) == transcript(params)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     params=penalised_params,
     dice=st.randoms(use_true_random=False),
@@ -105,7 +105,7 @@ def test_no_speculation_changes_a_penalised_text(
     assert pump.run(PROMPT, params).tokens == alone(params)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(params=penalised_params, dice=st.randoms(use_true_random=False), lookahead=st.integers(1, 7))
 def test_a_perfect_draft_is_always_right_with_penalties(
     params: SamplingParams, dice: random.Random, lookahead: int
@@ -131,7 +131,7 @@ def test_a_perfect_draft_that_joins_late_knows_prompt_and_text_apart() -> None:
     assert stats.hits > 5
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 2**32),

@@ -47,7 +47,7 @@ def test_drafts_do_not_change_the_text(temperature: float, drafts: int) -> None:
     assert text.stats.tokens == sum((k + 1) * count for k, count in enumerate(text.stats.accepted)) == 120
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**32),
     trouble=st.floats(0.0, 0.6),

@@ -29,7 +29,7 @@ from ssd_ray.sampling.verify import Outcome
 torch.set_num_threads(1)
 
 VOCABULARY = 6
-TRIALS = 2000
+TRIALS = 1200
 Propose = Callable[[torch.Tensor, torch.Tensor], tuple[int, Proposal | None]]
 
 

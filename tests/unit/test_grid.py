@@ -223,7 +223,7 @@ def test_several_processes_find_the_same() -> None:
 
 def test_the_command_prints_a_table_and_draws_a_picture(tmp_path) -> None:
     picture = tmp_path / "grid.png"
-    arguments = ["grid", "--quick", "--rounds", 8, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
+    arguments = ["grid", "--quick", "--rounds", 4, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
     arguments += ["--processes", 1, "--plot", picture]
     result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
     figures = json.loads(result.stdout.splitlines()[-1])["results"]
