@@ -5,14 +5,16 @@ Real models with random weights, in float32 unless a test says otherwise, in thr
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, Method, SamplingParams
 from ssd_ray.models.loader import load_tokenizer
 from tests.support.engines import engine, in_time
-from tests.support.tiny import tiny_pair
+from tests.support.tiny import save_model, tiny_model, tiny_pair
 
 ROWS = 16
 CONTEXT = 256
@@ -121,3 +123,11 @@ def test_a_draft_in_turn_without_memory_is_not_waited_for(config: EngineConfig, 
     brief = [replace(each, max_tokens=TOKENS // 8) for each in params]
     with engine(replace(config, method="sd", kv_memory=SMALL), "memory") as generate:
         assert generate(prompts, brief)[0] == [text[: TOKENS // 8] for text in case.expected]
+
+
+@pytest.mark.parametrize("method", ["ar", "sd"])
+def test_the_tokenizers_own_end_token_ends_a_text(tmp_path: Path, method: Method) -> None:
+    folder = save_model(tmp_path, tiny_model())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [95]}))  # the tokenizer's is 0
+    with engine(EngineConfig(target=folder, draft=folder, method=method, device="cpu"), "memory") as generate:
+        assert generate([[1, 2, 3]], SamplingParams(max_tokens=5, logit_bias={0: 100}))[0] == [[0]]

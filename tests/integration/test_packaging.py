@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -129,3 +130,10 @@ def test_a_job_ships_the_library_and_little_else(tmp_path):
     ignored = (".git/", ".venv/", "dist/", *(["tests/"] if heeds_rayignore else []))
     assert not [name for name in names if name.startswith(ignored)]
     assert size < 250 * 2**20  # Ray refuses more than 500 MiB
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/operations.md", "examples/job.py"])
+def test_where_a_job_is_submitted_the_token_is_named(name):
+    lines = re.findall(r"^.*ray job submit .*examples/job\.py.*$", (ROOT / name).read_text(), re.MULTILINE)
+    assert lines
+    assert all(line.strip().startswith("RAY_AUTH_MODE=token ray job submit ") for line in lines)

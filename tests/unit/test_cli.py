@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import msgspec
@@ -13,8 +15,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ssd_ray import __version__
+from ssd_ray import __version__, cli
 from ssd_ray.cli import _prompt, app
+from ssd_ray.cluster import runtime
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineError, ModelError, PromptTooLongError, RequestFailedError, ResourceError
 from ssd_ray.flags import _explanations, from_flags
@@ -447,6 +450,24 @@ def test_bad_limits_and_outputs_are_refused_before_anything_starts(llm, argument
     result = run("generate", *arguments)
     assert result.exit_code == 2
     assert llm.made == []
+
+
+def test_serving_says_where_the_logs_are(monkeypatch):
+    @contextmanager
+    def serving(config, host, port):
+        yield f"http://{host}:{port}"
+
+    class Ended:
+        def wait(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_serving", serving)
+    monkeypatch.setattr(cli, "Event", Ended)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runtime, "logs_folder", lambda: "/tmp/ray/logs")
+    result = CliRunner().invoke(app, ["serve", "--port", "9000"])
+    assert result.exit_code == 0
+    assert result.stderr == "serving at http://127.0.0.1:9000\nthe logs are in /tmp/ray/logs\n"
 
 
 def test_serve_takes_every_field_of_the_engine():

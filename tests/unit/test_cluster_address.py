@@ -1,6 +1,8 @@
 """Which Ray an engine finds: one that does not answer is told from one that does at once, without starting anything."""
 
+import logging
 import socket
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -98,3 +100,11 @@ class TestPrivate:
         with pytest.raises(EngineError, match=f"Ray does not start: {outcomes[-1]}"):
             RayRuntime()
         assert len(folders) == tries
+
+    def test_where_the_logs_are_is_said(self, monkeypatch, caplog):
+        self.starts(monkeypatch, None)
+        node = SimpleNamespace(get_logs_dir_path=lambda: "/tmp/ray/session/logs")
+        monkeypatch.setattr(ray._private.worker, "_global_node", node)
+        with caplog.at_level(logging.INFO, "ssd_ray"):
+            RayRuntime().close()
+        assert "the logs of Ray and of its actors on this machine are in /tmp/ray/session/logs" in caplog.text

@@ -89,7 +89,7 @@ def test_a_length_within_the_threshold_is_served_as_ever(model: PreTrainedModel)
     assert not torch.allclose(got, plain(model, tokens, LENGTH)[:THRESHOLD], rtol=1e-2)
 
 
-def test_neither_a_neighbour_nor_a_chunk_changes_a_bit(model: PreTrainedModel) -> None:
+def test_a_neighbour_changes_no_bit(model: PreTrainedModel) -> None:
     short, long = text(20), text(100, seed=1)
     alone, beside = run(model), run(model, prefill_chunk=256)
     for runner in (alone, beside):
@@ -98,9 +98,16 @@ def test_neither_a_neighbour_nor_a_chunk_changes_a_bit(model: PreTrainedModel) -
     tokens = torch.tensor([text(8, seed=2), text(8, seed=3)])
     want = alone.append([0], tokens[:1], [20])
     assert torch.equal(beside.append([0, 1], tokens, [20, 100])[0], want[0])
-    cut = run(model, prefill_chunk=8)
-    cut.prefill(0, short)
-    torch.testing.assert_close(cut.append([0], tokens[:1], [20]), want)
+
+
+def test_where_a_long_prompt_is_cut_changes_nothing(model: PreTrainedModel) -> None:
+    prompt, tokens = text(100, seed=1), torch.tensor([text(8, seed=2)])
+    found = []
+    for chunk in (8, 256):
+        runner = run(model, prefill_chunk=chunk)
+        runner.prefill(0, prompt)
+        found.append(runner.append([0], tokens, [100])[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_the_check_at_load_finds_frequencies_that_change(model: PreTrainedModel) -> None:

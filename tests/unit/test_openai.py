@@ -249,6 +249,13 @@ class TestLogprobs:
         assert len(tops) == 23
         assert all(entry["bytes"] for entry in tops[:20])
 
+    def test_candidates_that_are_parts_of_characters_are_all_there(self):
+        """Each alone is written as U+FFFD."""
+        (token,) = tokens_of(BYTES, "a")
+        candidates = tokens_of(BYTES, bytes(range(0x80, 0x94)))
+        top = self.reply(completion(), BYTES, [token], candidates=candidates)["logprobs"]["top_logprobs"][0]
+        assert len(top.keys() - {"a"}) == 20
+
     def test_a_candidate_that_is_written_as_the_token_has_another_name(self):
         special, (token,) = len(PARTS) - 1, tokens_of(PARTS, EMOJI[3:])
         whole = PARTS.convert_tokens_to_ids("ðŁĺĢ")
