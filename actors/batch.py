@@ -18,6 +18,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.leases import Lease, PagePool, grow_row
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.sampling.verifier import Verifier
+from ssd_ray.speculation.cache import CachedNode
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.text import Detokenizer
 
@@ -56,8 +57,10 @@ class Row:
     added: list[int] = field(default_factory=list)  # tokens of the last round
     announced: list[int] = field(default_factory=list)  # the speculation that drafts were told
     wanted: int = 0  # tokens to wait for; 0: for none
-    asked: bool = False  # whether drafts were told to make tokens that are waited for
+    asked: int = 0  # how long a speculation drafts were told to make
     length: int = 0  # tokens to verify beside the bonus token
+    expected: float = 1.0  # tokens of the round, by what is said of those that are verified
+    foreseen: CachedNode | None = None  # what is drafted behind the tokens that are verified
     said: list[int] = field(default_factory=list)  # what drafts say of the chances of those that are verified
     looked_up: bool = False  # the next speculation was found in the text
     whole: bool = False  # the next speculation was as long as can be when it was looked up

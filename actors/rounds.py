@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
+from operator import mul
 from time import perf_counter
 
 import torch
@@ -37,12 +39,14 @@ class Rules:
     Attributes:
         lookahead: tokens in one speculation at most.
         exact_lookahead: wait for ``lookahead`` tokens, and verify them, rather than the best number of them.
+        coupled: speculations are verified by equality with the target's own choices.
         backup: what a row does on a miss.
         patient: wait for drafts however long they take: the draft is in this process and never late.
     """
 
     lookahead: int = MAX_LOOKAHEAD
     exact_lookahead: bool = False
+    coupled: bool = True
     backup: Backup = "draft"
     patient: bool = False
 
@@ -109,15 +113,15 @@ class Rounds:
 
     # What is verified
 
-    def _plan(self, rows: Sequence[Row]) -> int:
+    def _plan(self, rows: Sequence[Row], *, under_way: bool = False) -> int:
         """Set what each row verifies of what is there, and how many tokens it waits for; returns the draft steps that
-        this takes, 0 for going on at once."""
+        this takes, 0 for going on at once. ``under_way``: the first of them has begun."""
         prospects = [self._prospect(row) for row in rows]
         if self._rules.exact_lookahead:
             lengths = [len(each.there) for each in prospects]
             steps = max((len(each.coming) for each in prospects), default=0)
         else:
-            budget = self._planner.budget(prospects, _load(rows))
+            budget = self._planner.budget(prospects, _load(rows), under_way=under_way)
             lengths, steps = list(budget.lengths), self._at_least(budget.steps, prospects)
         for row, prospect, length in zip(rows, prospects, lengths, strict=True):
             there = len(prospect.there)
@@ -127,20 +131,23 @@ class Rounds:
 
     def _at_least(self, steps: int, prospects: Sequence[Prospect]) -> int:
         """What is never tried is never known: how fast a draft is, and what drafting in turn comes to."""
-        untried = not self._pace.known or (self._rules.patient and self._planner.trial)
+        untried = not self._pace.tried or (self._rules.patient and self._planner.trial)
         missing = any(each.coming and not each.there for each in prospects)
         return max(steps, 1 if untried and missing else 0)
 
     def _prospect(self, row: Row) -> Prospect:
         """What a row could verify: what is there, and what drafts would add."""
         most = row.session.most(self._rules.lookahead)
-        usual = self._pace.lookup_acceptance if row.looked_up else self._pace.acceptance
-        there = [
-            usual[depth] if said == UNSAID else self._calibration.chance(said, depth)
-            for depth, said in enumerate(row.session.cache.said(most))
-        ]
+        there = self._chances(row, row.session.cache.said(most))
         waits = self._worth_waiting(row) and not row.looked_up
-        return Prospect(there, usual[len(there) : most] if waits else ())
+        return Prospect(there, self._pace.acceptance[len(there) : most] if waits else ())
+
+    def _chances(self, row: Row, said: Sequence[int]) -> list[float]:
+        """The probabilities of accepting tokens of which drafts say this, each when it is reached."""
+        usual = self._pace.lookup_acceptance if row.looked_up else self._pace.acceptance
+        return [
+            usual[depth] if each == UNSAID else self._calibration.chance(each, depth) for depth, each in enumerate(said)
+        ]
 
     def _worth_waiting(self, row: Row) -> bool:
         """Whether some draft is at work on this sequence, or will be when it is asked."""
@@ -151,7 +158,7 @@ class Rounds:
     def _is_followed(self, row: Row) -> bool:
         if self._planner.drafts_work and self._links.drafted_ms > 0.0:
             return self._heard_of(row)
-        return bool(row.session.cache.latest) and row.asked  # their silence may be rest
+        return bool(row.session.cache.latest) and row.asked > 0  # their silence may be rest
 
     @staticmethod
     def _heard_of(row: Row) -> bool:
@@ -172,13 +179,18 @@ class Rounds:
         while steps > 0 and (left := deadline - self._clock()) > 0:
             if not self._links.receive(left) and self._rules.patient:
                 break
-            steps = self._plan(rows)
+            steps = self._plan(rows, under_way=self._is_under_way(rows))
         waited_ms = 1e3 * (self._clock() - start)
         made = max(now - then for now, then in zip(_lengths(rows), before, strict=True))
         # The draft in this process is never late: what does not come is not to be had, and nothing was lost by asking.
         if not self._planner.disturbed:
             self._pace.saw_wait(waited_ms, made or first, came=self._rules.patient or steps <= 0)
         return waited_ms
+
+    @staticmethod
+    def _is_under_way(rows: Sequence[Row]) -> bool:
+        """Whether drafts are at work on more of what they were asked for."""
+        return any(row.session.cache.available(MAX_LOOKAHEAD) < row.asked for row in rows)
 
     def _begin(self, rows: Sequence[Row]) -> list[Row]:
         rows = self.each(rows, self._fix_speculation)
@@ -187,7 +199,10 @@ class Rounds:
 
     def _fix_speculation(self, row: Row) -> None:
         row.session.begin(row.length, self._rules.lookahead)
-        row.said = [node.said for node in row.session.cache.tree.trunk[1:]]
+        trunk = row.session.cache.tree.trunk
+        row.said = [node.said for node in trunk[1:]]
+        row.foreseen = trunk[-1].continuation()
+        row.expected = 1.0 + sum(accumulate(self._chances(row, row.said), mul))
 
     def introduce(self, row: Row) -> None:
         """Open the sequence to drafts that do not know of it."""
@@ -209,18 +224,26 @@ class Rounds:
 
     def _commit(self, row: Row, decision: Decision) -> None:
         session = row.session
-        n = len(session.cache.speculation)
-        self._pace.saw_decision(n, decision.accepted, looked_up=row.looked_up, whole=row.whole)
+        self._learn_chances(row, decision)
         self._pace.saw_outcomes(session.cache.outcomes)
-        for depth, said in enumerate(row.said[: decision.accepted + 1]):
-            if said != UNSAID:
-                self._calibration.saw(said, depth, accepted=depth < decision.accepted)
         row.accepted = decision.accepted
         row.added = session.commit(decision)
         row.filled = session.position
         if self._rules.looks_up:
             row.ngrams.extend(row.added)
         row.look_for_stop()
+
+    def _learn_chances(self, row: Row, decision: Decision) -> None:
+        """Learn which tokens were accepted. The bonus token says so of the one that was drafted in its place, too: what
+        is not worth verifying would else never show that it is."""
+        said, accepted = row.said, decision.accepted
+        if self._rules.coupled and row.foreseen is not None and accepted == len(said):
+            said = [*said, row.foreseen.said]
+            accepted += row.foreseen.token == decision.bonus_token
+        self._pace.saw_decision(len(said), accepted, looked_up=row.looked_up, whole=row.whole)
+        for depth, each in enumerate(said[: accepted + 1]):
+            if each != UNSAID:
+                self._calibration.saw(each, depth, accepted=depth < accepted)
 
     def _learn(self, rows: Sequence[Row], verify_ms: float) -> None:
         if not rows:
@@ -238,7 +261,7 @@ class Rounds:
         going = [row for row in rows if row.session.finish_reason is None]
         load = _load(going)
         for row in going:
-            row.asked = True  # by what is said now, should the plan have it so
+            row.asked = MAX_LOOKAHEAD  # by what is said now, should the plan have it so
         going = self.each(going, lambda row: self._look_up(row, load))
         steps = self._plan(going) if going else 0
         self._links.announce(self.each(going, lambda row: self._speculate(row, waits=steps > 0)), self._planner)
@@ -247,7 +270,7 @@ class Rounds:
         """What is verified if nothing else comes: what pays, or, if the round waits for more, all that is there."""
         length = row.session.most(self._rules.lookahead) if waits else row.length
         row.announced = row.session.cache.speculate(length)
-        row.asked = row.wanted > 0
+        row.asked = row.wanted
 
     def _look_up(self, row: Row, load: Load) -> None:
         """Find what is prepared for the outcome."""
@@ -286,6 +309,7 @@ class Rounds:
         for row in rows:
             row.session.tally.spent(*(each / len(rows) for each in (verify_ms, wait_ms, host_ms)))
         self._pace.saw_round(sum(len(row.added) for row in rows), total_ms, host_ms)
+        self._planner.saw_round(len(rows), sum(row.expected for row in rows), total_ms)
 
 
 def _load(rows: Sequence[Row]) -> Load:

@@ -83,7 +83,13 @@ class Target:
         self._clock = clock
         self._runner = runner
         self._sampler: Sampler = sampler
-        self._rules = Rules(lookahead=lookahead, exact_lookahead=exact_lookahead, backup=backup, patient=patient)
+        self._rules = Rules(
+            lookahead=lookahead,
+            exact_lookahead=exact_lookahead,
+            coupled=sampler == "coupled",
+            backup=backup,
+            patient=patient,
+        )
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk

@@ -25,14 +25,17 @@ NARROW = 2
 ENOUGH, LATEST = 3, 9
 """Steps whose times must be known, and whose median counts: one may have taken long for reasons of its own."""
 
-FIRST, FIRST_LOOKED_UP = 0.6, 0.3
+DELAY_MS = 0.5
+"""A message's way and a draft's reaction, before anything is known."""
+
+FIRST, FIRST_LOOKED_UP = 0.8, 0.3
 """Chances that a first token is accepted, drafted or from the text, before anything is known."""
 
 WORTH = 5.0
 """Tokens that what is known before counts for."""
 
-FADING = 0.99
-"""What is left of a decision with each one after it."""
+FADING, UNTRIED = 0.99, 0.999
+"""What is left of a decision with each one after it, and with each one that tries nothing."""
 
 _SMOOTHING = 0.1
 
@@ -54,11 +57,11 @@ class Acceptance:
 
     def saw(self, n: int, accepted: int) -> None:
         """Learn from a speculation of n tokens."""
-        chance = self._first
+        chance, kept = self._first, FADING if n else UNTRIED
         for depth in range(MAX_LOOKAHEAD):
             reached = depth < min(accepted + 1, n)
-            self._tried[depth] = FADING * self._tried[depth] + reached
-            self._accepted[depth] = FADING * self._accepted[depth] + (depth < min(accepted, n))
+            self._tried[depth] = kept * self._tried[depth] + reached
+            self._accepted[depth] = kept * self._accepted[depth] + (depth < min(accepted, n))
             chance = (WORTH * chance + self._accepted[depth]) / (WORTH + self._tried[depth])
             self.chances[depth] = chance
 
@@ -83,7 +86,7 @@ class Pace:
     drafted: Acceptance = field(default_factory=lambda: Acceptance(FIRST))
     looked_up: Acceptance = field(default_factory=lambda: Acceptance(FIRST_LOOKED_UP))
 
-    _delays: deque[float] = field(default_factory=lambda: deque([0.5] * ENOUGH, maxlen=LATEST))
+    _delays: deque[float] = field(default_factory=lambda: deque([DELAY_MS] * ENOUGH, maxlen=LATEST))
     _narrow: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
     _wide: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
 
@@ -103,6 +106,11 @@ class Pace:
     def known(self) -> bool:
         """Whether drafts have said often enough how fast they are."""
         return len(self._narrow) + len(self._wide) >= ENOUGH
+
+    @property
+    def tried(self) -> bool:
+        """Whether it is known how fast they are when they are waited for."""
+        return len(self._narrow) >= ENOUGH
 
     @property
     def step_ms(self) -> float:
@@ -143,6 +151,10 @@ class Pace:
         """Learn from a wait for ``steps`` draft steps, and from whether they came."""
         self._delays.append(max(milliseconds - steps * self.step_ms, 0.0))
         self.arrival += 0.2 * (came - self.arrival)
+
+    def forget_delays(self) -> None:
+        """Begin anew: drafts that have other work, or none any more, react in another time."""
+        self._delays.extend([DELAY_MS] * LATEST)
 
     def wait_ms(self, steps: int) -> float:
         """Milliseconds of waiting for so many draft steps."""

@@ -84,14 +84,14 @@ def best_budget(
     Args:
         rows: what each row could verify.
         verify_ms, other_ms: as for :func:`best_lengths`.
-        wait_ms: milliseconds of waiting for so many steps, 1 and more.
+        wait_ms: milliseconds of waiting for so many steps, and of what going on at once costs, for none.
         arrival: probability that what is waited for comes in time.
     """
     gains, of_row, after = _best_first(rows, arrival)
     ms = np.empty(1 + len(gains))  # by tokens beside the bonus tokens
     ms[:] = np.maximum(1e-9, verify_ms(len(rows) + np.arange(len(ms))) + other_ms)
-    waits = range(1, 1 + max((len(row.coming) for row in rows), default=0))
-    waited = np.array([0.0, *map(wait_ms, waits)])[:, None]  # [steps, 1]
+    waits = range(1 + max((len(row.coming) for row in rows), default=0))
+    waited = np.array([*map(wait_ms, waits)])[:, None]  # [steps, 1]
     there = after <= np.arange(len(waited))[:, None]  # [steps, tokens]
     expected = len(rows) + _sums(there * gains)
     count = _sums(there).astype(np.int64)

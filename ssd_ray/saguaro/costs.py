@@ -128,18 +128,19 @@ class Costs:
             self._beside += _SMOOTHING * (milliseconds / max(self.alone_ms(tokens, load), 1e-9) - self._beside)
             self._part += _SMOOTHING * (beside - self._part)
 
-    def saw_trial(self, tokens: int, load: Load, milliseconds: float, *, beside: float) -> None:
-        """Learn what drafts cost from a verification during which they rested (``beside`` is 0) after others when they
-        did not, or the other way round."""
+    def saw_trial(self, tokens: int, load: Load, milliseconds: float, *, beside: float, rests: bool) -> None:
+        """Learn what drafts cost from a verification during which they rested, all but for the part ``beside``, after
+        others when they did not; or the other way round."""
         ratio = milliseconds / max(self.alone_ms(tokens, load), 1e-9)
         if not 1.0 / OUTLIER < ratio < OUTLIER:
             return
-        slower, part = (ratio, beside) if beside else (self._beside / ratio, self._part)
+        slower = self._beside / ratio if rests else ratio
+        part = self._part - beside / slower if rests else beside  # by which drafts worked longer beside the slower ones
         self._tolls.append(min((1.0 - 1.0 / slower) / max(part, LEAST_PART), MOST_TOLL))
         before = self._slowdown(self._part)
         toll = max(0.0, median(self._tolls)) * len(self._tolls) / (len(self._tolls) + DOUBT)
         self.drag = toll / (1.0 - toll)
-        if not beside:  # what rounds take with drafts at work is known; it is the rest of it that has changed
+        if rests:  # what rounds take with drafts at work is known; it is the rest of it that has changed
             changed = before / self._slowdown(self._part)
             self._speed *= changed
             self._beside /= changed

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.budget import Budget, Curve, Prospect, best_budget
+from ssd_ray.saguaro.contest import Contest
 from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.factors import FACTORS, FIRST, Factors
 
@@ -35,9 +36,13 @@ FIRST_TRIAL, RAREST_TRIAL = 6, 192
 LONGEST_TRIAL = 3
 """Rounds of a trial at most: a step that runs is not broken off, so the first one often says nothing."""
 
-AT_WORK, IDLE, BUSY = 0.15, 0.02, 0.5
-"""Parts of a verification's time. Drafts that have worked for less than the first have rested; a trial says something
-if they work for less than the second, or, if they had rested, for more than the third."""
+LEAST_TOLL = 0.03
+"""Part of a draft's time that verifications beside it lose, below which working ahead is free."""
+
+AT_WORK, IDLE, BUSY = 0.15, 0.3, 0.3
+"""Drafts that have worked for less than the first part of verifications have rested. A trial says something if they
+work for less than the second part of what they did, or, if they had rested, for more than the third of a
+verification."""
 
 T = TypeVar("T")
 
@@ -128,7 +133,8 @@ class Planner:
         self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
         self.floor, self.trial, self.disturbed = 0.0, False, False
         self._plain_rate = 0.0  # tokens per millisecond without drafts
-        self._at_work = 1.0  # part of verifications lately beside which drafts worked
+        self._contest = Contest()
+        self._at_work_by = {True: 1.0, False: 0.0}  # by the way of drafting, see _at_work
         self.plan = Plan(lookahead, lookahead, c=self.c)
 
     @property
@@ -142,6 +148,8 @@ class Planner:
         drafting is."""
         if self.trial:
             return 0.0 if self._rested else inf
+        if not self._contest.ahead:
+            return inf
         return (FREE + self._costs.toll) * max(self._pace.rate, self._plain_rate)
 
     @property
@@ -150,13 +158,20 @@ class Planner:
         return not (self._rested or self.trial)
 
     @property
+    def _at_work(self) -> float:
+        """Part of verifications lately beside which drafts worked."""
+        return self._at_work_by[self._contest.ahead]
+
+    @property
     def _rested(self) -> bool:
         """Whether drafts have hardly worked beside verifications lately."""
         return self._at_work < AT_WORK
 
-    def budget(self, rows: Sequence[Prospect], load: Load) -> Budget:
-        """What the coming round verifies and waits for."""
-        budget = best_budget(rows, self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
+    def budget(self, rows: Sequence[Prospect], load: Load, *, under_way: bool = False) -> Budget:
+        """What the coming round verifies and waits for. A step that is ``under_way``, since it was asked for, comes
+        without delay, and slows the verification down if it is not waited for."""
+        wait_ms = self._wait_ms_under_way if under_way else self._pace.wait_ms
+        budget = best_budget(rows, self._verify_ms(load), wait_ms, self._pace.host_ms, self._pace.arrival)
         self._plain_rate = len(rows) / max(self._costs.alone_ms(len(rows), load) + self._pace.host_ms, 1e-9)
         count = len(rows) + sum(budget.lengths)
         floor = max(0.0, min(1.0, budget.rate * self._costs.per_token_ms(count, load)))
@@ -173,6 +188,9 @@ class Planner:
 
     def _alone(self, row: Prospect, load: Load) -> Budget:
         return best_budget([row], self._verify_ms(load), self._pace.wait_ms, self._pace.host_ms, self._pace.arrival)
+
+    def _wait_ms_under_way(self, steps: int) -> float:
+        return self._pace.step_ms * (steps or self._costs.toll)
 
     def _verify_ms(self, load: Load) -> Curve:
         return lambda tokens: self._costs.each_verify_ms(tokens, load, beside=self._at_work)
@@ -191,6 +209,9 @@ class Planner:
         return self.plan
 
     def _schedule_trial(self) -> None:
+        if not self._contest.ahead:
+            self.disturbed, self.trial = False, False
+            return
         self._until_trial -= 1
         if self.trial and (self._learned or self._until_trial <= -LONGEST_TRIAL):
             self._period = min(2 * self._period, RAREST_TRIAL)
@@ -203,11 +224,21 @@ class Planner:
         """Learn what a verification cost, beside which drafts worked for ``drafted_ms``."""
         part = min(1.0, drafted_ms / max(milliseconds, 1e-9))
         if not self.trial:
-            self._at_work += 0.1 * (part - self._at_work)
+            self._at_work_by[self._contest.ahead] += 0.1 * (part - self._at_work)
             self._costs.saw(tokens, load, milliseconds, beside=part)
-        elif part > BUSY if self._rested else part < IDLE:
-            self._costs.saw_trial(tokens, load, milliseconds, beside=part if self._rested else 0.0)
+        elif part > BUSY if self._rested else part < IDLE * self._at_work:
+            self._costs.saw_trial(tokens, load, milliseconds, beside=part, rests=not self._rested)
             self._learned = True
+
+    def saw_round(self, rows: int, tokens: float, milliseconds: float) -> None:
+        """Learn from a round of so many rows in which so many tokens were to be expected and which took so long."""
+        changed = False
+        if self._costs.toll < LEAST_TOLL:
+            changed = self._contest.take(ahead=True)
+        elif not self.disturbed:
+            changed = self._contest.saw_round(rows, tokens / max(milliseconds * self._plain_rate, 1e-9))
+        if changed:
+            self._pace.forget_delays()
 
     def _consider_wait(self, best: int) -> bool:
         if self._measured:

@@ -79,7 +79,7 @@ def test_troubled_messages_do_not_change_the_law() -> None:
 def test_drafts_that_know_the_coin_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Independence of the streams is what makes rejection exact: with one stream for all it is not."""
     monkeypatch.setattr(rejection, "STREAMS", dict.fromkeys(rejection.STREAMS, 1))
-    assert p_value(temperature=1.0, requests=14, proposing=Proposing()) < 0.001
+    assert p_value(temperature=1.0, requests=22, proposing=Proposing()) < 0.001
 
 
 def test_a_verification_that_favours_the_draft_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

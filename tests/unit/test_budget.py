@@ -84,6 +84,7 @@ def test_the_best_lengths_are_the_best_of_all(
     st.floats(0.0, 20.0),
     st.floats(0.0, 20.0),
     st.floats(0.0, 5.0),
+    st.sampled_from([0.0, 3.0]),
     st.floats(0.0, 1.0),
 )
 def test_the_best_budget_is_the_best_of_all_lengths_and_waits(
@@ -93,12 +94,14 @@ def test_the_best_budget_is_the_best_of_all_lengths_and_waits(
     other_ms: float,
     delay_ms: float,
     step_ms: float,
+    under_way_ms: float,
     arrival: float,
 ) -> None:
+    """``under_way_ms`` is what a step that has begun costs a target that does not wait for it."""
     verify_ms = shape(increments)
 
     def wait_ms(count: int) -> float:
-        return delay_ms + count * step_ms
+        return delay_ms + count * step_ms if count else under_way_ms
 
     def after(count: int) -> list[list[float]]:
         late = [
@@ -107,16 +110,16 @@ def test_the_best_budget_is_the_best_of_all_lengths_and_waits(
         return [[*row.there, *added] for row, added in zip(rows, late, strict=True)]
 
     budget = best_budget(rows, verify_ms, wait_ms, other_ms, arrival)
-    waited = other_ms + (wait_ms(budget.steps) if budget.steps else 0.0)
+    waited = other_ms + wait_ms(budget.steps)
     check(budget, after(budget.steps), verify_ms(len(rows) + sum(budget.lengths)) + waited)
     longest = max(len(row.coming) for row in rows)
-    everything = [best_rate(after(count), verify_ms, other_ms + wait_ms(count)) for count in range(1, longest + 1)]
-    assert budget.rate == pytest.approx(max([best_rate(after(0), verify_ms, other_ms), *everything]))
+    everything = [best_rate(after(count), verify_ms, other_ms + wait_ms(count)) for count in range(longest + 1)]
+    assert budget.rate == pytest.approx(max(everything))
 
 
 def test_a_long_way_is_gone_to_its_end() -> None:
     """Of a wait most may be the way there: one step alone is not worth it, and neither are two."""
-    budget = best_budget([Prospect((), [0.99] * 7)], lambda tokens: 10.0, lambda count: 30.0 + count)
+    budget = best_budget([Prospect((), [0.99] * 7)], lambda tokens: 10.0, lambda count: 30.0 + count if count else 0.0)
     assert budget.steps == 7
 
 

@@ -88,6 +88,13 @@ class TestLearning:
         assert costs.alone_ms(4) == pytest.approx(80.0, rel=0.1)
 
 
+def saw(costs: Costs, trial: bool, tokens: int, load: Load, ms: float, beside: float) -> None:
+    if trial:
+        costs.saw_trial(tokens, load, ms, beside=beside, rests=beside < 0.3)
+    else:
+        costs.saw(tokens, load, ms, beside=beside)
+
+
 class TestDrag:
     """What drafts cost is found by resting them now and then, or by having them work."""
 
@@ -100,7 +107,7 @@ class TestDrag:
             trial = number > 50 and number % 10 == 0
             tokens, beside = dice.choice(SIZES), float(at_work != trial)
             ms = (6.0 + tokens) * (1.0 + real * beside) * dice.uniform(1.0 - noise, 1.0 + noise)
-            (costs.saw_trial if trial else costs.saw)(tokens, ONE, ms, beside=beside)
+            saw(costs, trial, tokens, ONE, ms, beside)
         return costs
 
     @pytest.mark.parametrize("part", [0.3, 0.6, 1.0])
@@ -110,8 +117,17 @@ class TestDrag:
         for number in range(300):
             trial = number > 50 and number % 10 == 0
             beside = 0.0 if trial else part
-            (costs.saw_trial if trial else costs.saw)(1, ONE, 7.0 / (1.0 - beside / 3.0), beside=beside)
+            saw(costs, trial, 1, ONE, 7.0 / (1.0 - beside / 3.0), beside)
         assert costs.drag == pytest.approx(0.5, abs=0.05)
+        assert costs.toll == pytest.approx(1 / 3, abs=0.02)
+
+    @pytest.mark.parametrize("rest", [0.0, 0.1, 0.25])
+    def test_a_step_that_still_ran_when_drafts_began_to_rest_is_reckoned_with(self, rest: float) -> None:
+        costs = Costs(line(6.0, 1.0))
+        for number in range(300):
+            trial = number > 50 and number % 10 == 0
+            beside = rest if trial else 1.0
+            saw(costs, trial, 1, ONE, 7.0 / (1.0 - beside / 3.0), beside)
         assert costs.toll == pytest.approx(1 / 3, abs=0.02)
 
     @pytest.mark.parametrize("seed", range(5))
@@ -132,16 +148,16 @@ class TestDrag:
 
     def test_it_is_doubted_at_first_and_follows_what_changes(self) -> None:
         costs = Costs(line(6.0, 1.0))
-        costs.saw_trial(1, ONE, 7.0 * 1.6, beside=1.0)
+        costs.saw_trial(1, ONE, 7.0 * 1.6, beside=1.0, rests=False)
         assert 0.0 < costs.drag < 0.6
         for _ in range(TRIALS):
-            costs.saw_trial(1, ONE, 7.0, beside=1.0)
+            costs.saw_trial(1, ONE, 7.0, beside=1.0, rests=False)
         assert costs.drag == pytest.approx(0.0, abs=0.01)
 
     def test_one_trial_that_was_disturbed_changes_little(self) -> None:
         costs = Costs(line(6.0, 1.0))
         for ratio in (1.2, 1.2, 2.9, 1.2, 1.2):
-            costs.saw_trial(1, ONE, 7.0 * ratio, beside=1.0)
+            costs.saw_trial(1, ONE, 7.0 * ratio, beside=1.0, rests=False)
         assert costs.drag < 0.21
 
 
@@ -159,7 +175,7 @@ def test_costs_are_numbers_whatever_comes(
 ) -> None:
     costs = Costs(measured)
     for trial, tokens, load, ms, beside in seen:
-        (costs.saw_trial if trial else costs.saw)(tokens, load, ms, beside=beside)
+        saw(costs, trial, tokens, load, ms, beside)
     assert isfinite(costs.drag)
     assert costs.drag >= 0.0
     for tokens in (1, 2, 8, 600):

@@ -91,6 +91,22 @@ class TestWhatItTurnsInto:
             steps[drag] = rehearsal.forwards.steps
         assert steps[0.8] < 0.5 * steps[0.0]
 
+    @pytest.mark.parametrize("blur", [1.5, 3.0])
+    def test_where_drafts_of_many_rows_slow_it_down_they_work_when_asked_if_at_all(self, blur: float) -> None:
+        """Finding that out takes a part of so short a run."""
+        machine, rows, tokens = Hardware(20.0, 6.7, drag=0.6), len(PROMPTS), 240
+        draft, play = TARGET.blurred(blur), replace(SSD, text_lookup=False)
+        _, plain = decode(machine, draft, Play("ar"), rows=rows, tokens=tokens)
+        _, stats = decode(machine, draft, play, rows=rows, tokens=tokens)
+        assert stats.tokens_per_s > 0.91 * plain.tokens_per_s
+
+    def test_what_is_not_verified_is_judged_by_what_came_in_its_place(self) -> None:
+        """The bonus token: a target that verifies few tokens, the surest, knows of the others, too."""
+        play = Play(text_lookup=False)
+        rehearsal = Rehearsal(TARGET, [GOOD], Hardware(20.0, 2.0, verify_token_ms=8.0), play)
+        rehearsal.run(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=200))
+        assert rehearsal.target._pace.acceptance[0] == pytest.approx(TARGET.agreement(GOOD), abs=0.075)
+
 
 MS = st.floats(0.1, 50.0)
 MACHINES = st.builds(

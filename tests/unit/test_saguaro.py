@@ -240,6 +240,29 @@ def test_a_depth_that_was_unlucky_at_first_is_tried_again() -> None:
     assert pace.acceptance[1] > 1.5 * unlucky
 
 
+def test_rounds_that_try_nothing_let_nothing_be_forgotten_for_long() -> None:
+    pace = Pace()
+    for _ in range(100):
+        pace.saw_decision(1, 0)
+    low = pace.acceptance[0]
+    for _ in range(300):
+        pace.saw_decision(0, 0)
+    assert pace.acceptance[0] < low + 0.1
+    for _ in range(10_000):
+        pace.saw_decision(0, 0)
+    assert pace.acceptance[0] > 0.7  # it may have changed
+
+
+def test_another_way_of_drafting_has_delays_of_its_own() -> None:
+    pace = Pace()
+    for _ in range(ENOUGH):
+        pace.saw_step(2.0, narrow=True)
+        pace.saw_wait(22.0, 1, came=True)
+    assert pace.delay_ms > 1.0
+    pace.forget_delays()
+    assert pace.delay_ms == 0.5
+
+
 @given(said=st.integers(1, 255), depth=st.integers(0, 14))
 def test_a_draft_that_nobody_knows_is_believed(said: int, depth: int) -> None:
     assert Calibration().chance(said, depth) == pytest.approx(said / 255)
