@@ -36,7 +36,7 @@ FIRST_TRIAL, RAREST_TRIAL = 6, 192
 LONGEST_TRIAL = 3
 """Rounds of a trial at most: a step that runs is not broken off, so the first one often says nothing."""
 
-LEAST_TOLL = 0.03
+LEAST_TOLL = 0.1
 """Part of a draft's time that verifications beside it lose, below which working ahead is free."""
 
 AT_WORK, IDLE, BUSY = 0.15, 0.3, 0.3
