@@ -187,10 +187,9 @@ class Rounds:
             self._pace.saw_wait(waited_ms, made or first, came=self._rules.patient or steps <= 0)
         return waited_ms
 
-    @staticmethod
-    def _is_under_way(rows: Sequence[Row]) -> bool:
-        """Whether drafts are at work on more of what they were asked for."""
-        return any(row.session.cache.available(MAX_LOOKAHEAD) < row.asked for row in rows)
+    def _is_under_way(self, rows: Sequence[Row]) -> bool:
+        """Whether drafts are at work on more of what they were asked for, and will be beside the verification."""
+        return not self._rules.patient and any(row.session.cache.available(MAX_LOOKAHEAD) < row.asked for row in rows)
 
     def _begin(self, rows: Sequence[Row]) -> list[Row]:
         rows = self.each(rows, self._fix_speculation)

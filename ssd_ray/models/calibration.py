@@ -47,7 +47,7 @@ WORTH = 0.9
 run all the same if they take no more than this part of the time."""
 
 
-FORMAT = 2
+FORMAT = 3
 """Of what is kept, and of what it tells: other ones are not read."""
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class _Trial:
         row_ms = self._row_ms(sizes, ms)
         bare = [took - row_ms * (len(self._dealt(size)) - 1) for size, took in zip(sizes, ms, strict=True)]
         alike = _alike(logits, [self._runner.bits(self._dealt(size)) for size in sizes])
-        steady, unsteady = choose_sizes(sizes, bare, alike, exact=self._runner.dtype != torch.float32)
+        steady, unsteady = choose_sizes(sizes, ms, alike, exact=self._runner.dtype != torch.float32)
         costs = dict(zip(sizes, bare, strict=True))
         measured = Measured(steady, tuple(costs[size] for size in steady), row_ms, self._slot_ms())
         return Calibration(measured, steady, unsteady)
@@ -161,12 +161,16 @@ class _Trial:
         return [PER_ROW] * (size // PER_ROW) + ([size % PER_ROW] if size % PER_ROW else [])
 
     def _row_ms(self, sizes: Sequence[int], ms: Sequence[float]) -> float:
-        """What a row adds: one token each of many rows, against as many of few."""
+        """What a row adds: one token each of many rows, against as many of few; not so much that many tokens of many
+        rows would be cheaper than one, should the first have been disturbed."""
         size = max((size for size in sizes if size <= self._rows), default=1)
         if size < 2:
             return 0.0
         (apart,) = self._fastest([[1] * size])
-        return max(0.0, apart - ms[sizes.index(size)]) / (size - len(self._dealt(size)))
+        row_ms = (apart - ms[sizes.index(size)]) / (size - len(self._dealt(size)))
+        rows = [len(self._dealt(size)) for size in sizes]
+        most = [(took - ms[0]) / (many - 1) for many, took in zip(rows, ms, strict=True) if many > 1]
+        return max(0.0, min([row_ms, *most]))
 
     def _slot_ms(self) -> float:
         """What a slot adds that is read: tokens of some rows far from their beginnings, against as many there."""

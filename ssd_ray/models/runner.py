@@ -157,7 +157,7 @@ class HFRunner(ModelRunner):
         stretches = [Stretch(*each) for each in zip(rows, counts, extents, masks, strict=True)]
         positions = [self._counter[start : start + count] for start, count in zip(starts, counts, strict=True)]
         line = self._tensor([*chain(*tokens), *[0] * padding])
-        places = torch.cat([*positions, self._counter[:padding]]), self._tensor([*chain(*written)])
+        places = torch.cat([*positions, self._counter[:1].expand(padding)]), self._tensor([*chain(*written)])
         return forward(stretches, line, *places, self._steady.queries)[: sum(counts)]
 
     def _append_rows(

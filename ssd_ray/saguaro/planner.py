@@ -133,7 +133,7 @@ class Planner:
         self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
         self.floor, self.trial, self.disturbed = 0.0, False, False
         self._plain_rate = 0.0  # tokens per millisecond without drafts
-        self._contest = Contest()
+        self._contest, self._changed = Contest(), False  # and whether its way is another one than the plan says
         self._at_work_by = {True: 1.0, False: 0.0}  # by the way of drafting, see _at_work
         self.plan = Plan(lookahead, lookahead, c=self.c)
 
@@ -201,7 +201,7 @@ class Planner:
             return None
         self._schedule_trial()
         best = self._alone(Prospect((), self._pace.acceptance[: self._most]), Load()).steps
-        changed = self._consider_wait(best)
+        changed, self._changed = self._changed | self._consider_wait(best), False
         changed |= self.factors is not None and self._consider_factor(self.factors)
         if not changed:
             return None
@@ -238,6 +238,7 @@ class Planner:
         elif not self.disturbed:
             changed = self._contest.saw_round(rows, tokens / max(milliseconds * self._plain_rate, 1e-9))
         if changed:
+            self._changed = True
             self._pace.forget_delays()
 
     def _consider_wait(self, best: int) -> bool:

@@ -178,7 +178,7 @@ def test_rollback_is_writing_again(subject: Subject) -> None:
         subject.check(logits[0], tokens[:start] + others[:9], last=9)
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [0, 2], [2, 0]])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [2, 0]])
 def test_rows_of_different_lengths_in_one_call(subject: Subject, rows: list[int]) -> None:
     starts = {0: 11, 1: 70, 2: 64}
     texts = {row: text(start + 6, seed=row) for row, start in starts.items()}
@@ -237,7 +237,7 @@ def test_a_token_that_sees_nothing_harms_nobody(subject: Subject) -> None:
     subject.check(logits, [*trunk, 4, 5])
 
 
-@pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, LENGTH - 1, LENGTH])
+@pytest.mark.parametrize("length", [15, 16, 17, 64, LENGTH])
 def test_bucket_borders(subject: Subject, length: int) -> None:
     tokens = text(length)
     subject.runner.prefill(0, tokens[:-2])

@@ -132,7 +132,7 @@ class TestBundledPair:
     @pytest.mark.parametrize("channel", ["zmq", pytest.param("ray", marks=pytest.mark.slow)])
     def test_a_few_prompts(self, channel: str) -> None:
         prompts = held_out_prompts(load_tokenizer(None), count=2, tokens=96)
-        params = [replace(law, max_tokens=32) for law in LAWS]
+        params = [replace(law, max_tokens=32) for law in LAWS[::2]]
         with engine(replace(BUNDLED, method="ar"), "memory") as generate:
             expected = [generate(prompts, each)[0] for each in params]
         assert expected[0] == generated(ASSETS / "target", prompts, 32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ssd_ray.bench import grid
 from ssd_ray.bench.cli import app
 from ssd_ray.bench.grid import QUICK, Axes, Cell, Figure, Load, draft_of, reached, survey
 from ssd_ray.bench.rehearsal import Part, Play, Rehearsal, Stage, Stretch
@@ -221,7 +222,8 @@ def test_several_processes_find_the_same() -> None:
     assert list(survey(cells, load, processes=2)) == list(survey(cells, load))
 
 
-def test_the_command_prints_a_table_and_draws_a_picture(tmp_path) -> None:
+def test_the_command_prints_a_table_and_draws_a_picture(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(grid, "BRIEF", Load(least=2, warm_up=2))
     picture = tmp_path / "grid.png"
     arguments = ["grid", "--quick", "--rounds", 4, "--acceptance", 0.7, "--drag", 0, "--drag", 0.2, "--step", 0.25]
     arguments += ["--processes", 1, "--plot", picture]

@@ -197,6 +197,22 @@ class TestCalibrating:
         assert measured.ms == pytest.approx([5.0 + 0.5 * size for size in measured.sizes])
         assert (measured.row_ms, measured.slot_ms) == (pytest.approx(0.3), pytest.approx(0.01))
 
+    def test_a_disturbance_does_not_make_many_rows_cheaper_than_one_token(self) -> None:
+        """Should nothing but the forwards of many rows of one token be slow, as others need the processor then."""
+        now, model = 0.0, TableModel(rows=32, max_length=256, page_slots=16)
+        append = model.append
+
+        def disturbed(rows, tokens, starts):  # type: ignore[no-untyped-def]
+            nonlocal now
+            alone = max(map(len, tokens)) == 1 and len(rows) > 2
+            now += 1e-3 * (5.0 + 0.01 * sum(map(len, tokens)) + 50.0 * alone)
+            return append(rows, tokens, starts)
+
+        model.append = disturbed  # type: ignore[method-assign]
+        found = calibrate(model, clock=lambda: now)
+        assert min(found.steady) == 1
+        assert min(found.measured.ms) == pytest.approx(found.measured.ms[0])
+
     @pytest.mark.parametrize("find", [calibrate, calibrate_steps])
     def test_pages_are_left_as_they_were(self, find: Callable[..., Calibration]) -> None:
         whole = tiny_runner()

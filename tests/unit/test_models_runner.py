@@ -131,6 +131,14 @@ def test_fewer_tokens_are_padded_to_a_number_that_is_run(in_line: bool) -> None:
     torch.testing.assert_close(runner.append([0], [text(4, seed=3)], [43]), runner.append([0], [text(4, seed=3)], [43]))
 
 
+def test_a_line_may_be_padded_beyond_the_longest_row() -> None:
+    runner = HFRunner(tiny_model("llama"), **(SIZE | {"prefill_chunk": 8}))
+    runner.prefill(0, text(40))
+    plain = runner.append([0], [text(3, seed=1)], [40])
+    runner.line_sizes = (512,)
+    torch.testing.assert_close(runner.append([0], [text(3, seed=1)], [40]), plain)
+
+
 def test_a_row_of_a_batch_is_not_padded_beyond_the_tokens_that_it_may_have() -> None:
     """Others may have the page after them."""
     runner = HFRunner(tiny_model("gemma2"), rows=2, max_length=48, scratch=16, page_slots=16, pages=6)

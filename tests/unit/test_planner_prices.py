@@ -71,6 +71,30 @@ def resting(planner: Planner) -> float:
     return planner.price / planner._pace.rate
 
 
+class TestTheWay:
+    """Working ahead against working when asked."""
+
+    @staticmethod
+    def play(machine: Machine, ahead: float, asked: float) -> Planner:
+        """Rounds of 10 ms that give so many tokens, by the way."""
+        planner = machine.planner
+        for _ in machine.rounds(400):
+            planner.saw_round(1, ahead if planner._contest.ahead else asked, 10.0)
+        return planner
+
+    def test_where_drafting_costs_the_target_the_better_one_is_kept_and_told(self) -> None:
+        planner = self.play(Machine(drag=0.6), ahead=2.0, asked=2.6)
+        assert planner.price == inf
+        assert not planner.drafts_work
+        assert "draft when asked" in str(planner.plan)
+        planner = self.play(Machine(drag=0.6), ahead=2.6, asked=2.0)
+        assert planner.price < inf
+        assert "steps a round ahead" in str(planner.plan)
+
+    def test_where_it_costs_nothing_drafts_work_ahead_whatever_rounds_give(self) -> None:
+        assert self.play(Machine(), ahead=2.0, asked=2.6).drafts_work
+
+
 class TestThePrice:
     def test_drafting_that_costs_nothing_is_all_but_free(self) -> None:
         assert resting(Machine().run(300).planner) == pytest.approx(FREE, abs=0.01)
