@@ -42,7 +42,9 @@ SIDE_BY_SIDE = (
     "tests/unit/",
     "tests/property/",
     "tests/conformance/test_runner_contract.py",
+    "tests/integration/test_bad_input.py",
     "tests/integration/test_batch_texts.py",
+    "tests/integration/test_exactness.py::TestTinyModels",
 )
 """Where nothing but threads is started."""
 
@@ -52,7 +54,7 @@ class WholeSystemsTakeTurns(LoadFileScheduling):
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
-        return file if file.startswith(SIDE_BY_SIDE) else "whole systems"
+        return file if nodeid.startswith(SIDE_BY_SIDE) else "whole systems"
 
 
 def pytest_xdist_make_scheduler(config, log):

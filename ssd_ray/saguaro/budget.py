@@ -84,7 +84,7 @@ def best_budget(
     Args:
         rows: what each row could verify.
         verify_ms, other_ms: as for :func:`best_lengths`.
-        wait_ms: milliseconds of waiting for so many steps, and of what going on at once costs, for none.
+        wait_ms: milliseconds of waiting for so many steps; for none, what going on at once costs.
         arrival: probability that what is waited for comes in time.
     """
     gains, of_row, after = _best_first(rows, arrival)

@@ -232,11 +232,11 @@ class Planner:
 
     def saw_round(self, rows: int, tokens: float, milliseconds: float) -> None:
         """Learn from a round of so many rows in which so many tokens were to be expected and which took so long."""
-        changed = False
         if self._costs.toll < LEAST_TOLL:
             changed = self._contest.take(ahead=True)
-        elif not self.disturbed:
-            changed = self._contest.saw_round(rows, tokens / max(milliseconds * self._plain_rate, 1e-9))
+        else:
+            score = tokens / max(milliseconds * self._plain_rate, 1e-9)
+            changed = not self.disturbed and self._contest.saw_round(rows, score)
         if changed:
             self._changed = True
             self._pace.forget_delays()
