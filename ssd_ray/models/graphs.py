@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssd_ray.models.replay import CannotRecordError, replay, trace
-from ssd_ray.models.slots import KeysValues, SlotCache, Stretch, gather, write
+from ssd_ray.models.reach import Sight
+from ssd_ray.models.slots import ALL, KeysValues, SlotCache, Stretch, gather, write
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows, extents, tokens, positions, written, mask) -> logits: R distinct rows; how many slots each reads, E the most;
-int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; additive mask
-[1 or R, 1, T, E]."""
+Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""(rows, extents, tokens, positions, written, masks) -> logits: R distinct rows; how many slots each reads, E the most;
+int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; for each reach of the
+model's layers an additive mask [1 or R, 1, T, E]."""
 
 LineForward = Callable[[Sequence[Stretch], Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 """(stretches, tokens, positions, written, queries) -> logits [N, V]: tokens and positions int64 [N], of the stretches
@@ -50,15 +51,15 @@ MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
 
 
-def caller(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor, Cache], Any]:
-    """A model's forward, or its decoder's, as (tokens, positions, mask, cache) -> output, whatever its signature calls
-    the cache."""
+def caller(module: nn.Module, sight: Sight = ALL) -> Callable[[Tensor, Tensor, Sequence[Tensor], Cache], Any]:
+    """A model's forward, or its decoder's, as (tokens, positions, masks, cache) -> output, whatever its signature calls
+    the cache; there is a mask for each reach that the model's layers have by ``sight``."""
     taken = inspect.signature(module.forward).parameters
     # A forward that names neither hands all keywords on, or keeps no KV, which is found by running it.
     name = next((each for each in CACHE_NAMES if each in taken), CACHE_NAMES[-1])
 
-    def call(tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Any:
-        kwargs = {"attention_mask": mask, "position_ids": positions, name: cache}
+    def call(tokens: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: Cache) -> Any:
+        kwargs = {"attention_mask": sight.argument(masks), "position_ids": positions, name: cache}
         return module(input_ids=tokens, use_cache=True, **kwargs)
 
     return call
@@ -66,13 +67,18 @@ def caller(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor, Cache], Any]:
 
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
     """The plain forward of a model."""
-    call = caller(model)
+    call = caller(model, kv.sight)
 
     def forward(
-        rows: Sequence[int], extents: Sequence[int], tokens: Tensor, positions: Tensor, written: Tensor, mask: Tensor
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        masks: Sequence[Tensor],
     ) -> Tensor:
         kv.aim(rows, extents, written)
-        logits: Tensor = call(tokens, positions, mask, kv).logits
+        logits: Tensor = call(tokens, positions, masks, kv).logits
         return logits
 
     return forward
@@ -83,9 +89,9 @@ class EagerLine:
     head, which a prompt does not need, returns its last hidden states, [N, hidden]."""
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
-        self._model, self._call, self._kv = model, caller(model), kv
-        # Attention has the masks of its parts. This one only keeps the model from making its own.
-        self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device)
+        self._model, self._call, self._kv = model, caller(model, kv.sight), kv
+        # Attention has the masks of its parts. These only keep the model from making its own.
+        self._masks = [torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device) for _ in kv.sight.reaches]
 
     def __call__(
         self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
@@ -95,7 +101,7 @@ class EagerLine:
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The model over what the cache is aimed at."""
-        output = self._call(tokens, positions, self._mask, self._kv)
+        output = self._call(tokens, positions, self._masks, self._kv)
         states: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return states[0]
 
@@ -204,11 +210,11 @@ class StaticLayer(CacheLayerMixin):
         return self._extent
 
 
-def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor]:
+def static_step(model: PreTrainedModel, page_slots: int, sight: Sight) -> Callable[..., Tensor]:
     """A forward without Python state over pools [1, heads, slots, dim]: ``written``, int64 [R, T], are addresses in
     them, ``pages``, int64 [R, P], what is gathered. Without pages the pools are what one row reads, E slots, and
     nothing is copied."""
-    call = caller(model)
+    call = caller(model, sight)
 
     def step(
         pools: Pools,
@@ -216,10 +222,10 @@ def static_step(model: PreTrainedModel, page_slots: int) -> Callable[..., Tensor
         tokens: Tensor,
         positions: Tensor,
         written: Tensor,
-        mask: Tensor,
+        *masks: Tensor,
     ) -> Tensor:
-        layers = [StaticLayer(pair, written, pages, page_slots, mask.shape[-1]) for pair in pools]
-        logits: Tensor = call(tokens, positions, mask, Cache(layers=layers)).logits
+        layers = [StaticLayer(pair, written, pages, page_slots, masks[0].shape[-1]) for pair in pools]
+        logits: Tensor = call(tokens, positions, masks, Cache(layers=layers)).logits
         return logits
 
     return step
@@ -232,7 +238,7 @@ class CompiledForward:
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         self._kv = kv
         self._eager = eager_forward(model, kv)
-        self._step = torch.compile(static_step(model, kv.table.page_slots), dynamic=False, fullgraph=True)
+        self._step = torch.compile(static_step(model, kv.table.page_slots, kv.sight), dynamic=False, fullgraph=True)
         self._known: set[int] = set()
 
     def __call__(
@@ -242,15 +248,15 @@ class CompiledForward:
         tokens: Tensor,
         positions: Tensor,
         written: Tensor,
-        mask: Tensor,
+        masks: Sequence[Tensor],
     ) -> Tensor:
         """See :data:`Forward`."""
         first = self._kv.table.run(rows[0], extents[0]) if len(rows) == 1 else None
         if first is None:
-            return self._eager(rows, extents, tokens, positions, written, mask)
+            return self._eager(rows, extents, tokens, positions, written, masks)
         # One layout for each shape: strides are part of what is compiled for. Where the row lies is not.
-        inputs = [tensor.contiguous() for tensor in (tokens, positions, written - first, mask)]
-        pools = self._kv.pools(first, mask.shape[-1])
+        inputs = [tensor.contiguous() for tensor in (tokens, positions, written - first, *masks)]
+        pools = self._kv.pools(first, masks[0].shape[-1])
         count = tokens.shape[1]
         if count in self._known:
             return self._step(pools, None, *inputs)
@@ -261,7 +267,8 @@ class CompiledForward:
 
 def _run_compiled(step: Callable[..., Tensor], pools: Pools, pages: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
     """Run a step that may have to be compiled first. The extent is left open: measured, that costs nothing."""
-    torch._dynamo.maybe_mark_dynamic(inputs[-1], 3)
+    for mask in inputs[3:]:
+        torch._dynamo.maybe_mark_dynamic(mask, 3)
     for pool in (pool for pair in pools if pages is None for pool in pair):
         torch._dynamo.maybe_mark_dynamic(pool, 2)
     with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
@@ -274,7 +281,7 @@ class CudaGraphForward:
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> None:
         self._kv = kv
-        step = static_step(model, kv.table.page_slots)
+        step = static_step(model, kv.table.page_slots, kv.sight)
         self._step = torch.compile(step, dynamic=False, fullgraph=True) if compile else step
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, ...], tuple[Any, list[Tensor], Tensor]] = {}
@@ -286,12 +293,12 @@ class CudaGraphForward:
         tokens: Tensor,
         positions: Tensor,
         written: Tensor,
-        mask: Tensor,
+        masks: Sequence[Tensor],
     ) -> Tensor:
         """See :data:`Forward`."""
         extent = max(extents)
         in_place = len(rows) == 1 and self._kv.table.run(rows[0], extent) == 0
-        inputs = [self._kv.pages(rows, extent), tokens, positions, written, mask]
+        inputs = [self._kv.pages(rows, extent), tokens, positions, written, *masks]
         shape = (*tokens.shape, extent, int(in_place))
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(inputs, in_place)
@@ -302,10 +309,11 @@ class CudaGraphForward:
         return logits.clone()  # the next replay writes to the same place
 
     def _capture(self, inputs: Sequence[Tensor], in_place: bool) -> tuple[Any, list[Tensor], Tensor]:
-        pages, tokens, positions, written, mask = inputs
-        buffers = [pages, tokens, positions.expand_as(tokens), written, mask.expand(len(pages), -1, -1, -1)]
+        pages, tokens, positions, written, *masks = inputs
+        buffers = [pages, tokens, positions.expand_as(tokens), written]
+        buffers += [mask.expand(len(pages), -1, -1, -1) for mask in masks]
         buffers = [tensor.clone(memory_format=torch.contiguous_format) for tensor in buffers]
-        pools = self._kv.pools(0, mask.shape[-1] if in_place else self._kv.table.size)
+        pools = self._kv.pools(0, masks[0].shape[-1] if in_place else self._kv.table.size)
         read = None if in_place else buffers[0]
         # Kernels are chosen and workspaces made outside the graph. Running it twice does what running it once does.
         stream: Any = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]

@@ -36,8 +36,9 @@ from ssd_ray.models.checkpoint import (
 )
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
+from ssd_ray.models.probe import probe_layers
 from ssd_ray.models.runner import HFRunner
-from ssd_ray.models.support import max_positions, refuse_unsupported, shortest_window
+from ssd_ray.models.support import max_positions, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bo
         refuse_unsupported(config, role, trusted=trust_remote_code)
         return ModelInfo(
             vocab_size=config.get_text_config().vocab_size,
-            max_length=_limit(config, role),
+            max_length=max_positions(config),
             eos_token_ids=_eos_token_ids(source, config),
             parameter_bytes=_bytes_on_disk(source),
             kv_bytes_per_slot=_kv_bytes(config, checkpoint_dtype(config)),
@@ -390,15 +391,8 @@ def _reason(source: str, error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _limit(config: PreTrainedConfig, role: Role) -> int | None:
-    """Positions that a model can take at most. For a draft the window of its attention is a limit, too: longer texts go
-    on without it, while a target has to take them."""
-    limits = [max_positions(config), shortest_window(config)[1] if role == "draft" else None]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _length(config: PreTrainedConfig, wanted: int | None, role: Role) -> int:
-    limit = _limit(config, role)
+    limit = max_positions(config)
     if role == "draft" and wanted is not None and limit is not None:
         return min(wanted, limit)
     if wanted is None and limit is None:
@@ -427,7 +421,18 @@ def _bytes_on_disk(source: str) -> int:
 
 
 def _kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of one slot over all layers, as the config has it."""
+    """Bytes of one slot over all layers: what a model without weights keeps of a token."""
+    try:
+        with torch.device("meta"), _silence():
+            # Some operations exist for no other dtype there; what is counted does not depend on it.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            shapes = probe_layers(model)
+    except Exception:  # it looks at values, which are not there
+        return _usual_kv_bytes(config, dtype)
+    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * dtype.itemsize
+
+
+def _usual_kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

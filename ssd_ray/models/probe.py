@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import NAME
 from ssd_ray.models.float32 import InFloat32
 from ssd_ray.models.graphs import EagerLine, caller, eager_forward
+from ssd_ray.models.reach import Sight, shortened
 from ssd_ray.models.slots import LayerShape, SlotCache, Stretch
 
 NUM_CHECKED = 16
@@ -22,6 +24,9 @@ NUM_CHECKED = 16
 TOLERANCE = 1e-3
 """Relative error of the logits that rounding in float32 may cause. Real models stay below 1e-5; one layer of them that
 does not obey a mask or a position gives 1e-2 and more."""
+
+CHECKED_WINDOW = 5
+"""Length of windows while they are checked: some of the checked tokens are outside."""
 
 CHECKED = 1
 """The row of two that is compared: not the first, which a model might take for all."""
@@ -39,17 +44,19 @@ def probe_layers(model: PreTrainedModel) -> list[LayerShape]:
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
     try:
-        caller(model)(zero, zero, mask, cache)
+        caller(model)(zero, zero, [mask], cache)
     except Exception as error:  # whatever a foreign model raises means the same: it cannot run this way
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run with a custom KV cache, a 4-D mask and explicit positions: {error}"
         ) from error
-    expected = model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    # The last layers may read what those before them keep.
+    expected = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
     shapes = [shape for layer in cache.layers if (shape := _shape(layer))]
     if len(shapes) != expected:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps keys and values of {len(shapes)} of its {expected} layers in the KV cache; "
-            "recurrent state and shared layers cannot be addressed by slot"
+            "recurrent state cannot be addressed by slot"
         )
     dtypes = {states.dtype for layer in cache.layers for states in (layer.keys, layer.values)}
     if dtypes != {model.dtype}:
@@ -66,8 +73,9 @@ def _shape(layer: DynamicLayer) -> LayerShape | None:
 
 @torch.inference_mode()
 def check_addressing(model: PreTrainedModel, shapes: Sequence[LayerShape], length: int) -> None:
-    """Compare a plain forward over a few tokens with two, over one half of them each, whose KV lies scattered over a
-    row, among others that nobody may see, and beside a row whose positions reach up to ``length``.
+    """Compare a plain forward over a few tokens, by the model's own attention, with two over one half of them each,
+    whose KV lies scattered over a row, among others that nobody may see, and beside a row whose positions reach up to
+    ``length``. Windows that matter at this length are made so short for it that they matter here.
 
     Both in float32, whatever the model is held in: outliers in a model's weights can make rounding to half precision
     look like a mask that is not obeyed.
@@ -77,8 +85,8 @@ def check_addressing(model: PreTrainedModel, shapes: Sequence[LayerShape], lengt
             at who else is in the forward.
     """
     try:
-        with InFloat32():  # type: ignore[no-untyped-call]
-            want, got = _plain(model, length), _scattered(model, shapes, length)
+        with InFloat32(), _windows_that_show(model, length) as sight:  # type: ignore[no-untyped-call]
+            want, got = _plain(model, length), _scattered(model, shapes, length, sight)
     except Exception as error:  # as above
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} does not run over a slot-addressed KV cache: {error}") from error
@@ -98,17 +106,33 @@ def _tokens(model: PreTrainedModel, length: int) -> Tensor:
     return torch.linspace(1, last, 2 * count, device=model.device).long().view(2, count)
 
 
+@contextmanager
+def _windows_that_show(model: PreTrainedModel, length: int) -> Iterator[Sight]:
+    """What a model's layers see for now."""
+    sight = Sight.of(model.config, length)
+    if not sight.windowed:
+        yield sight
+        return
+    with shortened(model.config, CHECKED_WINDOW):
+        yield Sight.of(model.config, length)
+
+
 def _plain(model: PreTrainedModel, length: int) -> Tensor:
     """Logits [N, V] of the checked tokens as the model itself has them."""
-    logits: Tensor = model(input_ids=_tokens(model, length)[CHECKED][None], use_cache=False).logits
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model(input_ids=_tokens(model, length)[CHECKED][None], use_cache=False).logits
+    finally:
+        model.set_attn_implementation(chosen)
     return logits[0]
 
 
-def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape], length: int) -> Tensor:
+def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape], length: int, sight: Sight) -> Tensor:
     """The same over scattered slots, in two forwards, beside a neighbour."""
     tokens = _tokens(model, length)
     count = tokens.shape[1]
-    kv = SlotCache(shapes, rows=2, slots=64, page_slots=16, dtype=torch.float32, device=model.device)
+    kv = SlotCache(shapes, rows=2, slots=64, page_slots=16, dtype=torch.float32, device=model.device, sight=sight)
     _spoil(kv)
     for row, pages in enumerate(([2, 0, 3, 1], [7, 5, 4, 6])):
         kv.table.bind(row, 0, pages)
@@ -119,11 +143,17 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape], length: int
     order = torch.full((2, kv.slots), count, device=kv.device).scatter_(1, slots, near.expand(2, -1))
     visible = order[:, None] <= near[:, None]  # [2, N, E]: a token sees itself and those before it
     hidden = torch.full((), torch.finfo(torch.float32).min, device=kv.device)
-    mask = torch.where(visible, torch.zeros_like(hidden), hidden)[:, None]
+    masks = [
+        torch.where(visible & reach.sees(near, order), torch.zeros_like(hidden), hidden)[:, None]
+        for reach in sight.reaches
+    ]
     forward = partial(eager_forward(model, kv), [0, 1], [kv.slots, kv.slots])
     written = torch.tensor([kv.table.locate(row, slots[row].tolist()) for row in (0, 1)], device=kv.device)
     parts = slice(0, count // 2), slice(count // 2, count)
-    got = [forward(tokens[:, part], positions[:, part], written[:, part], mask[:, :, part]) for part in parts]
+    got = [
+        forward(tokens[:, part], positions[:, part], written[:, part], [mask[:, :, part] for mask in masks])
+        for part in parts
+    ]
     return torch.cat(got, 1)[CHECKED]
 
 
@@ -142,7 +172,7 @@ def takes_lines(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
         return False
     kv = SlotCache(shapes, rows=2, slots=32, page_slots=16, dtype=model.dtype, device=model.device)
     masks = [torch.zeros(count, extent, dtype=model.dtype) for count, extent in ((1, 16), (2, 32))]
-    stretches = [Stretch(row, len(mask), mask.shape[1], mask) for row, mask in enumerate(masks)]
+    stretches = [Stretch(row, len(mask), mask.shape[1], [mask]) for row, mask in enumerate(masks)]
     zeros, written = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 32, 33])
     try:
         EagerLine(model, kv)(stretches, zeros, zeros, written, [1, 2])

@@ -15,6 +15,7 @@ from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
+from ssd_ray.models.reach import Sight
 from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import SlotCache, Stretch
 from ssd_ray.models.steady import Products, steadiness, steady_chunks
@@ -65,13 +66,14 @@ class HFRunner(ModelRunner):
         self._chunk = prefill_chunk
         self.calibration: Calibration | None = None
         body = model.get_decoder()
-        self._body = caller(body)
+        sight = Sight.of(model.config, max_length)
+        self._body = caller(body, sight)
         fix_frequencies(model, max_length)
         shapes = probe_layers(model)
         check_addressing(model, shapes, max_length)
         packing = packable(model.device, model.dtype) and not compile
         self.packed = packing and pack_linears(model, find_siblings(model))
-        self._steady = steadiness(model, shapes[0], page_slots)
+        self._steady = steadiness(model, page_slots)
         self._chunks = steady_chunks(body, prefill_chunk)
         self._products = Products(model)
         self._kv = SlotCache(
@@ -82,6 +84,7 @@ class HFRunner(ModelRunner):
             pages=pages,
             dtype=self.dtype,
             device=self.device,
+            sight=sight,
         )
         self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes
         self._decode = decoding_forward(model, self._kv, compile=compile)
@@ -96,6 +99,7 @@ class HFRunner(ModelRunner):
         # Nor the lowest number, which becomes -inf in float16 when a score is added to it.
         self._hidden = torch.full((), torch.finfo(self.dtype).min / 2, dtype=self.dtype, device=self.device)
         self._strip = self._causal_strip(prefill_chunk)
+        self._slot_numbers = torch.arange(self.slots + PERIOD, device=self.device)
 
     def adopt(self, calibration: Calibration) -> None:
         """Run the numbers of tokens that were found to be alike, and say what they cost."""
@@ -119,13 +123,17 @@ class HFRunner(ModelRunner):
         written = self._tensor([table.locate(row, some) for row, some in zip(rows, slots.tolist(), strict=True)])
         extents = self._extents(visible)
         visible = visible[..., : max(extents)].to(self.device)
-        mask = torch.where(visible, self._seen, self._hidden)  # [R, T, E]
         tokens, positions = tokens.to(self.device), positions.to(self.device)
+        self._kv.note(written, positions)
+        masks = [torch.where(seen, self._seen, self._hidden) for seen in self._seen_by_layers(rows, visible, positions)]
         if self._line is None:
-            return self._logits(self._decode(rows, extents, tokens, positions, written, mask[:, None]))
+            by_reach = [mask[:, None] for mask in masks]
+            return self._logits(self._decode(rows, extents, tokens, positions, written, by_reach))
         count = tokens.shape[1]
-        parts = zip(rows, extents, mask, strict=True)
-        stretches = [Stretch(row, count, extent, of_row[:, :extent]) for row, extent, of_row in parts]
+        stretches = [
+            Stretch(row, count, extent, [mask[i, :, :extent] for mask in masks])
+            for i, (row, extent) in enumerate(zip(rows, extents, strict=True))
+        ]
         line = self._line(stretches, tokens.flatten(), positions.flatten(), written.flatten(), [count])
         return self._logits(line).view(*tokens.shape, -1)
 
@@ -134,6 +142,7 @@ class HFRunner(ModelRunner):
         places = [(row, start, start + len(some)) for row, some, start in zip(rows, tokens, starts, strict=True)]
         written = [self._kv.table.locate_trunk(*place) for place in places]
         extents = [self._steady.extent(end) for _, _, end in places]
+        self._note_trunk(starts, written)
         if self._line is None:
             logits = self._append_rows(rows, tokens, starts, extents)
         else:
@@ -153,7 +162,7 @@ class HFRunner(ModelRunner):
         [tokens, V]."""
         counts = list(map(len, tokens))
         padding = self.line_size(sum(counts)) - sum(counts)
-        masks = [self._mask(start, count, extent) for start, count, extent in zip(starts, counts, extents, strict=True)]
+        masks = [self._masks(*each) for each in zip(starts, counts, extents, strict=True)]
         stretches = [Stretch(*each) for each in zip(rows, counts, extents, masks, strict=True)]
         positions = [self._counter[start : start + count] for start, count in zip(starts, counts, strict=True)]
         line = self._tensor([*chain(*tokens), *[0] * padding])
@@ -170,12 +179,12 @@ class HFRunner(ModelRunner):
         """Run the tokens of each row in a row of a batch, all padded alike; logits [tokens, V]."""
         length = self.line_size(max(map(len, tokens)))
         padded = self._tensor([[*some, *[0] * (length - len(some))] for some in tokens])
-        positions, mask = self._trunk(starts, length, max(extents))
+        positions, masks = self._trunk(starts, length, max(extents))
         # Padding is written after the tokens, where nobody sees it before it is written over.
         places = [
             self._kv.table.locate_trunk(row, start, start + length) for row, start in zip(rows, starts, strict=True)
         ]
-        logits = self._decode(rows, extents, padded, positions, self._tensor(places), mask)
+        logits = self._decode(rows, extents, padded, positions, self._tensor(places), masks)
         return torch.cat([of_row[: len(some)] for of_row, some in zip(logits, tokens, strict=True)])
 
     def bits(self, counts: Sequence[int]) -> list[bytes]:
@@ -208,13 +217,15 @@ class HFRunner(ModelRunner):
         padded = next(size for size in self._chunks if size >= count)
         line = self._tensor([*tokens, *[0] * (padded - count)])
         extent = min(self.slots, self.extent((start // self._chunk + 1) * self._chunk))
-        positions, mask = self._trunk([start], padded, extent)
+        positions, masks = self._trunk([start], padded, extent)
+        self._note_trunk([start], [written])
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
         if self._prompt is not None:
-            self._prompt([Stretch(row, padded, extent, mask[0, 0])], line, positions[0], self._tensor(written), ())
+            stretch = Stretch(row, padded, extent, [mask[0, 0] for mask in masks])
+            self._prompt([stretch], line, positions[0], self._tensor(written), ())
             return
         self._kv.aim([row], [extent], self._tensor([written]))
-        self._body(line[None], positions, mask, self._kv)
+        self._body(line[None], positions, masks, self._kv)
 
     def _extents(self, visible: Tensor) -> list[int]:
         """How many slots each row of a mask, bool [R, T, E], has to read."""
@@ -224,20 +235,38 @@ class HFRunner(ModelRunner):
         ends = (visible.any(1) * torch.arange(1, extent + 1, device=visible.device)).amax(1)
         return [max(self.page_slots, self.extent(end)) for end in ends.tolist()]
 
-    def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, Tensor]:
-        """Positions, int64 [1 or R, T], and mask, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
+    def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, list[Tensor]]:
+        """Positions, int64 [1 or R, T], and masks, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
         common = starts[:1] if len(set(starts)) == 1 else starts
         positions = [self._counter[start : start + length] for start in common]
-        masks = [self._mask(start, length, extent)[:length] for start in common]
-        if len(common) == 1:
-            return positions[0][None], masks[0][None, None]
-        return torch.stack(positions), torch.stack(masks)[:, None]
+        of_rows = [[mask[:length] for mask in self._masks(start, length, extent)] for start in common]
+        return _stacked(positions), [_stacked(masks)[:, None] for masks in zip(*of_rows, strict=True)]
 
-    def _mask(self, start: int, count: int, extent: int) -> Tensor:
-        """Additive mask [count or more, extent] of trunk tokens from ``start`` on."""
+    def _masks(self, start: int, count: int, extent: int) -> list[Tensor]:
+        """Additive masks [count or more, extent] of trunk tokens from ``start`` on, for each reach."""
         if count > len(self._strip):
             self._strip = self._causal_strip(count)
-        return self._strip[:, self.slots - start : self.slots - start + extent]
+        mask = self._strip[:, self.slots - start : self.slots - start + extent]
+        if not self._kv.sight.windowed:
+            return [mask]
+        queries, keys = torch.arange(start, start + count, device=self.device), self._slot_numbers[:extent]
+        return [
+            torch.where(reach.sees(queries, keys), mask[:count], self._hidden) if reach.size else mask
+            for reach in self._kv.sight.reaches
+        ]
+
+    def _seen_by_layers(self, rows: Sequence[int], visible: Tensor, positions: Tensor) -> list[Tensor]:
+        """What tokens at positions [R, T] see of what is visible, bool [R, T, E], for each reach."""
+        sight, extent = self._kv.sight, visible.shape[-1]
+        if not sight.windowed:
+            return [visible]
+        keys = torch.stack([self._kv.positions(row, extent) for row in rows])
+        return [visible & reach.sees(positions, keys) if reach.size else visible for reach in sight.reaches]
+
+    def _note_trunk(self, starts: Sequence[int], written: Sequence[Sequence[int]]) -> None:
+        if self._kv.sight.windowed:
+            positions = [range(start, start + len(some)) for start, some in zip(starts, written, strict=True)]
+            self._kv.note(self._tensor([*chain(*written)]), self._tensor([*chain(*positions)]))
 
     def _causal_strip(self, length: int) -> Tensor:
         """Additive mask [length, 2*slots + PERIOD] in which token i sees column j iff ``j <= slots + i``.
@@ -253,3 +282,8 @@ class HFRunner(ModelRunner):
 
     def _logits(self, logits: Tensor) -> Tensor:
         return logits[..., : self.vocab_size].float()
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """As torch.stack, but one tensor is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))

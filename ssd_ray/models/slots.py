@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssd_ray.models.attention import Part, Parts, Read
 from ssd_ray.models.pages import PageTable
+from ssd_ray.models.reach import Sight
 from ssd_ray.models.replay import opaque
 
 SHORT = 384
@@ -43,6 +44,10 @@ class LayerShape:
     value_dim: int
 
 
+ALL = Sight()
+"""What models see whose layers all see everything."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """What is read of some rows: ``extent`` slots of each."""
@@ -62,13 +67,13 @@ class Stretch:
         row: KV row.
         count: tokens.
         extent: slots that they read.
-        mask: additive, [count or more, extent]: what each of them sees.
+        masks: additive, [count or more, extent]: what each of them sees, for each reach of the model's layers.
     """
 
     row: int
     count: int
     extent: int
-    mask: Tensor
+    masks: Sequence[Tensor]
 
 
 @dataclass(slots=True)
@@ -80,23 +85,25 @@ class Window:
     extent: int = 0
     places: list[Place] = field(default_factory=list)
     """What is read; each place becomes one attention call."""
-    layout: Parts | None = None
-    """Whose tokens read what, if they stand in a line."""
+    layouts: Sequence[Parts] = ()
+    """Whose tokens read what, for each reach of the layers, if they stand in a line."""
     asked: bool = False
     """Whether a model has asked how many slots are read, so that its calls may depend on it."""
 
 
 class SlotLayer(CacheLayerMixin):
-    """K and V of one layer, [1, heads, slots of the pool, dim] each, allocated by :class:`SlotCache`."""
+    """K and V of one layer, [1, heads, slots of the pool, dim] each, allocated by :class:`SlotCache`; ``reach`` says
+    which of the model's it has."""
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, page_slots: int, window: Window) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, page_slots: int, window: Window, reach: int = 0) -> None:
         super().__init__()
         self.keys, self.values = keys, values
         self.is_initialized = True
         self._window = window
         self._page_slots = page_slots
+        self._reach = reach
         self._views: dict[tuple[range, int], KeysValues] = {}
 
     @opaque(lambda self, key_states, *args, **kwargs: (key_states,))
@@ -106,8 +113,10 @@ class SlotLayer(CacheLayerMixin):
         write(self.keys, self._window.written, key_states)
         write(self.values, self._window.written, value_states)
         pairs = [self._read(place) for place in self._window.places]
-        layout = self._window.layout
-        return pairs[0] if layout is None else [Read(tensors, layout) for tensors in zip(*pairs, strict=True)]
+        if not self._window.layouts:
+            return pairs[0]
+        layout = self._window.layouts[self._reach]
+        return [Read(tensors, layout) for tensors in zip(*pairs, strict=True)]
 
     def _read(self, place: Place) -> KeysValues:
         if place.pages is not None:
@@ -174,6 +183,7 @@ class SlotCache(Cache):
         shapes: what each layer keeps.
         slots: a whole number of pages.
         pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
+        sight: what the layers see.
     """
 
     def __init__(
@@ -186,9 +196,10 @@ class SlotCache(Cache):
         pages: int | None = None,
         dtype: torch.dtype,
         device: torch.device,
+        sight: Sight = ALL,
     ) -> None:
         self.table = PageTable(rows, slots, page_slots, pages)
-        self.slots, self.device = slots, device
+        self.slots, self.device, self.sight = slots, device, sight
         self.window = Window()
         size = self.table.size
         # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
@@ -204,7 +215,12 @@ class SlotCache(Cache):
             self.banks.append(bank)
             tensors.update(zip(owners, bank[:, None], strict=True))
         self.page_bytes = sum(bank.nbytes for bank in self.banks) * page_slots // size
-        layers = [SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self.window) for i in range(len(shapes))]
+        reaches = [*sight.of_layers, *[0] * len(shapes)]
+        layers = [
+            SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self.window, reaches[i]) for i in range(len(shapes))
+        ]
+        # Which position each slot of the pool holds: how far back a layer sees is told by positions.
+        self._positions = torch.zeros(size, dtype=torch.int64, device=device) if sight.windowed else None
         super().__init__(layers=layers)
 
     def aim(self, rows: Sequence[int], extents: Sequence[int], written: Tensor) -> None:
@@ -217,7 +233,7 @@ class SlotCache(Cache):
                 tokens a row writes its first T.
         """
         window = self.window
-        window.written, window.extent, window.layout = written.flatten(), max(extents), None
+        window.written, window.extent, window.layouts = written.flatten(), max(extents), ()
         firsts = [self.table.run(row, window.extent) for row in rows]
         window.places = [self._place(rows, window.extent, firsts)]
 
@@ -239,11 +255,22 @@ class SlotCache(Cache):
             self._place([stretches[i].row for i in some], stretches[some[0]].extent, [firsts[i] for i in some])
             for some in groups
         ]
-        window.layout = lay_out(stretches, groups, length, queries, self.device)
+        window.layouts = lay_out(stretches, groups, length, queries, self.device)
 
     def _place(self, rows: Sequence[int], extent: int, firsts: Sequence[int | None]) -> Place:
         together = _progression(firsts)
         return Place(extent, pages=self.pages(rows, extent)) if together is None else Place(extent, together)
+
+    def note(self, written: Tensor, positions: Tensor) -> None:
+        """Note which positions the tokens have that the next forward writes; both int64, of one shape."""
+        if self._positions is not None:
+            self._positions[written] = positions
+
+    def positions(self, row: int, extent: int) -> Tensor:
+        """Positions of the first slots of a row, int64 [extent], where there are windows to which they matter."""
+        assert self._positions is not None
+        pages = torch.tensor(self.table.of(row, extent), device=self.device)
+        return self._positions.view(-1, self.table.page_slots)[pages].flatten()[:extent]
 
     def pages(self, rows: Sequence[int], extent: int) -> Tensor:
         """The pages behind the first slots of rows, int64 [R, P]."""
@@ -260,6 +287,8 @@ class SlotCache(Cache):
         origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
         for bank in self.banks:
             bank.index_copy_(2, goal, bank.index_select(2, origin))
+        if self._positions is not None:
+            self._positions[goal] = self._positions[origin]
 
 
 def group(extents: Sequence[int], firsts: Sequence[int | None]) -> list[list[int]]:
@@ -307,26 +336,33 @@ def lay_out(
     length: int,
     queries: Sequence[int],
     device: torch.device,
-) -> Parts:
-    """How a line of tokens is cut into the parts that attention is computed for."""
+) -> list[Parts]:
+    """How a line of tokens is cut into the parts that attention is computed for, for each reach of the layers."""
     starts = [0, *accumulate(stretch.count for stretch in stretches)]
-    parts, order = [], []
+    parts: list[list[Part]] = [[] for _ in stretches[0].masks]
+    order: list[int] = []
     for group in groups:
         members = [stretches[index] for index in group]
         longest = max(stretch.count for stretch in members)
         size = next((each for each in queries if each >= longest), longest)
         # Where there are too few of a row, its last one is asked again.
         take = [starts[index] + min(i, stretches[index].count - 1) for index in group for i in range(size)]
-        masks = [_rows_of(stretch.mask, size) for stretch in members]
-        mask = masks[0][None, None] if len(masks) == 1 else torch.stack(masks)[:, None]
         in_line = take == list(range(take[0], take[0] + len(take)))
         where = None if in_line else torch.tensor(take, device=device)
-        parts.append(Part(len(group), size, mask, take[0], where, folds=bool(queries)))
+        for of_reach, masks in zip(parts, zip(*(stretch.masks for stretch in members), strict=True), strict=True):
+            of_reach.append(Part(len(group), size, _stacked(masks, size), take[0], where, folds=bool(queries)))
         order += take
-    if order == list(range(length)):
-        return Parts(parts)
-    places = {token: place for place, token in reversed(list(enumerate(order)))}
-    return Parts(parts, torch.tensor([places.get(token, 0) for token in range(length)], device=device))
+    restore = None
+    if order != list(range(length)):
+        places = {token: place for place, token in reversed(list(enumerate(order)))}
+        restore = torch.tensor([places.get(token, 0) for token in range(length)], device=device)
+    return [Parts(of_reach, restore) for of_reach in parts]
+
+
+def _stacked(masks: Sequence[Tensor], size: int) -> Tensor:
+    """The first rows of masks [T, E] as one [1 or G, 1, size, E]."""
+    rows = [_rows_of(mask, size) for mask in masks]
+    return rows[0][None, None] if len(rows) == 1 else torch.stack(rows)[:, None]
 
 
 def _rows_of(mask: Tensor, size: int) -> Tensor:

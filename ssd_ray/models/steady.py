@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssd_ray.models.attention import NAME, PERIOD, Heads, steady_extents, steady_queries
+from ssd_ray.models.attention import PERIOD, find_heads, steady_extents, steady_queries
 from ssd_ray.models.packing import PackedLinear
-from ssd_ray.models.slots import LayerShape
 
 MOST_QUERIES = 32
 """Tokens of one row in a line at most."""
@@ -48,13 +47,15 @@ class Steadiness:
         return start + next(extent for extent in self.extents if extent >= needed - start)
 
 
-def steadiness(model: PreTrainedModel, shape: LayerShape, page_slots: int) -> Steadiness:
-    """Probe a model's attention; of another one than ours nothing is known."""
-    if model.config._attn_implementation != NAME:
-        return Steadiness(range(page_slots, PERIOD + 1, page_slots), range(1, MOST_QUERIES + 1))
-    query_heads = model.config.get_text_config().num_attention_heads // shape.heads
-    heads = Heads(query_heads, shape.key_dim, model.dtype, model.device)
-    return Steadiness(steady_extents(heads, page_slots), steady_queries(heads, MOST_QUERIES))
+def steadiness(model: PreTrainedModel, page_slots: int) -> Steadiness:
+    """Probe the attention of a model's layers; of another one than ours nothing is known."""
+    found = find_heads(model)
+    extents, queries = range(page_slots, PERIOD + 1, page_slots), range(1, MOST_QUERIES + 1)
+    steady = [(steady_extents(heads, page_slots), steady_queries(heads, MOST_QUERIES)) for heads in found]
+    return Steadiness(
+        [each for each in extents if all(each in of_heads for of_heads, _ in steady)],
+        [each for each in queries if all(each in of_heads for _, of_heads in steady)],
+    )
 
 
 def steady_chunks(body: nn.Module, largest: int) -> list[int]:

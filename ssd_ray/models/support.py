@@ -9,6 +9,9 @@ from ssd_ray.errors import UnsupportedModelError
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
+OTHER_WINDOWS = ("keep_window_size", "sliding_window_size", "window_size", "local_attention_window_len")
+"""Fields of configs whose layers see, from so many tokens on, what no mask of ours says."""
+
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Positions that a model can take, or None if its config sets no limit."""
@@ -31,7 +34,7 @@ def refuse_unsupported(
     """
     reason = _kind_reason(config, trusted) or _layers_reason(config)
     if reason is None and length is not None:
-        reason = _window_reason(config, length)
+        reason = _length_reason(config, length)
     if reason is not None:
         raise UnsupportedModelError(f"{role}: {config.model_type} models cannot be served: {reason}")
 
@@ -56,19 +59,12 @@ def _layers_reason(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _window_reason(config: PreTrainedConfig, length: int) -> str | None:
-    name, window = shortest_window(config)
-    if window is None or window >= length:
-        return None
-    return f"{name}={window} is shorter than the context of {length}; set max_model_len to at most {window}"
-
-
-def shortest_window(config: PreTrainedConfig) -> tuple[str, int | None]:
-    """The field of the config that limits how far a layer sees back, and its value; None if all see everything."""
+def _length_reason(config: PreTrainedConfig, length: int) -> str | None:
     text = config.get_text_config()
-    layers = getattr(text, "layer_types", None)
-    kinds = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    used = {name: getattr(text, name, None) for kind, name in kinds.items() if layers is None or kind in layers}
-    windows = [(window, name) for name, window in used.items() if isinstance(window, int)]
-    window, name = min(windows, default=(None, ""))
-    return name, window
+    limits = {name: getattr(text, name, None) for name in OTHER_WINDOWS}
+    if getattr(text, "attn_temperature_tuning", False):  # scaled by the length of the cache, which ours does not have
+        limits["floor_scale"] = getattr(text, "floor_scale", None)
+    for name, limit in limits.items():
+        if isinstance(limit, int | float) and 0 < limit < length:
+            return f"{name}={limit:g} is shorter than the context of {length}; set max_model_len to at most {limit:g}"
+    return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssd_ray.models.contract import UNBOUND, ModelRunner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.table import TableModel
-from tests.support.tiny import ARCHITECTURES, tiny_model
+from tests.support.tiny import FAMILIES, tiny_model
 
 LENGTH, SCRATCH, ROWS, VOCAB = 128, 64, 3, 96
 TOLERANCE = 1e-5  # of the largest logit
@@ -46,7 +46,7 @@ def table_subject(order: int | None = None, **options: int) -> Subject:
     return Subject(runner, reference)
 
 
-@pytest.fixture(scope="module", params=["table", "table of order 2", *ARCHITECTURES])
+@pytest.fixture(scope="module", params=["table", "table of order 2", *FAMILIES])
 def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     if request.param.startswith("table"):
         return lambda **options: table_subject(2 if "2" in request.param else None, **options)
@@ -64,8 +64,9 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(make: Callable[..., Subject]) -> Subject:
+    """One for all tests: what others left in its slots changes nothing."""
     return make()
 
 
@@ -261,7 +262,7 @@ def test_extent_rounds_up_to_at_most_all_slots(subject: Subject) -> None:
 
 
 def test_prefill_writes_its_own_slots_only(make: Callable[..., Subject]) -> None:
-    subject = make()
+    subject = make()  # its slots are empty
     trunk, nodes = text(20), text(3, seed=1)
     subject.runner.prefill(0, trunk)
     at = [30, 21, 25]

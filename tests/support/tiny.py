@@ -15,6 +15,59 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "gpt2")
 
+WINDOW = 24
+"""Tokens that layers with a window see, and those of a chunk."""
+
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+_SHARED = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8}
+
+DETAILS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "gemma2": {"attn_logit_softcapping": 2.0},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "cohere2": _ALTERNATING | {"sliding_window": WINDOW},
+    "olmo3": _ALTERNATING | {"sliding_window": WINDOW},
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "llama4_text": {
+        "attention_chunk_size": WINDOW,
+        "num_hidden_layers": 4,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
+    "gemma3n_text": _ALTERNATING
+    | _SHARED
+    | {"laurel_rank": 4, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": _ALTERNATING | _SHARED | {"global_head_dim": 16},
+    "mixtral": {"sliding_window": WINDOW, "num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+"""What families have of their own, small."""
+
+FAMILIES = (*ARCHITECTURES, *sorted({*DETAILS} - {*ARCHITECTURES}))
+"""Windows, chunks, soft caps, sinks, shared and compressed KV, head sizes by layer, experts."""
+
 EOS = 0
 
 
@@ -35,13 +88,11 @@ def tiny_config(architecture: str, *, vocab: int = 96, context: int = 128, layer
         "dtype": "float32",
     }
     if architecture.startswith("gemma"):
-        values |= {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": context}
-    if architecture == "mistral":
-        values["sliding_window"] = None
+        values |= {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}
     if architecture == "gpt2":
         values = {key: values[key] for key in ("vocab_size", "initializer_range", "eos_token_id", "dtype")}
         values |= {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": context, "bos_token_id": EOS}
-    return AutoConfig.for_model(architecture, **(values | overrides))
+    return AutoConfig.for_model(architecture, **(values | DETAILS.get(architecture, {}) | overrides))
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **config: Any) -> PreTrainedModel:

@@ -111,7 +111,7 @@ def test_a_draft_with_smaller_tables_changes_no_text(tmp_path: Path) -> None:
 
 
 def test_a_draft_keeps_its_own_limits(tmp_path: Path) -> None:
-    folder = str(save_model(tmp_path, tiny_model("mistral", context=128, sliding_window=48)))
+    folder = str(save_model(tmp_path, tiny_model("gpt2", context=48)))
     runner = load_runner(folder, role="draft", rows=1, scratch=SCRATCH, max_length=4096, device="cpu")
     assert runner.max_length == 48
     assert load_runner(folder, role="draft", rows=1, scratch=SCRATCH, max_length=20, device="cpu").max_length == 20

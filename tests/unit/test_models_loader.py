@@ -206,11 +206,19 @@ def test_unsupported_architectures_are_refused_by_their_config(tmp_path: Path, a
         model_info(path, role="draft")
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text", "phi3"])
-def test_windows_shorter_than_the_context_are_refused(tmp_path: Path, architecture: str) -> None:
-    config = tiny_config(architecture, context=128, sliding_window=32)
+@pytest.mark.parametrize(
+    ("architecture", "values", "field"),
+    [
+        ("doge", {"keep_window_size": 32}, "keep_window_size"),
+        ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 32}, "floor_scale"),
+    ],
+)
+def test_what_no_mask_says_beyond_some_length_is_refused_there(
+    tmp_path: Path, architecture: str, values: dict[str, Any], field: str
+) -> None:
+    config = tiny_config(architecture, context=128, **values)
     save_model(tmp_path, AutoModelForCausalLM.from_config(config))
-    with pytest.raises(UnsupportedModelError, match=r"sliding_window=32 is shorter .* max_model_len to at most 32"):
+    with pytest.raises(UnsupportedModelError, match=rf"{field}=32 is shorter .* max_model_len to at most 32"):
         load_runner(str(tmp_path), role="target", **SIZE)
     assert load_runner(str(tmp_path), role="target", max_length=32, **SIZE).max_length == 32
 
