@@ -13,12 +13,13 @@ out, and so is one whose calls depend on what its inputs' shapes do not tell, or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, wrap_torch_function
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +52,16 @@ class Trace(NamedTuple):
 def opaque(tensors: Callable[..., Sequence[Tensor]]) -> Callable[[F], F]:
     """Make a function one call in a recording, whatever it does. ``tensors`` picks some tensor of its arguments."""
     decorate: Callable[[F], F] = wrap_torch_function(tensors)  # type: ignore[assignment]
-    return decorate
+
+    def mark(function: F) -> F:
+        decorated = decorate(function)
+        _OPAQUE.add(decorated)
+        return decorated
+
+    return mark
+
+
+_OPAQUE: set[Callable[..., Any]] = set()
 
 
 def trace(function: Callable[..., Tensor], **inputs: Tensor) -> Trace:
@@ -100,7 +110,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _READS:
             raise CannotRecordError(f"it calls {func.__name__}")
-        result = func(*args, **kwargs)
+        with _disable_current_modes() if func in _OPAQUE else nullcontext():
+            result = func(*args, **kwargs)
         if any(_tensors(result)) or (result is None and any(_tensors(args))):
             self.calls.append(_Call(func, args, kwargs, result))
         return result

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ssd_ray.models.attention import PERIOD, choose_attention
 from ssd_ray.models.calibration import PER_ROW, Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
+from ssd_ray.models.experts import use_steady_experts
 from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
@@ -58,6 +59,7 @@ class HFRunner(ModelRunner):
     ) -> None:
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
+        use_steady_experts(model)
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
         self.max_length = max_length
         self.page_slots = page_slots

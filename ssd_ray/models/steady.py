@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import PERIOD, find_heads, steady_extents, steady_queries
+from ssd_ray.models.experts import routers
 from ssd_ray.models.packing import PackedLinear
 
 MOST_QUERIES = 32
@@ -102,6 +103,8 @@ def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor
         elif isinstance(layer, PackedLinear):
             product = layer.product
             found.setdefault((layer.in_features, product.out_features), (product.of, product.like))
+    for weight in routers(module):
+        found.setdefault((weight.shape[1], weight.shape[0]), (partial(_plain, weight), weight))
     return found
 
 

@@ -15,6 +15,7 @@ from ssd_ray.models.attention import (
     Parts,
     Read,
     choose_attention,
+    find_heads,
     masked_attention,
     steady_extents,
     steady_queries,
@@ -99,13 +100,43 @@ def test_without_a_mask(causal: bool) -> None:
 
 def test_terms_that_are_lacking_are_refused() -> None:
     query, key, value = torch.randn(3, 1, 4, 5, 8)
-    with pytest.raises(UnsupportedModelError, match="softcap"):
-        masked_attention(Causal(), query, key, value, None, softcap=50.0)
+    with pytest.raises(UnsupportedModelError, match="position_bias"):
+        masked_attention(Causal(), query, key, value, None, position_bias=torch.zeros(1))
 
 
-def test_capped_attention_is_left_to_the_model() -> None:
-    assert choose_attention(tiny_model("llama")) == NAME
-    assert choose_attention(tiny_model("gemma2")) == "eager"
+def test_soft_caps_and_sinks(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """As they are defined: scores are bent, and each head has a score more, of nothing."""
+    query, key, value, mask = tensors
+    sinks, groups = torch.tensor([0.5, -1.0, 2.0, 0.0]), query.shape[1] // key.shape[1]
+    got, _ = masked_attention(Causal(), query, key, value, mask, scaling=3.0, softcap=2.0, s_aux=sinks)
+    scores = 2.0 * torch.tanh(3.0 * query @ key.repeat_interleave(groups, 1).mT / 2.0) + mask
+    weights = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(got, (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2))
+
+
+def test_without_a_mask_ours_is_causal_too(tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    query, key, value = (tensor[:, :, :5] for tensor in tensors[:3])
+    hidden = torch.full((5, 5), -1e9).triu(1)[None, None]
+    want, _ = masked_attention(Causal(), query, key, value, hidden, softcap=2.0)
+    torch.testing.assert_close(masked_attention(Causal(), query, key, value, None, softcap=2.0)[0], want)
+
+
+def test_attention_is_ours_where_a_model_takes_another_one() -> None:
+    assert choose_attention(tiny_model("llama")) == choose_attention(tiny_model("gemma2")) == NAME
+    assert choose_attention(tiny_model("falcon")) == "sdpa"
+
+
+def test_what_a_models_attention_looks_like() -> None:
+    def heads(architecture: str) -> set[tuple[int, int, int, float | None, bool]]:
+        model = tiny_model(architecture)
+        model.set_attn_implementation(NAME)
+        return {(each.query_heads, each.dim, each.value_dim, each.softcap, each.sinks) for each in find_heads(model)}
+
+    assert heads("llama") == {(2, 8, 8, None, False)}
+    assert heads("gemma2") == {(2, 8, 8, 2.0, False)}
+    assert heads("gpt_oss") == {(2, 8, 8, None, True)}
+    assert heads("deepseek_v3") == {(1, 12, 8, None, False)}
+    assert heads("gemma4_text") == {(2, 8, 8, None, False), (2, 16, 16, None, False)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

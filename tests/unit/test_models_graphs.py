@@ -30,7 +30,7 @@ def caches(model: PreTrainedModel) -> tuple[HFRunner, SlotCache, SlotCache]:
     return runner, runner._kv, copy.deepcopy(runner._kv)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "gpt2"])
 @pytest.mark.parametrize(("rows", "gather"), [([0], False), ([0], True), ([0, 1], True), ([2, 0], True)])
 @pytest.mark.parametrize("starts", [(40, 40), (40, 33)])
 def test_the_static_step_is_the_plain_forward(
@@ -40,13 +40,13 @@ def test_the_static_step_is_the_plain_forward(
     runner, plain, static = caches(model)
     tokens = tokens_of(len(rows), 8, seed=9)
     with torch.inference_mode():
-        positions, mask = runner._trunk(starts[: len(rows)], 8, 64)
+        positions, masks = runner._trunk(starts[: len(rows)], 8, 64)
         places = zip(rows, starts, strict=False)
         written = torch.tensor([static.table.locate(row, range(start, start + 8)) for row, start in places])
-        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, positions, written, mask)
+        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, positions, written, masks)
         pools = static.pools(0, static.table.size if gather else 64)
         pages = static.pages(rows, 64) if gather else None
-        got = static_step(model, 64)(pools, pages, tokens, positions, written, mask)
+        got = static_step(model, 64, static.sight)(pools, pages, tokens, positions, written, *masks)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(static.banks, plain.banks, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -70,7 +70,7 @@ class HandsOn(Older):
 @pytest.mark.parametrize("kind", [Newer, Older, HandsOn])
 def test_a_forward_gets_the_cache_by_the_name_that_it_has(kind: type[nn.Module]) -> None:
     zeros, cache = torch.zeros(1, 1), Cache(layers=[])
-    assert caller(kind())(zeros, zeros, zeros, cache) is cache
+    assert caller(kind())(zeros, zeros, [zeros], cache) is cache
 
 
 def exercise(plain: HFRunner, graphed: HFRunner) -> None:

@@ -209,7 +209,7 @@ def test_unsupported_architectures_are_refused_by_their_config(tmp_path: Path, a
 @pytest.mark.parametrize(
     ("architecture", "values", "field"),
     [
-        ("doge", {"keep_window_size": 32}, "keep_window_size"),
+        ("doge", {"keep_window_size": 32, "num_key_value_heads": 4}, "keep_window_size"),
         ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 32}, "floor_scale"),
     ],
 )

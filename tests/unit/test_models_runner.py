@@ -21,9 +21,9 @@ def text(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def steady_runner(dtype: torch.dtype, head_dim: int = 8, **size: int) -> HFRunner:
+def steady_runner(dtype: torch.dtype, architecture: str = "llama", head_dim: int = 8, **size: int) -> HFRunner:
     """A runner that is calibrated, as the engine's are, and runs numbers of tokens that are alike alone."""
-    model = tiny_model("llama", context=size.get("max_length", 128), head_dim=head_dim).to(dtype)
+    model = tiny_model(architecture, context=size.get("max_length", 128), head_dim=head_dim).to(dtype)
     runner = HFRunner(model, **(SIZE | size))
     found = calibrate(runner, bound="pages" not in size)
     runner.adopt(found)
@@ -55,11 +55,12 @@ COUNTS = ([8] * 8, [1] * 8, [1, 16, 3, 8, 2, 1, 5, 11], [4, 1, 1, 2, 7, 16, 1, 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_rest_of_a_line_changes_no_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
+def test_the_rest_of_a_line_changes_no_bit(architecture: str, dtype: torch.dtype) -> None:
     """Rows of other lengths and numbers of tokens, in another order, on other pages: a row's logits and KV are what
-    they are alone."""
+    they are alone. Also with a softmax of our own, windows, and experts."""
     size = {"head_dim": 64, "rows": 8, "max_length": 512, "scratch": 0}
-    alone, batch = steady_runner(dtype, **size), steady_runner(dtype, pages=40, **size)
+    alone, batch = steady_runner(dtype, architecture, **size), steady_runner(dtype, architecture, pages=40, **size)
     batch.line_sizes = alone.line_sizes  # two calibrations may find other ones cheap
     lengths = [400, 3, 117, 64, 290, 5, 220, 233]
     pages = iter(torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist())
@@ -117,7 +118,7 @@ def test_how_tokens_are_dealt_into_forwards_changes_no_bit(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("in_line", [True, False])
 def test_fewer_tokens_are_padded_to_a_number_that_is_run(in_line: bool) -> None:
-    runner = HFRunner(tiny_model("gemma2" if not in_line else "llama"), **SIZE)
+    runner = HFRunner(tiny_model("deepseek_v3" if not in_line else "llama"), **SIZE)
     assert (runner._line is not None) == in_line
     runner.line_sizes = (2, 8, 16)
     assert [runner.line_size(count) for count in (1, 2, 3, 8, 9, 16, 17, 40, 41)] == [2, 2, 8, 8, 16, 16, 20, 40, 48]
@@ -141,7 +142,7 @@ def test_a_line_may_be_padded_beyond_the_longest_row() -> None:
 
 def test_a_row_of_a_batch_is_not_padded_beyond_the_tokens_that_it_may_have() -> None:
     """Others may have the page after them."""
-    runner = HFRunner(tiny_model("gemma2"), rows=2, max_length=48, scratch=16, page_slots=16, pages=6)
+    runner = HFRunner(tiny_model("deepseek_v3"), rows=2, max_length=48, scratch=16, page_slots=16, pages=6)
     assert runner._line is None
     runner.adopt(Calibration(Measured((20,), (1.0,)), (20,)))
     runner.bind(0, 0, [0, 1])
