@@ -11,13 +11,13 @@ import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Strict, create_model
 
-from ssd_ray.chat import chat_prompt
+from ssd_ray.chat import Template, chat_prompt
 from ssd_ray.config import SamplingParams
 from ssd_ray.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError, RequestFailedError
 from ssd_ray.prompts import Prompt
@@ -119,8 +119,9 @@ class Request(Sampling):
     def prompts(self, tokenizer: Any) -> list[Prompt]:
         """What to go on from."""
 
-    def params(self, max_length: int) -> SamplingParams:
-        """The sampling. Without a seed every request gets another one.
+    def params(self, max_length: int, sampling: SamplingParams) -> SamplingParams:
+        """The sampling, which is the model's ``sampling`` where nothing else is said. Without a seed every request gets
+        another one.
 
         Raises:
             ConfigError: a field is unknown, or has a value that it does not take.
@@ -128,7 +129,7 @@ class Request(Sampling):
         _refuse_unknown(self.model_extra or {})
         given = {each.name: getattr(self, each.name) for each in fields(SamplingParams)} | self._renamed()
         defaults = {"seed": secrets.randbits(63), "max_tokens": self._default_tokens(max_length)}
-        return SamplingParams(**defaults | {name: value for name, value in given.items() if value is not None})
+        return replace(sampling, **defaults | {name: value for name, value in given.items() if value is not None})
 
     @abstractmethod
     def choice(self, text: str, tokens: Scored) -> Document:
@@ -198,11 +199,16 @@ class ChatRequest(Request):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    chat_template_kwargs: Document | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        return [chat_prompt(tokenizer, [message.plain() for message in self.messages])]
+        messages = [message.plain() for message in self.messages]
+        how = Template(self.chat_template_kwargs or {}, self.add_generation_prompt, self.continue_final_message)
+        return [chat_prompt(tokenizer, messages, how)]
 
     def choice(self, text: str, tokens: Scored) -> Document:
         message = {"role": "assistant", "content": text, "refusal": None}

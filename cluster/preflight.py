@@ -24,6 +24,7 @@ from ssd_ray.models.loader import (
     load_tokenizer,
     model_fingerprint,
     model_info,
+    sampling_defaults,
 )
 from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
@@ -48,6 +49,7 @@ class Checked:
         vocab_size: token ids that the target knows.
         max_length: tokens of prompt and text together at most.
         end_tokens: tokens that end a text.
+        sampling: how a request is sampled that says nothing of it.
     """
 
     config: EngineConfig
@@ -56,6 +58,7 @@ class Checked:
     vocab_size: int
     max_length: int
     end_tokens: tuple[int, ...] = ()
+    sampling: SamplingParams = SamplingParams()
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into tokens.
@@ -79,9 +82,19 @@ class Checked:
 
     def _tokens(self, text: str) -> list[int]:
         try:
-            return list(self.tokenizer(text)["input_ids"])
+            tokens = list(self.tokenizer(text)["input_ids"])
         except Exception as error:  # a tokenizer raises what its author liked
             raise RequestError(f"prompt: the tokenizer does not take it: {error}") from error
+        for token in tokens:
+            if token >= self.vocab_size:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise RequestError(
+                    f"prompt: the tokenizer has a token {name!r}, {token}, for which the model, with {self.vocab_size} "
+                    "tokens, has no embedding"
+                )
+        begin = self.tokenizer.bos_token_id
+        # A text that begins with this token, as a template writes it, gets no second one.
+        return tokens[1:] if begin is not None and tokens[:2] == [begin, begin] else tokens
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Look at a request's parameters, and turn bad words into tokens.
@@ -138,7 +151,24 @@ def check(config: EngineConfig) -> Checked:
         vocab_size=infos["target"].vocab_size,
         max_length=max_length,
         end_tokens=end_tokens(infos["target"], tokenizer),
+        sampling=default_sampling(config),
     )
+
+
+def default_sampling(config: EngineConfig) -> SamplingParams:
+    """How a request is sampled that says nothing of it.
+
+    Raises:
+        ConfigError: the model's generation config has a value that sampling does not take.
+    """
+    if config.generation_config == "none":
+        return SamplingParams()
+    try:
+        return SamplingParams(**sampling_defaults(config.target))
+    except ConfigError as error:
+        raise ConfigError(
+            "generation_config", f"'none', since the model's {error.field} is not {error.expected}", error.value
+        ) from error
 
 
 def _with_draft(config: EngineConfig) -> EngineConfig:

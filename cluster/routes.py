@@ -91,7 +91,7 @@ class Server:
         """Answer at once or in parts. Whoever is cancelled here, because the client has left, cancels its texts."""
         self._check_model(request.model)
         llm = self._engine()
-        params = request.params(llm.max_model_len)
+        params = request.params(llm.max_model_len, llm.default_sampling_params)
         texts = params.texts()
         known = spelling(llm.tokenizer, skip_special_tokens=params.skip_special_tokens)
         reply = Reply(request, self.name, known, len(texts))

@@ -84,6 +84,11 @@ class AsyncLLM:
         """Tokens of prompt and text together at most."""
         return self._engine.models.max_length
 
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """How a request is sampled that says nothing of it: as the target's generation config has it."""
+        return self._engine.models.sampling
+
     async def generate(
         self, prompts: Prompts, params: Params = None, *, timeout: float | None = None
     ) -> list[RequestOutput]:

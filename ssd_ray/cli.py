@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 from ssd_ray import __version__
 from ssd_ray.config import EngineConfig, OnError, SamplingParams, check_timeout, is_text
 from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
-from ssd_ray.flags import from_flags, with_flags
+from ssd_ray.flags import from_flags, said, with_flags
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def _options(
 @app.command()
 @with_flags(EngineConfig, SamplingParams)
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(help="The beginning of the text; - reads it from standard input.", show_default="a bundled one"),
@@ -205,6 +206,7 @@ def generate(
     if output is not None and prompt_file is None:
         raise ConfigError("output", "--prompt-file beside it", str(output))
     check_timeout(timeout)
+    params = replace(_sampling(config), **{name: getattr(params, name) for name in said(context) & _SAMPLING})
     if prompt_file is not None:
         _generate_file(config, params, prompt_file, output, timeout, on_error)
         return
@@ -215,6 +217,16 @@ def generate(
         else:
             for each in params.texts():
                 _print_text(llm, text, each, timeout)
+
+
+_SAMPLING = {field.name for field in fields(SamplingParams)}
+
+
+def _sampling(config: EngineConfig) -> SamplingParams:
+    with _stderr().status("loading libraries"):
+        from ssd_ray.cluster.preflight import default_sampling
+
+        return default_sampling(config)
 
 
 def _generate_file(

@@ -28,6 +28,7 @@ Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+GenerationConfig = Literal["auto", "none"]
 OnError = Literal["continue", "stop"]
 """What becomes of a prompt that cannot be served: its error is its result, or ends everything."""
 ModelPath = str | PathLike[str] | None
@@ -353,6 +354,9 @@ class EngineConfig:
             the memory that is free. Where it is full, the latest requests wait.
         prefix_cache: keep the KV of ended requests, for prompts that begin as they did.
         prefill_chunk: prompt tokens that are prefilled between two rounds of the requests that decode.
+        generation_config: "auto": where a request says nothing, it is sampled as the target's generation_config.json
+            has it (temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens); "none" heeds its end tokens
+            alone.
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
     """
 
@@ -379,6 +383,7 @@ class EngineConfig:
     kv_memory: float | Literal["auto"] = "auto"
     prefix_cache: bool = True
     prefill_chunk: int = 256
+    generation_config: GenerationConfig = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -436,4 +441,5 @@ _CHOICES: dict[str, Any] = {
     "sampler": Sampler,
     "transport": Transport,
     "dtype": Dtype,
+    "generation_config": GenerationConfig,
 }

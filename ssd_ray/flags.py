@@ -34,6 +34,12 @@ def with_flags(*configs: type) -> Callable[[Command], Command]:
     return decorate
 
 
+def said(context: typer.Context) -> set[str]:
+    """The names of the flags that are on the command line, or in the environment."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
 def from_flags(config: type[Config], values: Mapping[str, Any]) -> Config:
     """Build a configuration from the values of its flags; others are ignored.
 

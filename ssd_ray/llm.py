@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from queue import SimpleQueue
 from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
+from ssd_ray.chat import Message, Template, chat_prompt
 from ssd_ray.config import EngineConfig, ModelPath, OnError, SamplingParams
 from ssd_ray.engine import Engine, Generation, Params, Task
 from ssd_ray.errors import EngineError, QueueFullError, RequestError, SsdRayError
@@ -107,6 +108,40 @@ class LLM:
         go on.
         """
         return self._in_order(self._engine.tasks(prompts, params, timeout, on_error))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params = None,
+        *,
+        timeout: float | None = None,
+        progress: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Go on with a conversation, or with several, as the model's chat template writes them; see :meth:`generate`.
+
+        Args:
+            messages: dicts with a ``role`` and a ``content``, or one list of them for each conversation.
+            add_generation_prompt: begin the assistant's message.
+            continue_final_message: go on with the last message instead.
+            chat_template_kwargs: what the template takes beside, such as ``enable_thinking``.
+
+        Raises:
+            RequestError: the template does not take the messages, and as :meth:`generate`.
+        """
+        template = Template(chat_template_kwargs or {}, add_generation_prompt, continue_final_message)
+        one = all(isinstance(message, Mapping) for message in messages)
+        conversations: Any = [messages] if one else messages
+        tokenizer = self._engine.models.tokenizer
+        prompts = [chat_prompt(tokenizer, conversation, template) for conversation in conversations]
+        return self.generate(prompts, params, timeout=timeout, progress=progress)
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """How a request is sampled that says nothing of it: as the target's generation config has it."""
+        return self._engine.models.sampling
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None

@@ -46,6 +46,16 @@ Role = Literal["target", "draft"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
+SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Fields of a generation config that requests heed where they say nothing, and what they are called here."""
+
 FREE_SHARE = 0.4
 """Part of the free memory that the KV of one model takes at most where the configuration leaves it open: a target and a
 draft may share a machine."""
@@ -125,6 +135,12 @@ def load_tokenizer(path: str | None, *, role: Role = "target", trust_remote_code
         return AutoTokenizer.from_pretrained(
             source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
         )
+
+
+def sampling_defaults(path: str | None, *, role: Role = "target") -> dict[str, float | int]:
+    """What a model's generation config says of sampling, by the names of :class:`~ssd_ray.config.SamplingParams`."""
+    said = _generation_config(_source(path, role))
+    return {ours: said[theirs] for theirs, ours in SAMPLING.items() if said.get(theirs) is not None}
 
 
 def end_tokens(info: ModelInfo, tokenizer: Any) -> tuple[int, ...]:
@@ -402,15 +418,23 @@ def _length(config: PreTrainedConfig, wanted: int | None, role: Role) -> int:
     return wanted or limit or 0
 
 
-def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
-    """End tokens of the generation config where there is one (chat models list more there), else of the config."""
+def _generation_config(source: str) -> dict[str, Any]:
+    """What a model's generation_config.json says; nothing if there is none."""
     # Imported here: transformers loads generation lazily, and actors never need it.
     from transformers import GenerationConfig
 
     try:
-        found = GenerationConfig.from_pretrained(source, local_files_only=os.path.isdir(source)).eos_token_id
+        with _silence():
+            found = GenerationConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
     except (OSError, ValueError):
-        found = None
+        return {}
+    said: dict[str, Any] = found.to_diff_dict()
+    return said
+
+
+def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
+    """End tokens of the generation config where there is one (chat models list more there), else of the config."""
+    found = _generation_config(source).get("eos_token_id")
     found = config.get_text_config().eos_token_id if found is None else found
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 

@@ -62,6 +62,7 @@ BAD_ENGINE = {
     "kv_memory": [0, -1.0, "all"],
     "prefix_cache": ["yes"],
     "inline_max_bytes": [0],
+    "generation_config": ["vllm", None],
     "trust_remote_code": ["yes", 1, None],
 }
 

@@ -49,48 +49,54 @@ def output(text="ab", reason="stop", logprobs=None, cached=0):
 
 class TestParameters:
     def test_openais_defaults(self):
-        params = completion().params(512)
+        params = completion().params(512, SamplingParams())
         assert params == SamplingParams(max_tokens=16, seed=params.seed)
-        assert chat().params(512).max_tokens == 512
+        assert chat().params(512, SamplingParams()).max_tokens == 512
 
     def test_without_a_seed_each_request_has_its_own(self):
-        assert completion().params(512).seed != completion().params(512).seed
+        assert completion().params(512, SamplingParams()).seed != completion().params(512, SamplingParams()).seed
 
     def test_fields_of_the_sampling_go_by_their_names(self):
         fields = {"temperature": 0, "top_p": 0.5, "max_tokens": 3, "stop": "x", "seed": 7}
         ours = {"top_k": 4, "min_p": 0.1, "stop_token_ids": [5], "ignore_eos": True}
-        assert completion(**fields, **ours).params(512) == SamplingParams(**fields, **ours)
+        assert completion(**fields, **ours).params(512, SamplingParams()) == SamplingParams(**fields, **ours)
+
+    def test_the_models_own_sampling_holds_where_nothing_is_said(self):
+        own = SamplingParams(temperature=0.6, top_k=20, max_tokens=300)
+        assert completion(top_k=7, seed=1).params(512, own) == SamplingParams(
+            temperature=0.6, top_k=7, max_tokens=16, seed=1
+        )
 
     def test_the_length_of_a_chat_has_two_names(self):
-        assert chat(max_tokens=5).params(512).max_tokens == 5
-        assert chat(max_completion_tokens=6).params(512).max_tokens == 6
+        assert chat(max_tokens=5).params(512, SamplingParams()).max_tokens == 5
+        assert chat(max_completion_tokens=6).params(512, SamplingParams()).max_tokens == 6
 
     def test_null_is_as_if_left_out(self):
-        assert completion(temperature=None, stop=None, seed=1, echo=None).params(512) == completion(seed=1).params(512)
+        assert completion(temperature=None, stop=None, seed=1, echo=None).params(512, SamplingParams()) == completion(seed=1).params(512, SamplingParams())
 
     @pytest.mark.parametrize(
         "field", [{"user": "me"}, {"n": 1}, {"echo": False}, {"best_of": 1}, {"tools": []}, {"logit_bias": {}}]
     )
     def test_what_changes_nothing_is_taken(self, field):
-        assert completion(**field, seed=1).params(512) == completion(seed=1).params(512)
+        assert completion(**field, seed=1).params(512, SamplingParams()) == completion(seed=1).params(512, SamplingParams())
 
     @pytest.mark.parametrize("field", [{"echo": True}, {"tools": [{"type": "function"}]}, {"colour": "red"}])
     def test_what_is_not_done_is_refused(self, field):
         (name,) = field
         with pytest.raises(ConfigError) as caught:
-            completion(**field).params(512)
+            completion(**field).params(512, SamplingParams())
         assert caught.value.field == name
 
     def test_false_is_no_log_probabilities(self):
         for fields in ({"logprobs": False}, {"logprobs": None}, {}):
-            assert completion(**fields, seed=1).params(512).logprobs is None
-            assert chat(**fields, seed=1).params(512).logprobs is None
-        assert completion(logprobs=0).params(512).logprobs == 0
+            assert completion(**fields, seed=1).params(512, SamplingParams()).logprobs is None
+            assert chat(**fields, seed=1).params(512, SamplingParams()).logprobs is None
+        assert completion(logprobs=0).params(512, SamplingParams()).logprobs == 0
 
     @pytest.mark.parametrize("fields", [{"top_k": -1}, {"seed": -1}, {"seed": 2**70}, {"logit_bias": {"3": 1}}])
     def test_habits_of_callers(self, fields):
         given = {"seed": 1} | fields
-        assert completion(**given).params(512) == SamplingParams(max_tokens=16, **given)
+        assert completion(**given).params(512, SamplingParams()) == SamplingParams(max_tokens=16, **given)
 
     @pytest.mark.parametrize(
         "fields",
@@ -123,7 +129,7 @@ class TestParameters:
     )
     def test_the_rest_is_looked_at_by_the_sampling(self, fields):
         with pytest.raises(ConfigError) as caught:
-            completion(**fields).params(512)
+            completion(**fields).params(512, SamplingParams())
         status, body = error_reply(caught.value)
         assert (status, body["error"]["param"]) == (400, *fields)
         assert json.loads(Json(body).body) == body
