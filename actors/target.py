@@ -9,7 +9,7 @@ from ssd_ray.actors.inline import INLINE, InlineChannel
 from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
 from ssd_ray.actors.verifying import MOST_TOKENS, Target
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.models.loader import end_tokens, load_tokenizer, model_info
+from ssd_ray.models.info import end_tokens, load_tokenizer, model_info
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import Channel
 from ssd_ray.transport.memory import MemorySpoke

@@ -13,19 +13,18 @@ from ssd_ray.cluster.runtime import is_private
 from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError, shown
 from ssd_ray.models.contract import PAGE_SLOTS
-from ssd_ray.models.loader import (
+from ssd_ray.models.info import (
     ModelInfo,
-    Role,
     check_files,
     check_pair,
-    count_pages,
     end_tokens,
-    free_bytes,
     load_tokenizer,
     model_fingerprint,
     model_info,
     sampling_defaults,
 )
+from ssd_ray.models.loader import count_pages, free_bytes
+from ssd_ray.models.sources import Role
 from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
 
@@ -33,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Fingerprints = Mapping[Role, tuple[str, str]]
 """What tells the models that were looked at from others, wherever they are loaded."""
+
+DEFAULT_SAMPLING = SamplingParams()
 
 SHARE_OF_MEMORY = 0.95
 """Of the free memory that models may fill; Python and Ray need some beside."""
@@ -58,7 +59,7 @@ class Checked:
     vocab_size: int
     max_length: int
     end_tokens: tuple[int, ...] = ()
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = DEFAULT_SAMPLING
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into tokens.
@@ -162,7 +163,7 @@ def default_sampling(config: EngineConfig) -> SamplingParams:
         ConfigError: the model's generation config has a value that sampling does not take.
     """
     if config.generation_config == "none":
-        return SamplingParams()
+        return DEFAULT_SAMPLING
     try:
         return SamplingParams(**sampling_defaults(config.target))
     except ConfigError as error:

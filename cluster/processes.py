@@ -22,7 +22,7 @@ from ssd_ray.cluster.refs import RefEndpoint
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ModelError
 from ssd_ray.models.checkpoint import same_model
-from ssd_ray.models.loader import model_fingerprint
+from ssd_ray.models.info import model_fingerprint
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.hybrid import HybridChannel

@@ -21,8 +21,6 @@ from ssd_ray.wire import Output
 Params = SamplingParams | Iterable[SamplingParams] | None
 """For all prompts, or one for each."""
 
-_END = object()
-
 WINDOW = 8
 """Requests that one ``generate`` has under way, as a multiple of ``max_num_seqs``. Results come in order, so it says
 how much longer than others a text may be before the target runs dry. Memory does not grow with their number."""
@@ -84,7 +82,7 @@ class Engine:
             ConfigError: the timeout is none, or the parameters are something else.
         """
         check_timeout(timeout)
-        checked = self.models.params(self._params(params))
+        checked = self.models.params(_params(params, self.models.sampling))
         return Task(prompt, self.models.prompt(prompt), checked, timeout)
 
     def tasks(
@@ -100,7 +98,10 @@ class Engine:
         if on_error not in get_args(OnError):
             raise ConfigError("on_error", "'stop' or 'continue'", on_error)
         given = several(prompts)
-        tasks = (self._attempt(prompt, each, timeout, on_error) for prompt, each in self._pairs(given, params))
+        tasks = (
+            self._attempt(prompt, each, timeout, on_error)
+            for prompt, each in _pairs(given, params, self.models.sampling)
+        )
         return list(tasks) if isinstance(given, Sequence) else tasks
 
     def _attempt(self, prompt: Prompt, params: SamplingParams, timeout: float | None, on_error: OnError) -> Task:
@@ -111,24 +112,6 @@ class Engine:
             if on_error == "stop":
                 raise
             return Task(prompt, [], params, timeout, on_error, error)
-
-    def _params(self, params: object) -> SamplingParams:
-        if params is None or isinstance(params, SamplingParams):
-            return params or self.models.sampling
-        raise ConfigError("params", "a SamplingParams", params)
-
-    def _pairs(self, prompts: Iterable[Prompt], params: Params) -> Iterator[tuple[Prompt, SamplingParams]]:
-        """Each prompt with its parameters."""
-        if params is None or isinstance(params, SamplingParams):
-            yield from zip(prompts, repeat(self._params(params)))
-            return
-        if not isinstance(params, Iterable) or isinstance(params, str | Mapping):
-            raise ConfigError("params", "a SamplingParams, or one for each prompt", params)
-        for prompt, each in zip_longest(prompts, params, fillvalue=_END):
-            if prompt is _END or each is _END:
-                surplus = "more parameters than prompts" if prompt is _END else "fewer parameters than prompts"
-                raise ConfigError("params", "one SamplingParams, or one for each prompt", surplus)
-            yield prompt, self._params(each)  # type: ignore[misc]
 
     def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""
@@ -192,3 +175,25 @@ def _transcript(engine: Engine, task: Task, params: SamplingParams) -> Transcrip
         characters = Characters(known, task.tokens)
     return Transcript(task.prompt, detokenizer, characters, seed=params.seed)
 
+
+_END = object()
+
+
+def _params(params: object, usual: SamplingParams) -> SamplingParams:
+    if params is None or isinstance(params, SamplingParams):
+        return params or usual
+    raise ConfigError("params", "a SamplingParams", params)
+
+
+def _pairs(prompts: Iterable[Prompt], params: Params, usual: SamplingParams) -> Iterator[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters, the ``usual`` ones where there are none."""
+    if params is None or isinstance(params, SamplingParams):
+        yield from zip(prompts, repeat(params or usual))
+        return
+    if not isinstance(params, Iterable) or isinstance(params, str | Mapping):
+        raise ConfigError("params", "a SamplingParams, or one for each prompt", params)
+    for prompt, each in zip_longest(prompts, params, fillvalue=_END):
+        if prompt is _END or each is _END:
+            surplus = "more parameters than prompts" if prompt is _END else "fewer parameters than prompts"
+            raise ConfigError("params", "one SamplingParams, or one for each prompt", surplus)
+        yield prompt, _params(each, usual)  # type: ignore[misc]

@@ -60,7 +60,7 @@ def methods(
     lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
 ) -> None:
     """Compare ar, sd and ssd with transformers' generation and assisted generation, on the same prompts and cores."""
-    from ssd_ray.models.loader import load_tokenizer
+    from ssd_ray.models.info import load_tokenizer
 
     config = EngineConfig.from_kwargs(
         target=target,
@@ -101,7 +101,7 @@ def batches(
 ) -> None:
     """Compare ar, sd and ssd with several requests at once: total tokens/s, time per token, and how even it is."""
     from ssd_ray.bench.batches import LONGEST, compare_batches
-    from ssd_ray.models.loader import load_tokenizer
+    from ssd_ray.models.info import load_tokenizer
 
     sizes = sorted(size or [1, 2, 4, 8, 16])
     config = EngineConfig.from_kwargs(
@@ -137,7 +137,7 @@ def soak(
 ) -> None:
     """Serve thousands of short requests, some cancelled, some forgotten: whether memory grows, and all comes back."""
     from ssd_ray.bench.soak import soak as serve
-    from ssd_ray.models.loader import load_tokenizer
+    from ssd_ray.models.info import load_tokenizer
 
     config = EngineConfig.from_kwargs(target=target, draft=draft, num_drafts=num_drafts, max_num_seqs=max_num_seqs)
     texts = held_out_prompts(load_tokenizer(target), count=30, tokens=400)
@@ -175,7 +175,8 @@ def policies(
     from ssd_ray.bench.plot import plot as draw
     from ssd_ray.bench.policies import compare_policies
     from ssd_ray.bench.rehearsal import measure
-    from ssd_ray.models.loader import load_runner, load_tokenizer
+    from ssd_ray.models.info import load_tokenizer
+    from ssd_ray.models.loader import load_runner
     from ssd_ray.speculation.draft import SCRATCH
 
     if plot is not None:

@@ -187,7 +187,7 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ssd_ray.models.loader import ASSETS
+    from ssd_ray.models.sources import ASSETS
 
     def load(role: str) -> Any:
         dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -212,7 +212,7 @@ def _softmax(query: Tensor, key: Tensor, mask: Tensor, terms: Terms, tokens: int
     scores = scores + mask
     if terms.sinks is None:
         return scores.softmax(-1)
-    rows, heads, queries, slots = scores.shape
+    rows, heads, _, slots = scores.shape
     sinks = terms.sinks.float().view(1, heads, -1, 1).repeat_interleave(tokens, 2)
     return torch.cat([scores, sinks.expand(rows, -1, -1, -1)], -1).softmax(-1)[..., :slots]
 
@@ -265,7 +265,9 @@ def steady_extents(heads: Heads, step: int) -> Sequence[int]:
     inputs, terms = heads.inputs(PROBE_ROWS, PROBE_TOKENS, 3 * PERIOD), heads.terms
 
     def steady(extent: int) -> bool:
-        return all(torch.equal(_among(each, extent, extent, terms), _among(each, extent, 3 * PERIOD, terms)) for each in inputs)
+        return all(
+            torch.equal(_among(each, extent, extent, terms), _among(each, extent, 3 * PERIOD, terms)) for each in inputs
+        )
 
     return [each for each in range(step, PERIOD, step) if steady(each) and steady(PERIOD + each)] + [PERIOD]
 
@@ -319,7 +321,8 @@ def _where(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
 def find_heads(model: PreTrainedModel) -> set[Heads]:
     """What the attention of a model's layers looks like, which one token is run to see; nothing where it is not
     ours."""
-    token = _noted.set(noted := set())
+    noted: set[Heads] = set()
+    token = _noted.set(noted)
     try:
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     finally:

@@ -34,7 +34,7 @@ def steady_experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor)
     sizes = torch.bincount(chosen.flatten(), minlength=module.num_experts).tolist()
     outputs = states.new_empty(tokens * count, states.shape[-1])
     for expert, (first, last) in enumerate(pairwise(accumulate(sizes, initial=0))):
-        for block in order[first:last].split(BLOCK) if last > first else ():
+        for block in torch.split(order[first:last], BLOCK) if last > first else ():
             outputs[block] = _asked(module, expert, states[block // count])
     summed = (outputs.view(tokens, count, -1) * weights[..., None]).sum(1)
     return summed.to(states.dtype)
@@ -70,9 +70,8 @@ def _is_mixture(module: nn.Module) -> bool:
 def routers(module: nn.Module) -> Iterator[Tensor]:
     """Weights [outputs, inputs] of products that are no layer of their own, as of what chooses experts."""
     for each in module.modules():
-        weight = getattr(each, "weight", None)
-        plain = isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(each, nn.Embedding)
-        if plain and type(each) is not nn.Linear and each._parameters.get("weight") is weight:
+        weight = each._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and not isinstance(each, nn.Embedding | nn.Linear):
             yield weight
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ssd_ray.models.replay import CannotRecordError, replay, trace
 from ssd_ray.models.reach import Sight
+from ssd_ray.models.replay import CannotRecordError, replay, trace
 from ssd_ray.models.slots import ALL, KeysValues, SlotCache, Stretch, gather, write
 
 logger = logging.getLogger(__name__)

@@ -268,7 +268,8 @@ class SlotCache(Cache):
 
     def positions(self, row: int, extent: int) -> Tensor:
         """Positions of the first slots of a row, int64 [extent], where there are windows to which they matter."""
-        assert self._positions is not None
+        if self._positions is None:
+            raise ValueError("no layer has a window")
         pages = torch.tensor(self.table.of(row, extent), device=self.device)
         return self._positions.view(-1, self.table.page_slots)[pages].flatten()[:extent]
 

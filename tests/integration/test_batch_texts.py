@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssd_ray.config import EngineConfig, Method, SamplingParams
-from ssd_ray.models.loader import load_tokenizer
+from ssd_ray.models.info import load_tokenizer
 from tests.support.engines import engine, in_time
 from tests.support.tiny import save_model, tiny_model, tiny_pair
 

@@ -14,7 +14,7 @@ from ssd_ray.bench.methods import Result, Run, verdict
 from ssd_ray.bench.plot import check_plotting
 from ssd_ray.bench.prompts import held_out_prompts, held_out_texts
 from ssd_ray.errors import ConfigError
-from ssd_ray.models.loader import load_tokenizer
+from ssd_ray.models.info import load_tokenizer
 from ssd_ray.saguaro.fanout import POLICIES
 from tests.support.tiny import tiny_pair
 

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.models.loader import ASSETS, load_runner, load_tokenizer
+from ssd_ray.models.info import load_tokenizer
+from ssd_ray.models.loader import load_runner
+from ssd_ray.models.sources import ASSETS
 from ssd_ray.speculation.draft import SCRATCH
 from tests.support.engines import engine, variants
 from tests.support.pump import Pump

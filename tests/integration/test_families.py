@@ -10,7 +10,7 @@ import pytest
 
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.contract import PAGE_SLOTS
-from ssd_ray.models.loader import model_info
+from ssd_ray.models.info import model_info
 from tests.integration.test_exactness import generated
 from tests.support.engines import engine, in_time
 from tests.support.tiny import FAMILIES, WINDOW, tiny_pair

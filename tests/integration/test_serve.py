@@ -27,7 +27,7 @@ from ssd_ray.cluster.runtime import MARK
 from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
-from ssd_ray.models.loader import load_tokenizer
+from ssd_ray.models.info import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
 from tests.support.processes import free_port, started
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssd_ray import LLM, SamplingParams
 from ssd_ray.chat import chat_prompt
-from ssd_ray.models.loader import load_tokenizer, model_info
+from ssd_ray.models.info import load_tokenizer, model_info
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(7200)]
 

@@ -92,7 +92,9 @@ def test_a_token_beyond_the_embedding_is_named(folder: Path) -> None:
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(folder)
     models = check(EngineConfig(target=str(folder), method="ar"))
-    with pytest.raises(RequestError, match="a token '<tool>', 96, for which the model, with 96 tokens, has no embedding"):
+    with pytest.raises(
+        RequestError, match="a token '<tool>', 96, for which the model, with 96 tokens, has no embedding"
+    ):
         models.prompt("Hi <tool>")
 
 

@@ -16,7 +16,8 @@ from ssd_ray.cluster.processes import require_same
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ModelError, UnsupportedModelError
 from ssd_ray.models.checkpoint import fingerprint, same_model
-from ssd_ray.models.loader import load_runner, model_info
+from ssd_ray.models.info import model_info
+from ssd_ray.models.loader import load_runner
 from tests.support.tiny import save_model, tiny_model, tiny_tokenizer
 
 SIZE = {"rows": 1, "scratch": 32, "device": "cpu"}

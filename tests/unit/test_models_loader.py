@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from ssd_ray.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from ssd_ray.models import loader
-from ssd_ray.models.loader import check_pair, end_tokens, load_runner, load_tokenizer, model_info
+from ssd_ray.models import loader, sources
+from ssd_ray.models.info import check_pair, end_tokens, load_tokenizer, model_info
+from ssd_ray.models.loader import load_runner
 from tests.support.tiny import save_model, tiny_config, tiny_model, tiny_pair
 
 SIZE = {"rows": 2, "scratch": 32, "device": "cpu"}
@@ -154,13 +156,13 @@ def test_a_hub_id_that_cannot_be_had_is_a_model_error() -> None:
 
 
 def test_a_missing_bundled_model_is_a_model_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loader, "ASSETS", tmp_path)
+    monkeypatch.setattr(sources, "ASSETS", tmp_path)
     with pytest.raises(ModelError, match=r"^draft: the bundled model"):
         model_info(None, role="draft")
 
 
 def test_none_is_the_bundled_model(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]) -> None:
-    monkeypatch.setattr(loader, "ASSETS", Path(pair[0]).parent)
+    monkeypatch.setattr(sources, "ASSETS", Path(pair[0]).parent)
     assert model_info(None, role="draft").vocab_size == 96
 
 
@@ -256,7 +258,7 @@ def test_the_pool_fits_the_memory_that_is_free(pair: tuple[str, str], monkeypatc
         return many.num_pages
 
     page_bytes = 64 * model_info(pair[0]).kv_bytes_per_slot
-    weights = loader._bytes_on_disk(pair[0])
+    weights = sources.source_bytes(pair[0])
     per_row = (load_runner(pair[0], role="target", rows=1, scratch=32).slots) // 64
     assert pages(20.5) == 20
     assert pages(1e6) == 100 * per_row

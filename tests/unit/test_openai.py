@@ -72,13 +72,17 @@ class TestParameters:
         assert chat(max_completion_tokens=6).params(512, SamplingParams()).max_tokens == 6
 
     def test_null_is_as_if_left_out(self):
-        assert completion(temperature=None, stop=None, seed=1, echo=None).params(512, SamplingParams()) == completion(seed=1).params(512, SamplingParams())
+        assert completion(temperature=None, stop=None, seed=1, echo=None).params(512, SamplingParams()) == completion(
+            seed=1
+        ).params(512, SamplingParams())
 
     @pytest.mark.parametrize(
         "field", [{"user": "me"}, {"n": 1}, {"echo": False}, {"best_of": 1}, {"tools": []}, {"logit_bias": {}}]
     )
     def test_what_changes_nothing_is_taken(self, field):
-        assert completion(**field, seed=1).params(512, SamplingParams()) == completion(seed=1).params(512, SamplingParams())
+        assert completion(**field, seed=1).params(512, SamplingParams()) == completion(seed=1).params(
+            512, SamplingParams()
+        )
 
     @pytest.mark.parametrize("field", [{"echo": True}, {"tools": [{"type": "function"}]}, {"colour": "red"}])
     def test_what_is_not_done_is_refused(self, field):

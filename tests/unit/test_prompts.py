@@ -141,21 +141,20 @@ def test_a_text_is_pythons_own_afterwards():
 @pytest.mark.parametrize("params", [{"temperature": 0}, "x", 3, SamplingParams])
 def test_what_are_no_parameters(params):
     with pytest.raises(ConfigError, match=r"^params: expected a SamplingParams"):
-        _params(params)
+        _params(params, SamplingParams())
     with pytest.raises(ConfigError, match=r"^params: expected a SamplingParams"):
-        list(_pairs(["x"], params))
+        list(_pairs(["x"], params, SamplingParams()))
     with pytest.raises(ConfigError, match=r"^params: expected a SamplingParams"):
-        list(_pairs(["x", "y"], [SamplingParams(), params]))
+        list(_pairs(["x", "y"], [SamplingParams(), params], SamplingParams()))
 
 
 @pytest.mark.parametrize("params", [[SamplingParams()], [SamplingParams()] * 3])
 def test_one_for_each_prompt(params):
     with pytest.raises(ConfigError, match=r"^params: expected one SamplingParams, or one for each prompt"):
-        list(_pairs(["x", "y"], params))
+        list(_pairs(["x", "y"], params, SamplingParams()))
 
 
 def test_none_for_one_of_them_is_the_default():
-    assert [params for _, params in _pairs(["x", None], [None, SamplingParams(top_k=3)])] == [
-        SamplingParams(),
-        SamplingParams(top_k=3),
-    ]
+    usual, other = SamplingParams(top_p=0.5), SamplingParams(top_k=3)
+    assert [params for _, params in _pairs(["x", None], [None, other], usual)] == [usual, other]
+    assert [params for _, params in _pairs(["x"], None, usual)] == [usual]

@@ -1,0 +1,207 @@
+"""What is known of a model before its weights are read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from ssd_ray.errors import VocabularyMismatchError
+from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint
+from ssd_ray.models.probe import probe_layers
+from ssd_ray.models.sources import (
+    Role,
+    check_source,
+    checkpoint_dtype,
+    find_source,
+    in_our_words,
+    read_config,
+    silence,
+    source_bytes,
+)
+from ssd_ray.models.support import max_positions, refuse_unsupported
+
+SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Fields of a generation config that requests heed where they say nothing, and what they are called here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What a model's config.json says, before any weight is read.
+
+    Attributes:
+        vocab_size: entries of the embedding; padding beyond the tokenizer's included.
+        max_length: positions that the model can take, or None if its config sets no limit.
+        eos_token_ids: tokens that end a text; see also :func:`end_tokens`.
+        parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
+        kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
+    """
+
+    vocab_size: int
+    max_length: int | None
+    eos_token_ids: tuple[int, ...]
+    parameter_bytes: int
+    kv_bytes_per_slot: int
+
+
+def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> ModelInfo:
+    """Describe a model from its config.json alone; arguments as in :func:`load_runner`.
+
+    Raises:
+        ModelError: no such model.
+        UnsupportedModelError: its architecture cannot work here.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        config = read_config(source, trust_remote_code)
+        refuse_unsupported(config, role, trusted=trust_remote_code)
+        return ModelInfo(
+            vocab_size=config.get_text_config().vocab_size,
+            max_length=max_positions(config),
+            eos_token_ids=_eos_token_ids(source, config),
+            parameter_bytes=source_bytes(source),
+            kv_bytes_per_slot=kv_bytes(config, checkpoint_dtype(config), trusted=trust_remote_code),
+        )
+
+
+def check_files(path: str | None, *, role: Role = "target") -> None:
+    """Look whether the weights of a model are there and whole, without reading them.
+
+    Raises:
+        ModelError: naming the file that is not.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        check_source(source)
+
+
+def model_fingerprint(path: str | None, *, role: Role = "target") -> tuple[str, str]:
+    """Digests of a model's config and weights, by which two machines see whether theirs is the same; empty for what is
+    not on this one; see :func:`~ssd_ray.models.checkpoint.fingerprint`.
+
+    Raises:
+        ModelError: no such folder.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        folder = checkpoint_folder(source)
+        return fingerprint(folder) if folder else ("", "")
+
+
+def load_tokenizer(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
+        )
+
+
+def sampling_defaults(path: str | None, *, role: Role = "target") -> dict[str, Any]:
+    """What a model's generation config says of sampling, by the names of :class:`~ssd_ray.config.SamplingParams`."""
+    said = _generation_config(find_source(path, role))
+    return {ours: said[theirs] for theirs, ours in SAMPLING.items() if said.get(theirs) is not None}
+
+
+def end_tokens(info: ModelInfo, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: those of the model's configs, and the tokenizer's own end token."""
+    own = tokenizer.eos_token_id
+    return tuple(sorted({*info.eos_token_ids, *([] if own is None else [own])}))
+
+
+def check_pair(target: str | None, draft: str | None, *, trust_remote_code: bool = False) -> None:
+    """Check that two models share one vocabulary.
+
+    Tokenizers decide where both models have one: the same strings under the same ids. The embeddings may then differ in
+    padding. Without tokenizers the sizes of the vocabularies have to be equal.
+
+    Raises:
+        VocabularyMismatchError: they do not.
+        ModelError: a model is not there.
+    """
+    ours, theirs = (_vocabulary(path, role, trust_remote_code) for path, role in _pair(target, draft))
+    if ours is None or theirs is None:
+        sizes = [
+            model_info(path, role=role, trust_remote_code=trust_remote_code).vocab_size
+            for path, role in _pair(target, draft)
+        ]
+        if sizes[0] != sizes[1]:
+            raise VocabularyMismatchError(
+                f"draft: its vocabulary has {sizes[1]} tokens, the target's has {sizes[0]}; a pair shares one"
+            )
+    elif ours != theirs:
+        differing = max(len(ours), len(theirs)) - len(ours.items() & theirs.items())
+        raise VocabularyMismatchError(
+            f"draft: its tokenizer is not the target's: {differing} of {max(len(ours), len(theirs))} entries differ; "
+            "a pair shares one vocabulary"
+        )
+
+
+def _pair(target: str | None, draft: str | None) -> tuple[tuple[str | None, Role], ...]:
+    return (target, "target"), (draft, "draft")
+
+
+def _vocabulary(path: str | None, role: Role, trust_remote_code: bool) -> dict[str, int] | None:
+    """Token strings and their ids; None if there is no tokenizer beside the model."""
+    source = find_source(path, role)
+    if os.path.isdir(source) and not any(Path(source).glob("*tokenizer*")) and not any(Path(source).glob("vocab.*")):
+        return None
+    vocabulary: dict[str, int] = load_tokenizer(path, role=role, trust_remote_code=trust_remote_code).get_vocab()
+    return vocabulary
+
+
+def _generation_config(source: str) -> dict[str, Any]:
+    """What a model's generation_config.json says; nothing if there is none."""
+    # Imported here: transformers loads generation lazily, and actors never need it.
+    from transformers import GenerationConfig
+
+    try:
+        with silence():
+            found = GenerationConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
+    except (OSError, ValueError):
+        return {}
+    said: dict[str, Any] = found.to_diff_dict()
+    return said
+
+
+def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
+    """End tokens of the generation config where there is one (chat models list more there), else of the config."""
+    found = _generation_config(source).get("eos_token_id")
+    found = config.get_text_config().eos_token_id if found is None else found
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
+    """Bytes of one slot over all layers: what a model without weights keeps of a token. ``trusted`` says whether code
+    that comes with a model may run."""
+    try:
+        with torch.device("meta"), silence():
+            # Some operations exist for no other dtype there; what is counted does not depend on it.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trusted)
+            shapes = probe_layers(model)
+    except Exception:  # it looks at values, which are not there
+        return _usual_kv_bytes(config, dtype)
+    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * dtype.itemsize
+
+
+def _usual_kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)

@@ -1,0 +1,112 @@
+"""Where a model lies, and what its config says, with errors in our own words."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import GatedRepoError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from ssd_ray.errors import ModelError, ResourceError, SsdRayError, UnsupportedModelError
+from ssd_ray.models.checkpoint import CheckpointError, bytes_on_disk, check_texts, check_weights, checkpoint_folder
+
+Role = Literal["target", "draft"]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def find_source(path: str | None, role: Role) -> str:
+    """A folder that exists, or a hub id."""
+    if path is None:
+        folder = ASSETS / role
+        if not folder.is_dir():
+            raise ModelError(f"{role}: the bundled model is not in this installation ({folder}); give a path")
+        return str(folder)
+    folder = Path(os.path.expanduser(path))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{role}: no config.json in {folder}")
+        with in_our_words(role, path):
+            check_texts(folder)
+        return str(folder)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"{role}: no folder at {path}")
+    return path
+
+
+def check_source(source: str) -> None:
+    folder = checkpoint_folder(source)
+    if folder is not None:
+        check_weights(folder, complete=os.path.isdir(source) or hub.HF_HUB_OFFLINE)
+
+
+def source_bytes(source: str) -> int:
+    folder = checkpoint_folder(source)
+    return bytes_on_disk(folder) if folder else 0
+
+
+def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint says it is in; float32 if it says nothing."""
+    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+
+
+def read_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    with silence():  # the hub's client reports each of its tries
+        return AutoConfig.from_pretrained(
+            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
+        )
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Let nobody else draw a progress bar or print a report on somebody's terminal: we say what there is to say."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    libraries = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [library.level for library in libraries]
+    transformers_logging.disable_progress_bar()
+    for library in libraries:
+        library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.setLevel(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def in_our_words(role: Role, source: str) -> Iterator[None]:
+    """Turn whatever a foreign library raises into our errors."""
+    try:
+        yield
+    except SsdRayError:
+        raise
+    except CheckpointError as error:
+        raise ModelError(f"{role}: cannot load {source}: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"{role}: out of memory while loading {source}: {error}") from error
+    except Exception as error:  # a broken file raises nearly anything
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{role}: {source} comes with Python code of its own, which only trust_remote_code=True runs"
+            ) from error
+        raise ModelError(f"{role}: cannot load {source}: {_reason(source, error)}") from error
+
+
+def _reason(source: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not os.path.isdir(source):  # what transformers says of it is a page long
+        if isinstance(error.__cause__, GatedRepoError):
+            return str(error).splitlines()[0]
+        if checkpoint_folder(source) is None:
+            return "it is no folder here, and no hub model that is on this machine or can be fetched"
+    return f"{type(error).__name__}: {error}"
