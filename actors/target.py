@@ -9,7 +9,9 @@ from ssd_ray.actors.inline import INLINE, InlineChannel
 from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
 from ssd_ray.actors.verifying import MOST_TOKENS, Target
 from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.info import end_tokens, load_tokenizer, model_info
+from ssd_ray.saguaro.costs import Learned
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import Channel
 from ssd_ray.transport.memory import MemorySpoke
@@ -36,6 +38,8 @@ class TargetActor:
         trust = config.trust_remote_code
         tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
         runner = load_model(config, "target", MOST_TOKENS)
+        drafts = config.method, config.draft, config.num_drafts, config.max_num_seqs
+        self._experience = cache_path(machine_name("learned", config.target, config.dtype, config.device, *drafts))
         self._target = Target(
             runner,
             self._channel,
@@ -47,6 +51,7 @@ class TargetActor:
             backup=backup(config),
             patient=inline,
             measured=runner.measured,
+            learned=read(self._experience, Learned),
             concurrency=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
             prefix_cache=config.prefix_cache,
@@ -63,6 +68,8 @@ class TargetActor:
             while not self._stopping:
                 self._target.turn()
         finally:
+            if (learned := self._target.costs.learned) is not None:
+                keep(self._experience, learned)
             self._channel.close()
 
     # From any thread

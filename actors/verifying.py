@@ -22,7 +22,7 @@ from ssd_ray.actors.rounds import Rounds, Rules
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, Sampler, SamplingParams
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.saguaro.backup import Pace
-from ssd_ray.saguaro.costs import Costs, Measured
+from ssd_ray.saguaro.costs import Costs, Learned, Measured
 from ssd_ray.saguaro.factors import FACTORS
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.saguaro.planner import Planner, plan_without_draft
@@ -73,6 +73,7 @@ class Target:
         backup: Backup = "draft",
         patient: bool = False,
         measured: Measured | None = None,
+        learned: Learned | None = None,
         end_tokens: Collection[int] = (),
         tokenizer: Any = None,
         concurrency: int = 1,
@@ -99,7 +100,7 @@ class Target:
         self._requests = 0
         self._moving = RLock()  # figures are asked for meanwhile, and tell of every request once
         self._isolation = Isolation(self._fail)
-        self._pace, self.costs = Pace(), Costs(measured)
+        self._pace, self.costs = Pace(), Costs(measured, learned)
         self._planner = Planner(self._pace, self.costs, lookahead, saguaro_c if sampler == "rejection" else None)
         self._links = Links(channel, session, self.batch, self._pace, self._isolation)
         estimates = self._planner, self._pace, self.costs

@@ -275,6 +275,31 @@ def serve(
             Event().wait()
 
 
+@app.command()
+def inspect(
+    target: Annotated[str | None, typer.Argument(help="Target model.", show_default="the bundled one")] = None,
+    draft: Annotated[str | None, typer.Argument(help="Draft model, or ngram.", show_default="the bundled one")] = None,
+    *,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together at most.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes along.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+) -> None:
+    """Say what a model or a pair is, what memory it takes and what to expect of it, without loading weights.
+
+    Exit code 2, and the reason, if it cannot work here.
+
+    `ssd-ray inspect DIR` describes a target with the draft that would be taken; `ssd-ray inspect DIR DRAFT` a pair.
+    """
+    config = EngineConfig(target=target, draft=draft, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
+    with _stderr().status("loading libraries"):
+        from ssd_ray.cluster.inspection import inspect_pair
+
+        pair = inspect_pair(config)
+    typer.echo(json.dumps(pair.as_dict())) if as_json else pair.show()
+    if pair.problem is not None:
+        raise pair.problem
+
+
 @contextmanager
 def _serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
     """Start the server, with a word on a terminal about what is being done."""

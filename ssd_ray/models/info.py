@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from ssd_ray.errors import VocabularyMismatchError
+from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint
 from ssd_ray.models.probe import probe_layers
 from ssd_ray.models.sources import (
@@ -194,8 +194,10 @@ def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = Fa
             # Some operations exist for no other dtype there; what is counted does not depend on it.
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trusted)
             shapes = probe_layers(model)
-    except Exception:  # it looks at values, which are not there
-        return _usual_kv_bytes(config, dtype)
+    except UnsupportedModelError as error:
+        if error.__cause__ is None:  # it ran, and keeps something else
+            raise
+        return _usual_kv_bytes(config, dtype)  # it looks at values, which are not there
     return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * dtype.itemsize
 
 

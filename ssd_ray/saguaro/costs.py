@@ -24,6 +24,12 @@ _SHAPE_SMOOTHING = 0.03
 TRIALS, DOUBT = 12, 0.5
 """Trials whose median says what drafts cost, and how many that said "nothing" are taken to have been before them."""
 
+TELLING = 6
+"""Trials after which it is worth telling a later start."""
+
+REMEMBERED = 4
+"""Trials that what an earlier start has learned counts for."""
+
 OUTLIER = 3.0
 """A round that took more than this many times what was expected says nothing about costs: somebody else had the
 processor."""
@@ -55,6 +61,16 @@ class Measured(Struct, frozen=True):
             raise ValueError(f"{len(self.ms)} times of {len(self.sizes)} sizes")
 
 
+class Learned(Struct, frozen=True):
+    """What rounds have taught of what no measurement at load can tell.
+
+    Attributes:
+        toll: milliseconds that a verification loses for each one of drafting beside it.
+    """
+
+    toll: float
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What a verification reads beside its tokens: ``rows``, and ``slots`` over all of them."""
@@ -68,12 +84,14 @@ class Costs:
 
     Args:
         measured: where the curve begins; None: nothing is known.
+        learned: what an earlier start found out; None: nothing.
 
     Attributes:
         drag: by which part verifications take longer while drafts work beside them all the time.
+        remembers: whether it was known from an earlier start.
     """
 
-    def __init__(self, measured: Measured | None = None) -> None:
+    def __init__(self, measured: Measured | None = None, learned: Learned | None = None) -> None:
         self.measured = measured or Measured()
         self.known = measured is not None
         self.drag = 0.0
@@ -83,6 +101,11 @@ class Costs:
         self._beside = 1.0  # what rounds took lately with drafts at work, against the curve
         self._part = 1.0  # for which part of them drafts worked
         self._tolls: deque[float] = deque(maxlen=TRIALS)
+        if learned is not None:
+            self._tolls.extend([min(learned.toll, MOST_TOLL)] * REMEMBERED)
+        self._trials = 0
+        self.remembers = learned is not None
+        self._set_toll()
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
         """Milliseconds of a verification with nobody at work beside it."""
@@ -137,13 +160,23 @@ class Costs:
         slower = self._beside / ratio if rests else ratio
         part = self._part - beside / slower if rests else beside  # by which drafts worked longer beside the slower ones
         self._tolls.append(min((1.0 - 1.0 / slower) / max(part, LEAST_PART), MOST_TOLL))
+        self._trials += 1
         before = self._slowdown(self._part)
-        toll = max(0.0, median(self._tolls)) * len(self._tolls) / (len(self._tolls) + DOUBT)
-        self.drag = toll / (1.0 - toll)
+        self._set_toll()
         if rests:  # what rounds take with drafts at work is known; it is the rest of it that has changed
             changed = before / self._slowdown(self._part)
             self._speed *= changed
             self._beside /= changed
+
+    def _set_toll(self) -> None:
+        count = len(self._tolls)
+        toll = max(0.0, median(self._tolls)) * count / (count + DOUBT) if count else 0.0
+        self.drag = toll / (1.0 - toll)
+
+    @property
+    def learned(self) -> Learned | None:
+        """What a later start may begin with; None if there were too few trials to tell."""
+        return Learned(max(0.0, median(self._tolls))) if self._trials >= TELLING else None
 
     def _begin(self, tokens: int, milliseconds: float) -> None:
         self._sizes, self._ms, self.known = [tokens], [milliseconds], True

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from ssd_ray.saguaro.backup import Pace
 from ssd_ray.saguaro.budget import Budget, Curve, Prospect, best_budget
 from ssd_ray.saguaro.contest import Contest
-from ssd_ray.saguaro.costs import Costs, Load
+from ssd_ray.saguaro.costs import REMEMBERED, Costs, Load
 from ssd_ray.saguaro.factors import FACTORS, FIRST, Factors
 
 CLEARLY = 1.03
@@ -130,7 +130,8 @@ class Planner:
         self.factors = Factors() if c == "auto" else None
         self._sampled = c is not None
         self._measured = False
-        self._until_trial, self._period, self._learned = FIRST_TRIAL, FIRST_TRIAL, False
+        self._period = FIRST_TRIAL * (REMEMBERED if costs.remembers else 1)
+        self._until_trial, self._learned = self._period, False
         self.floor, self.trial, self.disturbed = 0.0, False, False
         self._plain_rate = 0.0  # tokens per millisecond without drafts
         self._contest, self._changed = Contest(), False  # and whether its way is another one than the plan says

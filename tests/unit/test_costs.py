@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_ray.saguaro.costs import TRIALS, Costs, Load, Measured
+from ssd_ray.saguaro.costs import TELLING, TRIALS, Costs, Load, Measured
 
 SIZES = (1, 2, 4, 8, 16)
 ONE = Load()
@@ -153,6 +153,25 @@ class TestDrag:
         for _ in range(TRIALS):
             costs.saw_trial(1, ONE, 7.0, beside=1.0, rests=False)
         assert costs.drag == pytest.approx(0.0, abs=0.01)
+
+    def test_a_later_start_begins_with_it(self) -> None:
+        first = self.learn(0.5, at_work=True, noise=0.1, seed=0)
+        assert first.learned is not None
+        costs = Costs(line(6.0, 1.0), first.learned)
+        assert costs.remembers
+        assert costs.drag == pytest.approx(0.5, abs=0.15)
+        for _ in range(2 * TRIALS):  # and is not bound to it
+            costs.saw_trial(1, ONE, 7.0, beside=1.0, rests=False)
+        assert costs.drag == pytest.approx(0.0, abs=0.01)
+
+    def test_a_few_trials_are_not_worth_telling(self) -> None:
+        costs = Costs(line(6.0, 1.0))
+        for _ in range(TELLING - 1):
+            costs.saw_trial(1, ONE, 7.0 * 1.2, beside=1.0, rests=False)
+        assert costs.learned is None
+        costs.saw_trial(1, ONE, 7.0 * 1.2, beside=1.0, rests=False)
+        assert costs.learned is not None
+        assert costs.learned.toll == pytest.approx(1.0 - 1.0 / 1.2)
 
     def test_one_trial_that_was_disturbed_changes_little(self) -> None:
         costs = Costs(line(6.0, 1.0))

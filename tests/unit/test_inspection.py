@@ -1,0 +1,80 @@
+"""What is said of models and pairs before their weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from ssd_ray.cli import app
+from ssd_ray.models.describe import at_best, describe
+from tests.support.tiny import WINDOW, save_model, tiny_model, tiny_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+def inspect(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["inspect", *arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def test_a_pair_in_words(pair: tuple[str, str]) -> None:
+    code, said = inspect(*pair)
+    assert code == 0, said
+    assert "llama, 2 layers" in said
+    assert "KV of 128 tokens" in said
+    assert "The draft has 100% of the target's parameters." in said
+
+
+def test_a_pair_as_json(pair: tuple[str, str]) -> None:
+    code, said = inspect(*pair, "--json")
+    found = json.loads(said)
+    assert (code, found["problem"], found["step"]) == (0, None, 1.0)
+    target = found["models"]["target"]
+    assert target["parameters"] == sum(weight.numel() for weight in tiny_model().parameters())
+    assert target["weight_bytes"] >= 4 * target["parameters"]
+    assert target["info"]["kv_bytes_per_slot"] == 256
+
+
+def test_without_a_draft_the_text_is_one(pair: tuple[str, str]) -> None:
+    for arguments in ([pair[0]], [pair[0], "ngram"]):
+        code, said = inspect(*arguments)
+        assert code == 0, said
+        assert "No draft model: what followed the same tokens" in said
+
+
+def test_what_cannot_work_is_told_with_its_reason(pair: tuple[str, str], tmp_path: Path) -> None:
+    other = str(save_model(tmp_path / "other", tiny_model(vocab=80)))
+    code, said = inspect(pair[0], other)
+    assert code == 2
+    assert "llama, 2 layers" in said  # what is known is told all the same
+    assert "its tokenizer is not the target's" in said
+    AutoConfig.for_model("mamba2").save_pretrained(tmp_path / "mamba2")
+    code, said = inspect(str(tmp_path / "mamba2"))
+    assert code == 2
+    assert "mamba2 models cannot be served: their recurrent state" in said
+    code, said = inspect(str(tmp_path / "nowhere"))
+    assert (code, "no folder" in said) == (2, True)
+
+
+def test_windows_and_experts_are_told(tmp_path: Path) -> None:
+    gemma = describe(str(save_model(tmp_path / "gemma2", tiny_model("gemma2"))))
+    assert gemma.sees == f"1 layers {WINDOW} tokens, 1 layers all"
+    mixture = describe(str(save_model(tmp_path / "mixtral", tiny_model("mixtral"))))
+    assert (mixture.sees, mixture.experts) == (f"{WINDOW} tokens", "2 of 4")
+    llama = describe(str(save_model(tmp_path / "llama", tiny_model("llama4_text"))))
+    assert f"3 layers chunks of {WINDOW}" in llama.sees
+
+
+def test_at_best() -> None:
+    assert at_best(0.0, 0.1) == (1.0, 1.0)
+    waiting, hidden = at_best(0.8, 0.25)
+    assert hidden == pytest.approx(1 + 0.8 + 0.64 + 0.512 + 0.4096)  # four steps beside a verification
+    assert 1.0 < waiting < hidden
+    assert at_best(0.8, 10.0) == (1.0, 1.0)
