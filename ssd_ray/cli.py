@@ -300,6 +300,27 @@ def inspect(
         raise pair.problem
 
 
+@app.command()
+def models(
+    name: Annotated[list[str] | None, typer.Argument(help="As config.json calls it.", show_default="all")] = None,
+    *,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a document instead of lines.")] = False,
+) -> None:
+    """Say which architectures of the installed transformers can be served: a small random model of each is made, run
+    and compared, which takes a minute for all.
+
+    `ssd-ray models llama gemma3_text` tries two of them.
+    """
+    with _stderr().status("loading libraries"):
+        from ssd_ray.models.families import document, survey
+
+    if markdown:
+        typer.echo(document(list(survey(name))))
+        return
+    for family in survey(name):
+        typer.echo(f"{family.name:<26} {family.verdict:<8} {family.reason}".rstrip())
+
+
 @contextmanager
 def _serving(config: EngineConfig, host: str, port: int) -> Iterator[str]:
     """Start the server, with a word on a terminal about what is being done."""

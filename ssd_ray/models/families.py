@@ -5,16 +5,18 @@ A small random model shows what a large one does: what its layers keep, and whet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ssd_ray.errors import SsdRayError
+from ssd_ray.errors import ConfigError, SsdRayError
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.sources import silence
 from ssd_ray.models.support import refuse_unsupported
@@ -23,6 +25,9 @@ LENGTH, WINDOW = 64, 16
 
 MOST_PARAMETERS = 20_000_000
 """Of a small model."""
+
+MOST_WORDS = 160
+"""Characters of a reason."""
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "vocab_size_per_layer_input": 64, "max_position_embeddings": LENGTH, "n_positions": LENGTH,
@@ -41,14 +46,21 @@ SIZES: dict[str, Any] = {
 """Fields of configs, and how small they are made where a config has them."""
 
 
+HEADINGS = {
+    "works": "Served: logits over scattered KV are those of the model's own attention",
+    "refused": "Refused, with the reason",
+    "unknown": "Not tried: no small model could be made",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """An architecture and what became of a small model of it.
 
     Attributes:
         name: what transformers calls it.
-        verdict: "works", "refused", or "unknown" where no small model could be made.
-        reason: why it is refused or unknown.
+        verdict: "works", "refused", or "unknown" where no small model of it could be made.
+        reason: why it is refused, or could not be tried.
     """
 
     name: str
@@ -56,49 +68,85 @@ class Family:
     reason: str = ""
 
 
-def survey() -> Iterator[Family]:
-    """Try every causal language model that transformers has, one after the other."""
-    kinds = {config: name for name, config in CONFIG_MAPPING.items()}
-    for config in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if config in kinds:
-            yield try_family(kinds[config])
+def survey(names: Sequence[str] | None = None) -> Iterator[Family]:
+    """Try architectures, one after the other; None is every causal language model that transformers has.
+
+    Raises:
+        ConfigError: transformers has no such architecture.
+    """
+    known = {name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_CAUSAL_LM_MAPPING}
+    for name in names or ():
+        if name not in known:
+            raise ConfigError("name", "a causal language model of transformers", name)
+    yield from map(try_family, names or sorted(known))
+
+
+def document(families: Sequence[Family]) -> str:
+    """What was found, as a page of Markdown."""
+    parts = [f"# Models\n\nMade by `ssd-ray models --markdown` with transformers {transformers.__version__}.\n"]
+    for verdict, heading in HEADINGS.items():
+        some = [family for family in families if family.verdict == verdict]
+        names = ", ".join(f"`{family.name}`" for family in some)
+        lines = [f"- `{family.name}`: {family.reason}" for family in some]
+        parts.append(f"## {heading} ({len(some)})\n\n" + (names if verdict == "works" else "\n".join(lines)) + "\n")
+    return "\n".join(parts)
 
 
 def try_family(name: str) -> Family:
     """Make a small model of an architecture and see whether it can be served."""
     try:
-        with silence():
-            config = small_config(name)
-    except Exception as error:  # a config says in its own way that sizes do not fit it
-        return Family(name, "unknown", f"no small config: {_line(error)}")
-    try:
-        refuse_unsupported(config, "target")
-        _require_small(config)
-        with silence(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            HFRunner(model, rows=2, max_length=LENGTH, scratch=16)
+        usual = CONFIG_MAPPING[name]()
+        refuse_unsupported(usual, "target")
+        model = small_model(name, usual)
+        HFRunner(model, rows=2, max_length=LENGTH, scratch=16)
     except SsdRayError as error:
         return Family(name, "refused", _line(error).partition("cannot be served: ")[2] or _line(error))
-    except Exception as error:  # as above
-        return Family(name, "unknown", f"no small model: {_line(error)}")
+    except Exception as error:  # a config says in its own way that sizes do not fit it
+        return Family(name, "unknown", _line(error))
     return Family(name, "works")
+
+
+def small_model(name: str, usual: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of an architecture whose ``usual`` config is this one, with few and small layers, which runs.
+
+    Raises:
+        Exception: none of the sizes that are tried fits the architecture.
+    """
+    known = {field: size for field, size in SIZES.items() if _has(usual, field)}
+    open_ones = {field: size for field, size in SIZES.items() if field in usual.to_dict()}
+    tries = known, open_ones, *({k: v for k, v in some.items() if k != "head_dim"} for some in (known, open_ones))
+    with silence(), torch.random.fork_rng(devices=[]):
+        for sizes in tries[:-1]:
+            with suppress(Exception):
+                return _made(name, sizes)
+        return _made(name, tries[-1])
+
+
+def _has(config: PreTrainedConfig, field: str) -> bool:
+    try:
+        return getattr(config, field, None) is not None
+    except Exception:  # it has one for each layer
+        return True
+
+
+def _made(name: str, sizes: dict[str, Any]) -> PreTrainedModel:
+    config = CONFIG_MAPPING[name](**sizes)
+    _require_small(config)
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        model(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=False)
+    return model
 
 
 def _require_small(config: PreTrainedConfig) -> None:
     """Not all sizes of all configs have a name that is known here."""
-    with torch.device("meta"), silence():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if (count := sum(weight.numel() for weight in model.parameters())) > MOST_PARAMETERS:
-        raise ValueError(f"it would have {count:,} parameters")
-
-
-def small_config(name: str) -> PreTrainedConfig:
-    """A config of an architecture with few and small layers."""
-    usual = CONFIG_MAPPING[name]()
-    sizes = {field: size for field, size in SIZES.items() if getattr(usual, field, None) is not None}
-    return CONFIG_MAPPING[name](**sizes)
+        raise ValueError(f"no small model of it can be made: it would have {count:,} parameters")
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    said = " ".join(str(error).split())
+    return (said[:MOST_WORDS] + ".." if len(said) > MOST_WORDS else said) or type(error).__name__

@@ -1,0 +1,55 @@
+"""The survey of architectures: what works is found working, what cannot is refused for its reason."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from ssd_ray.cli import app
+from ssd_ray.errors import ConfigError
+from ssd_ray.models.families import document, survey, try_family
+from tests.support.tiny import FAMILIES
+
+DIFFERENT = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DIFFERENT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_families_that_are_tested_are_found(name: str) -> None:
+    family = try_family(name)
+    assert (family.verdict, family.reason) == ("works", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mamba2", "recurrent state"),
+        ("bart", "encoder-decoder"),
+        ("bert", "does not take positions and mask"),
+        ("deepseek_v32", "indexed_attention"),
+    ],
+)
+def test_what_cannot_work_is_refused(name: str, reason: str) -> None:
+    family = try_family(name)
+    assert family.verdict == "refused"
+    assert reason in family.reason
+
+
+def test_what_has_no_small_model_is_not_judged() -> None:
+    family = try_family("llama4")
+    assert family.verdict == "unknown"
+    assert "no small model of it can be made" in family.reason
+
+
+def test_as_a_page() -> None:
+    page = document(list(survey(["llama", "mamba2"])))
+    assert "(1)\n\n`llama`" in page
+    assert "- `mamba2`: their recurrent state cannot be rolled back" in page
+
+
+def test_by_the_command() -> None:
+    result = CliRunner().invoke(app, ["models", "llama"])
+    assert (result.exit_code, result.output.split()) == (0, ["llama", "works"])
+    with pytest.raises(ConfigError, match="name: expected a causal language model of transformers, got 'nothing'"):
+        list(survey(["nothing"]))
