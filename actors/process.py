@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -9,12 +10,17 @@ import torch
 
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, EngineConfig
+from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.info import translation_between
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.translation import Translated
 from ssd_ray.saguaro.fanout import POLICIES
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
 from ssd_ray.transport.channel import Channel
+
+logger = logging.getLogger(__name__)
 
 BUDGET = 16
 """Branches in one draft forward where the configuration leaves it open."""
@@ -46,7 +52,7 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
     branching = config.method == "ssd"
     budget = BUDGET if config.budget == "auto" else config.budget
     return Draft(
-        load_model(config, "draft", SCRATCH),
+        in_target_tokens(config, load_model(config, "draft", SCRATCH)),
         channel,
         session,
         POLICIES[config.fan_out],
@@ -60,6 +66,15 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,
     )
+
+
+def in_target_tokens(config: EngineConfig, runner: ModelRunner) -> ModelRunner:
+    """A draft that takes and gives tokens of its target, whatever its own vocabulary is."""
+    translation = translation_between(config.target, config.draft, trust_remote_code=config.trust_remote_code)
+    if translation is None:
+        return runner
+    logger.info("draft: it has %.0f%% of the target's tokens", 100 * translation.shared)
+    return Translated(runner, translation)
 
 
 def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:

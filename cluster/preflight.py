@@ -22,6 +22,7 @@ from ssd_ray.models.info import (
     model_fingerprint,
     model_info,
     sampling_defaults,
+    translation_between,
 )
 from ssd_ray.models.loader import count_pages, free_bytes
 from ssd_ray.models.sources import Role
@@ -51,6 +52,7 @@ class Checked:
         max_length: tokens of prompt and text together at most.
         end_tokens: tokens that end a text.
         sampling: how a request is sampled that says nothing of it.
+        shared_vocabulary: part of the target's tokens that the draft has, too.
     """
 
     config: EngineConfig
@@ -60,6 +62,7 @@ class Checked:
     max_length: int
     end_tokens: tuple[int, ...] = ()
     sampling: SamplingParams = DEFAULT_SAMPLING
+    shared_vocabulary: float = 1.0
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into tokens.
@@ -134,8 +137,9 @@ def check(config: EngineConfig) -> Checked:
     """
     trust = config.trust_remote_code
     infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target", trust_remote_code=trust)}
+    shared = 1.0
     if config.method != "ar":
-        config = _with_draft(config)
+        config, shared = _with_draft(config)
         if not config.drafts_from_text:
             infos["draft"] = model_info(config.draft, role="draft", trust_remote_code=trust)
     for role in infos:
@@ -153,6 +157,7 @@ def check(config: EngineConfig) -> Checked:
         max_length=max_length,
         end_tokens=end_tokens(infos["target"], tokenizer),
         sampling=default_sampling(config),
+        shared_vocabulary=shared,
     )
 
 
@@ -172,9 +177,9 @@ def default_sampling(config: EngineConfig) -> SamplingParams:
         ) from error
 
 
-def _with_draft(config: EngineConfig) -> EngineConfig:
+def _with_draft(config: EngineConfig) -> tuple[EngineConfig, float]:
     """The configuration with its draft: the one that it names, or the bundled one, or the text itself where that does
-    not fit.
+    not fit; and the part of the target's vocabulary that it has.
 
     Raises:
         ModelError: the draft that it names is not there or does not match the target.
@@ -182,17 +187,28 @@ def _with_draft(config: EngineConfig) -> EngineConfig:
     """
     if config.drafts_from_text:
         logger.info("the text itself is the draft")
-        return config
+        return config, 1.0
     try:
-        check_pair(config.target, config.draft, trust_remote_code=config.trust_remote_code)
+        shared = _shared_vocabulary(config)
     except ModelError as error:
         if config.draft is not None:
             raise
         logger.warning(
             "no draft is given and the bundled one does not fit, so the text itself is the draft (%s)", error
         )
-        return replace(config, draft=TEXT_DRAFT)
-    return config
+        return replace(config, draft=TEXT_DRAFT), 1.0
+    return config, shared
+
+
+def _shared_vocabulary(config: EngineConfig) -> float:
+    """The part of the target's vocabulary that the draft has. It has to be all of it where tokens are accepted by the
+    ratio of probabilities, and where nobody has asked for this draft."""
+    pair, trust = (config.target, config.draft), config.trust_remote_code
+    if config.draft is None or config.sampler != "coupled":
+        check_pair(*pair, trust_remote_code=trust)
+        return 1.0
+    translation = translation_between(*pair, trust_remote_code=trust)
+    return 1.0 if translation is None else translation.shared
 
 
 def _max_length(config: EngineConfig, info: ModelInfo) -> int:

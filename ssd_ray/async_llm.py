@@ -118,7 +118,7 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         """Figures of all requests so far."""
-        return await asyncio.to_thread(self._engine.driver.stats)
+        return await asyncio.to_thread(self._engine.stats)
 
     async def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""

@@ -292,7 +292,7 @@ def inspect(
     """
     config = EngineConfig(target=target, draft=draft, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
     with _stderr().status("loading libraries"):
-        from ssd_ray.cluster.inspection import inspect_pair
+        from ssd_ray.inspection import inspect_pair
 
         pair = inspect_pair(config)
     typer.echo(json.dumps(pair.as_dict())) if as_json else pair.show()

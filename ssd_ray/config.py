@@ -37,6 +37,9 @@ ModelPath = str | PathLike[str] | None
 MAX_LOOKAHEAD = 15
 """Largest lookahead. How many tokens are verified is found round by round."""
 
+GGUF = ".gguf"
+"""The ending of a file that is a whole model, as llama.cpp has them."""
+
 TEXT_DRAFT = "ngram"
 """In place of a draft model: the text itself, by what followed the same tokens earlier in it."""
 
@@ -119,13 +122,16 @@ def _bad_words_ids(value: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _model(name: str, value: Any) -> str | None:
-    """A model's folder, absolute, or its hub id."""
+    """A model's folder or file, absolute, or its hub id."""
     path: str | None = fspath(value) if isinstance(value, PathLike) else value
-    _require(path is None or (isinstance(path, str) and path != ""), name, "a folder, a hub id or None", value)
+    _require(
+        path is None or (isinstance(path, str) and path != ""), name, "a folder, a .gguf file, a hub id or None", value
+    )
     if path is None or value == TEXT_DRAFT:
         return path
     folder = Path(expanduser(path))
-    return str(folder.absolute()) if isinstance(value, PathLike) or folder.is_dir() else str(path)
+    here = isinstance(value, PathLike) or folder.is_dir() or (folder.suffix == GGUF and folder.is_file())
+    return str(folder.absolute()) if here else str(path)
 
 
 def _choice(name: str, value: object, literal: Any) -> None:

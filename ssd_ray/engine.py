@@ -15,6 +15,7 @@ from ssd_ray.config import EngineConfig, OnError, SamplingParams, check_timeout
 from ssd_ray.errors import ConfigError, RequestError, SsdRayError
 from ssd_ray.outputs import RequestOutput, Transcript, failure
 from ssd_ray.prompts import Prompt, Prompts, several
+from ssd_ray.stats import EngineStats
 from ssd_ray.text import Characters, Detokenizer, spelling
 from ssd_ray.wire import Output
 
@@ -112,6 +113,10 @@ class Engine:
             if on_error == "stop":
                 raise
             return Task(prompt, [], params, timeout, on_error, error)
+
+    def stats(self) -> EngineStats:
+        """Figures of all requests so far."""
+        return replace(self.driver.stats(), shared_vocabulary=self.models.shared_vocabulary)
 
     def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""

@@ -173,7 +173,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far."""
-        return self._engine.driver.stats()
+        return self._engine.stats()
 
     def close(self) -> None:
         """Stop the actors and whatever else was started; requests under way raise EngineClosedError. Idempotent."""

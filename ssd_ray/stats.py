@@ -159,6 +159,7 @@ class EngineStats(Stats):
         kv_pages: pages of the target's KV memory, and ``kv_pages_free`` those that no running request holds; some of
             them keep what has ended for prompts that begin alike.
         plan: what a round is planned to be like now, and why.
+        shared_vocabulary: part of the target's tokens that the draft has, too; others are never proposed.
     """
 
     requests: int = 0
@@ -169,6 +170,7 @@ class EngineStats(Stats):
     kv_pages: int = 0
     kv_pages_free: int = 0
     plan: str = ""
+    shared_vocabulary: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, ready for JSON."""

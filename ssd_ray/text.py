@@ -30,6 +30,9 @@ _OTHERS = sorted({*range(0x100)} - {*_PRINTED})
 BYTE_LEVEL = {chr(byte): byte for byte in _PRINTED} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 """The byte that a character stands for in the token strings of byte-level tokenizers."""
 
+METASPACE = "\u2581"
+"""How sentencepiece writes a space."""
+
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -41,6 +44,30 @@ def _replace_each(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("ssd_ray.replace_each", _replace_each)
+
+
+def written(tokenizer: Any) -> dict[int, tuple[bool, bytes]]:
+    """What each token of a tokenizer is: whether it is a special one, and the bytes that it writes within a text, or
+    its name if it is special. By the names of tokens alone, so for all of a vocabulary at once."""
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    by_bytes = _is_byte_level(tokenizer)
+    found = {}
+    for name, token in tokenizer.get_vocab().items():
+        if token in special:
+            found[token] = True, name.encode()
+        elif match := _BYTE_TOKEN.fullmatch(name):
+            found[token] = False, bytes.fromhex(match[1])
+        elif by_bytes and all(character in BYTE_LEVEL for character in name):
+            found[token] = False, bytes(BYTE_LEVEL[character] for character in name)
+        else:
+            found[token] = False, name.replace(METASPACE, " ").encode(errors="replace")
+    return found
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether letters stand for bytes: most of these letters are tokens then, and spaces have no mark of their own."""
+    names = tokenizer.get_vocab()
+    return 2 * sum(letter in names for letter in BYTE_LEVEL) > len(BYTE_LEVEL) and METASPACE not in names
 
 
 class Spelling:

@@ -25,7 +25,7 @@ from ssd_ray.actors.process import BUDGET
 from ssd_ray.actors.verifying import Target
 from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
-from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.contract import ModelRunner, Wrapper
 from ssd_ray.saguaro.costs import Measured
 from ssd_ray.saguaro.fanout import POLICIES, FanOutPolicy
 from ssd_ray.sampling.rejection import Proposing
@@ -38,7 +38,7 @@ HOST_MS, MESSAGE_MS = 0.6, 0.3
 """What the loop around a verification takes, and a message's way there and back, on a machine of today."""
 
 
-class Hooked(ModelRunner):
+class Hooked(Wrapper):
     """A runner that tells of its forwards: ``on_append(rows, tokens)`` before a verification of so many tokens in all,
     ``on_extend(tokens)`` after a step."""
 
@@ -49,35 +49,21 @@ class Hooked(ModelRunner):
         on_extend: Callable[[int], None] = lambda tokens: None,
         measured: Measured | None = None,
     ) -> None:
+        super().__init__(runner)
         self.measured = measured
-        self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
-        self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
-        self.page_slots, self.num_pages, self.page_bytes = runner.page_slots, runner.num_pages, runner.page_bytes
-        self._runner, self._on_append, self._on_extend = runner, on_append, on_extend
+        self._on_append, self._on_extend = on_append, on_extend
 
-    def extent(self, needed: int) -> int:
-        return self._runner.extent(needed)
-
-    def padded(self, tokens: int) -> int:
-        return self._runner.padded(tokens)
-
-    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
-        self._runner.bind(row, first, pages)
+    def bits(self, counts: Sequence[int]) -> list[bytes]:
+        return []
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        logits = self._runner.extend(rows, tokens, positions, slots, visible)
+        logits = super().extend(rows, tokens, positions, slots, visible)
         self._on_extend(tokens.numel())
         return logits
 
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         self._on_append(len(rows), sum(map(len, tokens)))
-        return self._runner.append(rows, tokens, starts)
-
-    def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
-        self._runner.prefill(row, tokens, start)
-
-    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
-        self._runner.move(row, source, destination)
+        return super().append(rows, tokens, starts)
 
 
 class Turning(Protocol):

@@ -11,6 +11,8 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from ssd_ray.config import GGUF
+
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where the weights are: in one file, or in those that an index names. The first that is there counts."""
 
@@ -22,6 +24,8 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 ZIP = b"PK\x03\x04"
 
+GGUF_START = b"GGUF"
+
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
 """Of each weight file, how many places go into a fingerprint, and how long each is."""
@@ -32,15 +36,23 @@ class CheckpointError(Exception):
 
 
 def checkpoint_folder(source: str) -> Path | None:
-    """Where the files of a folder or of a hub id are on this machine; None if they are not here."""
-    if Path(source).is_dir():
+    """Where the files of a folder or of a hub id are on this machine; None if they are not here. A file that is a whole
+    model stands for itself."""
+    if Path(source).is_dir() or is_gguf(source):
         return Path(source)
     known = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
     return Path(known).parent if known else None
 
 
+def is_gguf(source: str | Path) -> bool:
+    """Whether this is a file in which llama.cpp keeps a whole model."""
+    return Path(source).suffix == GGUF and Path(source).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights, also those that only an index knows of."""
+    if is_gguf(folder):
+        return [folder]
     for file in (folder / name for name in LAYOUTS):
         if file.is_file():
             return _shards(file) if file.suffix == ".json" else [file]
@@ -85,7 +97,7 @@ def check_weights(folder: Path, *, complete: bool = True) -> None:
 def fingerprint(folder: Path) -> tuple[str, str]:
     """Digests of a model's config and of its weights, by the index of these and a few places of each file; of weights
     that are not all there it is empty. Equal ones are the same model, on whichever machine."""
-    config = sha256((folder / "config.json").read_bytes()).hexdigest()
+    config = "" if is_gguf(folder) else sha256((folder / "config.json").read_bytes()).hexdigest()
     files = weight_files(folder)
     if not files or not all(file.is_file() for file in files):
         return config, ""
@@ -133,6 +145,8 @@ def _check_whole(file: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file} is cut short or damaged: {error}") from None
+    elif file.suffix == GGUF and not _begins_with(file, GGUF_START):
+        raise CheckpointError(f"{file} is no GGUF file, or damaged: it does not begin as one")
     elif _begins_with(file, ZIP) and not is_zipfile(file):  # what lists the parts of an archive is at its end
         raise CheckpointError(f"{file} is cut short or damaged: its end is not there")
 

@@ -121,3 +121,38 @@ class ModelRunner(ABC):
         Raises:
             ValueError: a slot lies on a page that is not bound.
         """
+
+
+class Wrapper(ModelRunner):
+    """A runner that does what another one does, but for what a subclass does otherwise."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.measured = runner.measured
+        self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
+        self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
+        self.page_slots, self.num_pages, self.page_bytes = runner.page_slots, runner.num_pages, runner.page_bytes
+        self._runner = runner
+
+    def extent(self, needed: int) -> int:
+        return self._runner.extent(needed)
+
+    def padded(self, tokens: int) -> int:
+        return self._runner.padded(tokens)
+
+    def bits(self, counts: Sequence[int]) -> list[bytes]:
+        return self._runner.bits(counts)
+
+    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
+        self._runner.bind(row, first, pages)
+
+    def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+        return self._runner.extend(rows, tokens, positions, slots, visible)
+
+    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+        return self._runner.append(rows, tokens, starts)
+
+    def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
+        self._runner.prefill(row, tokens, start)
+
+    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
+        self._runner.move(row, source, destination)

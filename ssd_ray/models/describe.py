@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ssd_ray.models.info import ModelInfo, model_info, sampling_defaults
+from ssd_ray.models.info import ModelInfo, count_parameters, model_info, sampling_defaults
 from ssd_ray.models.reach import Sight
-from ssd_ray.models.sources import Role, checkpoint_dtype, find_source, in_our_words, read_config, silence
+from ssd_ray.models.sources import Role, checkpoint_dtype, find_source, in_our_words, read_config
 
 LONGEST_DRAFT = 15
 """Tokens of a speculation at most."""
@@ -62,7 +61,7 @@ def describe(path: str | None, *, role: Role = "target", trust_remote_code: bool
     with in_our_words(role, source):
         config = read_config(source, trust_remote_code)
         text, dtype = config.get_text_config(), checkpoint_dtype(config)
-        parameters = _parameters(config, trust_remote_code)
+        parameters = count_parameters(config, trusted=trust_remote_code)
         return Description(
             source=source,
             kind=config.model_type,
@@ -75,12 +74,6 @@ def describe(path: str | None, *, role: Role = "target", trust_remote_code: bool
             experts=_experts(text),
             sampling=sampling_defaults(path, role=role),
         )
-
-
-def _parameters(config: PreTrainedConfig, trusted: bool) -> int:
-    with torch.device("meta"), silence():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    return sum(weight.numel() for weight in model.parameters())
 
 
 def _sees(sight: Sight) -> str:

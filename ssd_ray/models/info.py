@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
-from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint
+from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
 from ssd_ray.models.probe import probe_layers
 from ssd_ray.models.sources import (
     Role,
@@ -19,11 +19,13 @@ from ssd_ray.models.sources import (
     checkpoint_dtype,
     find_source,
     in_our_words,
+    place,
     read_config,
     silence,
     source_bytes,
 )
 from ssd_ray.models.support import max_positions, refuse_unsupported
+from ssd_ray.models.translation import LEAST_SHARED, Translation
 
 SAMPLING = {
     "temperature": "temperature",
@@ -70,7 +72,7 @@ def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bo
             vocab_size=config.get_text_config().vocab_size,
             max_length=max_positions(config),
             eos_token_ids=_eos_token_ids(source, config),
-            parameter_bytes=source_bytes(source),
+            parameter_bytes=weight_bytes(source, config, checkpoint_dtype(config), trusted=trust_remote_code),
             kv_bytes_per_slot=kv_bytes(config, checkpoint_dtype(config), trusted=trust_remote_code),
         )
 
@@ -107,9 +109,7 @@ def load_tokenizer(path: str | None, *, role: Role = "target", trust_remote_code
     """
     source = find_source(path, role)
     with in_our_words(role, source):
-        return AutoTokenizer.from_pretrained(
-            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(**place(source), trust_remote_code=trust_remote_code)
 
 
 def sampling_defaults(path: str | None, *, role: Role = "target") -> dict[str, Any]:
@@ -152,6 +152,35 @@ def check_pair(target: str | None, draft: str | None, *, trust_remote_code: bool
         )
 
 
+def translation_between(
+    target: str | None, draft: str | None, *, trust_remote_code: bool = False
+) -> Translation | None:
+    """What the tokens of a target are on a draft of another vocabulary; None if that is the same.
+
+    Raises:
+        VocabularyMismatchError: a model has no tokenizer, or they share too little.
+        ModelError: a model is not there.
+    """
+    try:
+        check_pair(target, draft, trust_remote_code=trust_remote_code)
+        return None
+    except VocabularyMismatchError:
+        ours, theirs = (_vocabulary(path, role, trust_remote_code) for path, role in _pair(target, draft))
+        if ours is None or theirs is None:
+            raise
+    own, other = (
+        load_tokenizer(path, role=role, trust_remote_code=trust_remote_code) for path, role in _pair(target, draft)
+    )
+    size = model_info(target, trust_remote_code=trust_remote_code).vocab_size
+    translation = Translation.between(own, other, size)
+    if translation.shared < LEAST_SHARED:
+        raise VocabularyMismatchError(
+            f"draft: its tokenizer is not the target's, of whose tokens it has {translation.shared:.0%}; a draft of "
+            f"another vocabulary has at least {LEAST_SHARED:.0%}"
+        )
+    return translation
+
+
 def _pair(target: str | None, draft: str | None) -> tuple[tuple[str | None, Role], ...]:
     return (target, "target"), (draft, "draft")
 
@@ -167,6 +196,8 @@ def _vocabulary(path: str | None, role: Role, trust_remote_code: bool) -> dict[s
 
 def _generation_config(source: str) -> dict[str, Any]:
     """What a model's generation_config.json says; nothing if there is none."""
+    if is_gguf(source):
+        return {}
     # Imported here: transformers loads generation lazily, and actors never need it.
     from transformers import GenerationConfig
 
@@ -184,6 +215,21 @@ def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
     found = _generation_config(source).get("eos_token_id")
     found = config.get_text_config().eos_token_id if found is None else found
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
+    """What a model's weights take in a dtype, by its files; 0 if these are not here."""
+    if is_gguf(source):  # whose numbers are widened
+        return count_parameters(config, trusted=trusted) * dtype.itemsize
+    return source_bytes(source) * dtype.itemsize // checkpoint_dtype(config).itemsize
+
+
+def count_parameters(config: PreTrainedConfig, *, trusted: bool = False) -> int:
+    """Numbers in a model's weights."""
+    with torch.device("meta"), silence():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        model.tie_weights()
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:

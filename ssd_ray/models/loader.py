@@ -15,7 +15,7 @@ from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made,
 from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
-from ssd_ray.models.info import kv_bytes
+from ssd_ray.models.info import kv_bytes, weight_bytes
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.sources import (
     Role,
@@ -23,9 +23,9 @@ from ssd_ray.models.sources import (
     checkpoint_dtype,
     find_source,
     in_our_words,
+    place,
     read_config,
     silence,
-    source_bytes,
 )
 from ssd_ray.models.support import max_positions, refuse_unsupported
 
@@ -87,10 +87,10 @@ def load_runner(
             return _load_model(source, kind, role, trust_remote_code)
 
         kind = _dtype(source, config, where, load) if dtype == "auto" else getattr(torch, dtype)
-        weight_bytes = _weight_bytes(source, config, kind)
+        weights = weight_bytes(source, config, kind, trusted=trust_remote_code)
         page_bytes = kv_bytes(config, kind, trusted=trust_remote_code) * PAGE_SLOTS
-        pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weight_bytes)
-        _require_memory(role, weight_bytes, page_bytes * pages, where)
+        pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weights)
+        _require_memory(role, weights, page_bytes * pages, where)
         runner = HFRunner(
             load(kind).to(where),
             rows=rows,
@@ -121,13 +121,9 @@ def _dtype(
     """The dtype that suits a checkpoint on a device."""
     own = checkpoint_dtype(config)
     # Both copies are there for a moment, and then one of them beside its KV.
-    if device.type != "cpu" or 2 * _weight_bytes(source, config, torch.float32) > free_bytes(device):
+    if device.type != "cpu" or 2 * weight_bytes(source, config, torch.float32) > free_bytes(device):
         return own
     return faster_dtype(own, load, config.to_json_string())
-
-
-def _weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    return source_bytes(source) * dtype.itemsize // checkpoint_dtype(config).itemsize
 
 
 def count_pages(kv_memory: float | Literal["auto"] | None, page_bytes: int, rows: int, slots: int, free: int) -> int:
@@ -152,9 +148,8 @@ def _load_model(source: str, dtype: torch.dtype, role: Role, trust_remote_code: 
     """Load weights, all that the model has: transformers draws at random what is not there."""
     with silence():
         model, found = AutoModelForCausalLM.from_pretrained(
-            source,
+            **place(source),
             dtype=dtype,
-            local_files_only=os.path.isdir(source),
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # so that they are told, too
             output_loading_info=True,

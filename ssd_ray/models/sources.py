@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants as hub
@@ -16,7 +17,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ssd_ray.errors import ModelError, ResourceError, SsdRayError, UnsupportedModelError
-from ssd_ray.models.checkpoint import CheckpointError, bytes_on_disk, check_texts, check_weights, checkpoint_folder
+from ssd_ray.models.checkpoint import (
+    CheckpointError,
+    bytes_on_disk,
+    check_texts,
+    check_weights,
+    checkpoint_folder,
+    is_gguf,
+)
 
 Role = Literal["target", "draft"]
 
@@ -31,6 +39,12 @@ def find_source(path: str | None, role: Role) -> str:
             raise ModelError(f"{role}: the bundled model is not in this installation ({folder}); give a path")
         return str(folder)
     folder = Path(os.path.expanduser(path))
+    if is_gguf(folder):
+        if find_spec("gguf") is None:
+            raise ResourceError(f"{role}: {folder} needs one more package: pip install 'ssd-ray[gguf]'")
+        with in_our_words(role, path):
+            check_weights(folder)
+        return str(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{role}: no config.json in {folder}")
@@ -42,10 +56,18 @@ def find_source(path: str | None, role: Role) -> str:
     return path
 
 
+def place(source: str) -> dict[str, Any]:
+    """How transformers is told where a model is."""
+    if is_gguf(source):
+        folder, name = os.path.split(source)
+        return {"pretrained_model_name_or_path": folder, "gguf_file": name, "local_files_only": True}
+    return {"pretrained_model_name_or_path": source, "local_files_only": os.path.isdir(source)}
+
+
 def check_source(source: str) -> None:
     folder = checkpoint_folder(source)
     if folder is not None:
-        check_weights(folder, complete=os.path.isdir(source) or hub.HF_HUB_OFFLINE)
+        check_weights(folder, complete=os.path.exists(source) or hub.HF_HUB_OFFLINE)
 
 
 def source_bytes(source: str) -> int:
@@ -61,9 +83,10 @@ def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 def read_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     with silence():  # the hub's client reports each of its tries
-        return AutoConfig.from_pretrained(
-            source, local_files_only=os.path.isdir(source), trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(**place(source), trust_remote_code=trust_remote_code)
+    if is_gguf(source):
+        config.dtype = torch.bfloat16  # of its own it has none: numbers of a few bits, and scales
+    return config
 
 
 @contextmanager
@@ -104,7 +127,7 @@ def in_our_words(role: Role, source: str) -> Iterator[None]:
 
 
 def _reason(source: str, error: Exception) -> str:
-    if isinstance(error, OSError) and not os.path.isdir(source):  # what transformers says of it is a page long
+    if isinstance(error, OSError) and not os.path.exists(source):  # what transformers says of it is a page long
         if isinstance(error.__cause__, GatedRepoError):
             return str(error).splitlines()[0]
         if checkpoint_folder(source) is None:

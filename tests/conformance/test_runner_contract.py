@@ -46,7 +46,16 @@ def table_subject(order: int | None = None, **options: int) -> Subject:
     return Subject(runner, reference)
 
 
-@pytest.fixture(scope="module", params=["table", "table of order 2", *FAMILIES])
+LIKE_OTHERS = {"olmo2", "granite", "cohere2", "olmo3", "mixtral", "qwen3_moe", "gemma4_text"}
+"""Families that need nothing that no other one needs."""
+
+SUBJECTS = ["table", "table of order 2", *FAMILIES]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name not in LIKE_OTHERS else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS],
+)
 def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     if request.param.startswith("table"):
         return lambda **options: table_subject(2 if "2" in request.param else None, **options)

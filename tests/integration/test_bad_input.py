@@ -74,7 +74,7 @@ def test_an_unsupported_architecture(pair, edited):
 
 def test_a_draft_with_another_vocabulary(pair, other_vocabulary):
     with pytest.raises(VocabularyMismatchError, match="draft: its tokenizer is not the target's"):
-        LLM(pair[0], other_vocabulary)
+        LLM(pair[0], other_vocabulary, sampler="rejection")
 
 
 def test_a_draft_that_fits_is_taken_and_else_the_text_itself(pair, tmp_path, caplog):

@@ -12,7 +12,7 @@ from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.info import model_info
 from tests.integration.test_exactness import generated
-from tests.support.engines import engine, in_time
+from tests.support.engines import engine
 from tests.support.tiny import FAMILIES, WINDOW, tiny_pair
 
 CONTEXT, COUNT = 192, 40
@@ -21,7 +21,7 @@ EIGHT = [[*range(number, number + 45 + number)] for number in range(8)]
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=COUNT)
 SAMPLED = SamplingParams(temperature=1.0, seed=3, ignore_eos=True, max_tokens=COUNT)
 
-UNLIKE = ("mistral", "gemma2", "gpt_oss", "llama4_text", "gemma3n_text", "deepseek_v3")
+UNLIKE = ("gemma2", "gpt_oss", "deepseek_v3")
 """Families that differ from each other in what they need; the others are like one of them."""
 
 
@@ -45,11 +45,12 @@ def test_ar_sd_and_ssd_write_what_transformers_writes(pair: EngineConfig) -> Non
     with engine(replace(pair, method="ar"), "memory") as generate:
         greedy, sampled = (generate(PROMPTS, params)[0] for params in (GREEDY, SAMPLED))
     assert greedy == generated(str(pair.target), PROMPTS, COUNT)
-    for method in ("sd", "ssd"):
-        with engine(replace(pair, method=method), "memory") as generate:
+    for config in (replace(pair, method="ssd"), replace(pair, method="sd", lookahead=4)):
+        with engine(config, "memory") as generate:
             assert generate(PROMPTS, GREEDY)[0] == greedy
-            assert generate(PROMPTS, SAMPLED)[0] == sampled
-            assert in_time(lambda: sum(sum(each.accepted) for each in generate(PROMPTS, GREEDY)[1]), bool)
+            texts, stats = generate(PROMPTS, SAMPLED)
+            assert texts == sampled
+    assert sum(each.tokens for each in stats) > sum(each.rounds for each in stats)  # sd waits for its draft
 
 
 def test_eight_at_once_where_memory_is_scarce(pair: EngineConfig) -> None:

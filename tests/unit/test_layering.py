@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cluster.routes",),
     ("cluster.openai",),
     ("ssd_ray",),
-    ("llm", "async_llm"),
+    ("llm", "async_llm", "inspection"),
     ("engine",),
     ("cluster",),
     ("actors",),
@@ -46,7 +46,7 @@ ONLY_IN: dict[str, frozenset[str]] = {
     "fastapi": frozenset({"cluster.routes", "cluster.serve"}),
     "pydantic": frozenset({"cluster.openai", "cluster.serve"}),
     "typer": frozenset({"cli", "bench", "flags"}),
-    "rich": frozenset({"cli", "bench", "progress"}),
+    "rich": frozenset({"cli", "bench", "inspection", "progress"}),
 }
 
 # Foreign packages that these units must do without: importing them has to stay cheap.
