@@ -46,7 +46,7 @@ def table_subject(order: int | None = None, **options: int) -> Subject:
     return Subject(runner, reference)
 
 
-LIKE_OTHERS = {"olmo2", "granite", "cohere2", "olmo3", "mixtral", "qwen3_moe", "gemma4_text"}
+LIKE_OTHERS = {"olmo2", "granite", "cohere2", "olmo3", "mixtral", "qwen3_moe", "gemma3n_text"}
 """Families that need nothing that no other one needs."""
 
 SUBJECTS = ["table", "table of order 2", *FAMILIES]

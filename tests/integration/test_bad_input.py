@@ -167,7 +167,7 @@ def test_no_gpu(pair, monkeypatch):
     ("flags", "message"),
     [
         (["--target", "/no/such/folder"], "ssd-ray: target: no folder at /no/such/folder"),
-        (["--draft", "{other}"], "ssd-ray: draft: its tokenizer is not the target's"),
+        (["--draft", "{other}", "--sampler", "rejection"], "ssd-ray: draft: its tokenizer is not the target's"),
         (["--max-model-len", "513"], "ssd-ray: max_model_len: expected at most 512"),
         (["--device", "cpu", "--kv-memory", "4"], "ssd-ray: memory: "),
         (["--device", "cpu", "--kv-memory", "0.0001"], "ssd-ray: kv_memory: expected at least 0."),

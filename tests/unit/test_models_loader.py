@@ -145,9 +145,9 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ModelError, match=r"^target: no folder at"):
-        load_runner(str(tmp_path / "model.gguf"), role="target", **SIZE)
+        load_runner(str(tmp_path / "model.safetensors"), role="target", **SIZE)
 
 
 def test_a_hub_id_that_cannot_be_had_is_a_model_error() -> None:
