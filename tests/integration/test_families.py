@@ -64,6 +64,7 @@ def test_eight_at_once_where_memory_is_scarce(pair: EngineConfig) -> None:
     assert sum(each.preemptions for each in stats) > 0
 
 
+@pytest.mark.slow
 def test_a_prefix_that_is_there_already(pair: EngineConfig) -> None:
     longer = [*PROMPTS[0], *range(30, 70)]
     (expected,) = texts(replace(pair, method="ar"), [longer], GREEDY)

@@ -17,7 +17,6 @@ from ssd_ray.models.probe import check_addressing, probe_layers
 from ssd_ray.models.runner import HFRunner
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
-HALF = (torch.bfloat16, torch.float16)
 LENGTH = 128
 MIXTURES = ("mixtral", "qwen2_moe")
 
@@ -37,7 +36,7 @@ def check(model: PreTrainedModel, length: int = LENGTH) -> None:
     check_addressing(model, probe_layers(model), length)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
 def test_models_with_outliers_load(architecture: str, dtype: torch.dtype) -> None:
     model = with_outliers(architecture).to(dtype)
