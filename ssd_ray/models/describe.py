@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.models.info import ModelInfo, count_parameters, model_info, sampling_defaults
 from ssd_ray.models.reach import Sight
 from ssd_ray.models.sources import Role, checkpoint_dtype, find_source, in_our_words, read_config
-
-LONGEST_DRAFT = 15
-"""Tokens of a speculation at most."""
+from ssd_ray.saguaro.factors import expected_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,14 +95,13 @@ def at_best(acceptance: float, step: float) -> tuple[float, float]:
     """How much faster than plain decoding speculation can be: one after the other, and with the draft's work hidden
     behind verifications.
 
-    Of k tokens of which each is accepted with one probability a, 1 + a + .. + a^k are given on average (Leviathan et
-    al., 2023). Drafting them takes k steps, which come before the verification or beside it.
+    Drafting k tokens takes k steps, which come before the verification or beside it.
 
     Args:
-        acceptance: that probability.
+        acceptance: probability that a token is accepted when it is reached.
         step: what a draft step takes of a verification.
     """
-    gains: Sequence[float] = [sum(acceptance**i for i in range(k + 1)) for k in range(LONGEST_DRAFT + 1)]
+    gains = [expected_tokens(acceptance, k) for k in range(MAX_LOOKAHEAD + 1)]
     waiting = max(gain / (1.0 + k * step) for k, gain in enumerate(gains))
     hidden = max(gain / max(1.0, k * step) for k, gain in enumerate(gains))
     return waiting, hidden

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ssd_ray.errors import ConfigError, SsdRayError
+from ssd_ray.models.info import count_parameters
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.sources import silence
 from ssd_ray.models.support import refuse_unsupported
@@ -141,9 +142,7 @@ def _made(name: str, sizes: dict[str, Any]) -> PreTrainedModel:
 
 def _require_small(config: PreTrainedConfig) -> None:
     """Not all sizes of all configs have a name that is known here."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    if (count := sum(weight.numel() for weight in model.parameters())) > MOST_PARAMETERS:
+    if (count := count_parameters(config)) > MOST_PARAMETERS:
         raise ValueError(f"no small model of it can be made: it would have {count:,} parameters")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
@@ -134,22 +134,7 @@ def check_pair(target: str | None, draft: str | None, *, trust_remote_code: bool
         VocabularyMismatchError: they do not.
         ModelError: a model is not there.
     """
-    ours, theirs = (_vocabulary(path, role, trust_remote_code) for path, role in _pair(target, draft))
-    if ours is None or theirs is None:
-        sizes = [
-            model_info(path, role=role, trust_remote_code=trust_remote_code).vocab_size
-            for path, role in _pair(target, draft)
-        ]
-        if sizes[0] != sizes[1]:
-            raise VocabularyMismatchError(
-                f"draft: its vocabulary has {sizes[1]} tokens, the target's has {sizes[0]}; a pair shares one"
-            )
-    elif ours != theirs:
-        differing = max(len(ours), len(theirs)) - len(ours.items() & theirs.items())
-        raise VocabularyMismatchError(
-            f"draft: its tokenizer is not the target's: {differing} of {max(len(ours), len(theirs))} entries differ; "
-            "a pair shares one vocabulary"
-        )
+    _require_one_vocabulary(target, draft, _tokenizers(target, draft, trust_remote_code), trust_remote_code)
 
 
 def translation_between(
@@ -161,18 +146,15 @@ def translation_between(
         VocabularyMismatchError: a model has no tokenizer, or they share too little.
         ModelError: a model is not there.
     """
+    tokenizers = _tokenizers(target, draft, trust_remote_code)
     try:
-        check_pair(target, draft, trust_remote_code=trust_remote_code)
+        _require_one_vocabulary(target, draft, tokenizers, trust_remote_code)
         return None
     except VocabularyMismatchError:
-        ours, theirs = (_vocabulary(path, role, trust_remote_code) for path, role in _pair(target, draft))
-        if ours is None or theirs is None:
+        if None in tokenizers:
             raise
-    own, other = (
-        load_tokenizer(path, role=role, trust_remote_code=trust_remote_code) for path, role in _pair(target, draft)
-    )
     size = model_info(target, trust_remote_code=trust_remote_code).vocab_size
-    translation = Translation.between(own, other, size)
+    translation = Translation.between(*tokenizers, size)
     if translation.shared < LEAST_SHARED:
         raise VocabularyMismatchError(
             f"draft: its tokenizer is not the target's, of whose tokens it has {translation.shared:.0%}; a draft of "
@@ -181,17 +163,44 @@ def translation_between(
     return translation
 
 
+Tokenizers = tuple[Any, Any]
+"""The target's and the draft's; None where a model has none."""
+
+
+def _require_one_vocabulary(target: str | None, draft: str | None, tokenizers: Tokenizers, trusted: bool) -> None:
+    if None in tokenizers:
+        ours, theirs = (
+            model_info(path, role=role, trust_remote_code=trusted).vocab_size for path, role in _pair(target, draft)
+        )
+        if ours != theirs:
+            raise VocabularyMismatchError(
+                f"draft: its vocabulary has {theirs} tokens, the target's has {ours}; a pair shares one"
+            )
+        return
+    own, other = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    if own != other:
+        most = max(len(own), len(other))
+        raise VocabularyMismatchError(
+            f"draft: its tokenizer is not the target's: {most - len(own.items() & other.items())} of {most} entries "
+            "differ; a pair shares one vocabulary"
+        )
+
+
+def _tokenizers(target: str | None, draft: str | None, trusted: bool) -> Tokenizers:
+    own, other = (_tokenizer(path, role, trusted) for path, role in _pair(target, draft))
+    return own, other
+
+
 def _pair(target: str | None, draft: str | None) -> tuple[tuple[str | None, Role], ...]:
     return (target, "target"), (draft, "draft")
 
 
-def _vocabulary(path: str | None, role: Role, trust_remote_code: bool) -> dict[str, int] | None:
-    """Token strings and their ids; None if there is no tokenizer beside the model."""
+def _tokenizer(path: str | None, role: Role, trusted: bool) -> Any:
+    """The tokenizer beside a model; None if there is none."""
     source = find_source(path, role)
     if os.path.isdir(source) and not any(Path(source).glob("*tokenizer*")) and not any(Path(source).glob("vocab.*")):
         return None
-    vocabulary: dict[str, int] = load_tokenizer(path, role=role, trust_remote_code=trust_remote_code).get_vocab()
-    return vocabulary
+    return load_tokenizer(path, role=role, trust_remote_code=trusted)
 
 
 def _generation_config(source: str) -> dict[str, Any]:
@@ -226,20 +235,24 @@ def weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype, *, t
 
 def count_parameters(config: PreTrainedConfig, *, trusted: bool = False) -> int:
     """Numbers in a model's weights."""
+    return sum(weight.numel() for weight in _outline(config, trusted).parameters())
+
+
+def _outline(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
+    """A model without weights. In half precision: some operations exist for no other dtype on this device."""
     with torch.device("meta"), silence():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=trusted
+        )
         model.tie_weights()
-    return sum(weight.numel() for weight in model.parameters())
+    return model
 
 
 def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
     """Bytes of one slot over all layers: what a model without weights keeps of a token. ``trusted`` says whether code
     that comes with a model may run."""
     try:
-        with torch.device("meta"), silence():
-            # Some operations exist for no other dtype there; what is counted does not depend on it.
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trusted)
-            shapes = probe_layers(model)
+        shapes = probe_layers(_outline(config, trusted))
     except UnsupportedModelError as error:
         if error.__cause__ is None:  # it ran, and keeps something else
             raise

@@ -86,11 +86,6 @@ class Sight:
             return masks[0]
         return {kind: masks[index] for kind, index in self.of_kinds.items()}
 
-    def first_needed(self, position: int) -> int:
-        """The first position that some token from a position on still sees."""
-        at = torch.tensor(position)
-        return min(int(reach.first(at)) for reach in self.reaches)
-
 
 def layer_kinds(text: PreTrainedConfig) -> list[str]:
     """The kind of each layer. A config that names none has one kind: with a window, if it has a size for it."""

@@ -55,10 +55,11 @@ class Factors:
         accepted = self.acceptance[index]
         whole = accepted**most
         misses = 1.0 - whole * self.whole_hits - (1.0 - whole) * self.hits[index]
-        tokens = (1.0 - misses) * _tokens(accepted, most) + misses * _tokens(accepted, wait)
+        tokens = (1.0 - misses) * expected_tokens(accepted, most) + misses * expected_tokens(accepted, wait)
         return tokens / (verify_ms + misses * wait_ms)
 
 
-def _tokens(acceptance: float, length: int) -> float:
-    """Tokens of a round that verifies ``length`` drafted ones."""
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Tokens of a round that verifies ``length`` drafted ones, each accepted with one probability (Leviathan et al.,
+    2023)."""
     return sum(acceptance**count for count in range(length + 1))

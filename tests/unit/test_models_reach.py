@@ -55,11 +55,6 @@ def test_masks_go_to_the_kinds_of_layers() -> None:
     assert Sight.of(tiny_config("mistral"), 128).argument(masks[:1]) is masks[0]
 
 
-def test_what_nobody_sees_any_more() -> None:
-    assert Sight.of(tiny_config("mistral"), 128).first_needed(100) == 100 - WINDOW + 1
-    assert Sight.of(tiny_config("gemma2"), 128).first_needed(100) == 0
-
-
 def test_windows_are_short_for_a_while() -> None:
     config = tiny_config("llama4_text")
     with shortened(config, 5):
