@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
+from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
 from ssd_ray.models.probe import probe_layers
 from ssd_ray.models.sources import (
@@ -242,8 +244,8 @@ def _outline(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
     """A model without weights. In half precision: some operations exist for no other dtype on this device."""
     with torch.device("meta"), silence():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=trusted
-        )
+            deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trusted
+        )  # which notes the dtype in the config
         model.tie_weights()
     return model
 
@@ -251,18 +253,28 @@ def _outline(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
     """Bytes of one slot over all layers: what a model without weights keeps of a token. ``trusted`` says whether code
     that comes with a model may run."""
+    path = cache_path(machine_name("kept of a token", config.to_json_string(), trusted))
+    numbers = read(path, int)
+    if numbers is None:
+        numbers = _numbers_kept(config, trusted)
+        keep(path, numbers)
+    return numbers * dtype.itemsize
+
+
+def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> int:
+    """Numbers that all layers keep of a token."""
     try:
         shapes = probe_layers(_outline(config, trusted))
     except UnsupportedModelError as error:
         if error.__cause__ is None:  # it ran, and keeps something else
             raise
-        return _usual_kv_bytes(config, dtype)  # it looks at values, which are not there
-    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * dtype.itemsize
+        return _usual_numbers_kept(config)  # it looks at values, which are not there
+    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes)
 
 
-def _usual_kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+def _usual_numbers_kept(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
+    return int(2 * text.num_hidden_layers * kv_heads * head_dim)
