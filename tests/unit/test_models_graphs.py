@@ -30,7 +30,7 @@ def caches(model: PreTrainedModel) -> tuple[HFRunner, SlotCache, SlotCache]:
     return runner, runner._kv, copy.deepcopy(runner._kv)
 
 
-@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "gpt2"])
 @pytest.mark.parametrize(("rows", "gather"), [([0], False), ([0], True), ([0, 1], True), ([2, 0], True)])
 @pytest.mark.parametrize("starts", [(40, 40), (40, 33)])
 def test_the_static_step_is_the_plain_forward(
