@@ -56,6 +56,7 @@ def methods(
     lookahead: Annotated[int | None, typer.Option(help="Default: auto.")] = None,
     num_drafts: Annotated[int, typer.Option(min=0)] = 1,
     dtype: Annotated[str, typer.Option()] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     transport: Annotated[str, typer.Option()] = "auto",
     lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
 ) -> None:
@@ -68,6 +69,7 @@ def methods(
         lookahead=lookahead or "auto",
         num_drafts=num_drafts,
         dtype=dtype,
+        device=device,
         transport=transport,
         max_num_seqs=1,
         text_lookup=lookup,
@@ -96,6 +98,7 @@ def batches(
     repeat: Annotated[int, typer.Option(min=1, help="Times that each batch is served.")] = 3,
     num_drafts: Annotated[int, typer.Option(min=0)] = 1,
     dtype: Annotated[str, typer.Option()] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
     prefix_cache: Annotated[bool, typer.Option(help="Also where a batch has been served before.")] = False,
 ) -> None:
@@ -109,6 +112,7 @@ def batches(
         draft=draft,
         num_drafts=num_drafts,
         dtype=dtype,
+        device=device,
         max_num_seqs=max(sizes),
         text_lookup=lookup,
         prefix_cache=prefix_cache,

@@ -183,22 +183,26 @@ def _engine(config: EngineConfig) -> Iterator[Contender]:
 
 @contextmanager
 def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender]:
-    """Transformers' own generate, in this process, on the cores that a target would have."""
+    """Transformers' own generate, in this process, on the cores or the GPU that a target would have."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ssd_ray.models.loader import find_device
     from ssd_ray.models.sources import ASSETS
+
+    device = find_device(config.device)
 
     def load(role: str) -> Any:
         dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-        return AutoModelForCausalLM.from_pretrained(getattr(config, role) or ASSETS / role, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(getattr(config, role) or ASSETS / role, dtype=dtype)
+        return model.eval().to(device)
 
     target, draft = load("target"), load("draft") if assisted else None
     for model in filter(None, (target, draft)):
         model.generation_config.eos_token_id = None  # as long as ours, which go on after an end token, too
 
     def run(prompt: list[int], params: SamplingParams) -> Run:
-        inputs = torch.tensor([prompt])
+        inputs = torch.tensor([prompt], device=device)
         sampling = {"do_sample": False} if params.greedy else {"do_sample": True, "temperature": params.temperature}
         torch.manual_seed(params.seed)
         with on_cores(target_cores()):

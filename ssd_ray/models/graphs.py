@@ -323,6 +323,7 @@ class CudaGraphForward:
                 _run_compiled(self._step, pools, read, buffers[1:])
         torch.cuda.current_stream(self._kv.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._step(pools, read, *buffers[1:])
         return graph, buffers, logits

@@ -81,7 +81,7 @@ def load_runner(
         length = _length(config, max_length, role)
         refuse_unsupported(config, role, length, trusted=trust_remote_code)
         check_source(source)
-        where = _device(device)
+        where = find_device(device)
 
         def load(kind: torch.dtype) -> PreTrainedModel:
             return _load_model(source, kind, role, trust_remote_code)
@@ -175,7 +175,12 @@ def _length(config: PreTrainedConfig, wanted: int | None, role: Role) -> int:
     return wanted or limit or 0
 
 
-def _device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" .. stands for here.
+
+    Raises:
+        ResourceError: CUDA is asked for, and there is none.
+    """
     available = torch.cuda.is_available()
     if device.startswith("cuda") and not available:
         raise ResourceError(f"device: {device} was asked for, but PyTorch sees no CUDA device")

@@ -146,7 +146,7 @@ class HFRunner(ModelRunner):
         extents = [self._steady.extent(end) for _, _, end in places]
         self._note_trunk(starts, written)
         if self._line is None:
-            logits = self._append_rows(rows, tokens, starts, extents)
+            logits = self._append_rows(rows, tokens, starts)
         else:
             logits = self._append_line(self._line, rows, tokens, starts, written, extents)
         return list(torch.split(self._logits(logits), [len(some) for some in tokens]))
@@ -176,13 +176,13 @@ class HFRunner(ModelRunner):
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
-        extents: Sequence[int],
     ) -> Tensor:
         """Run the tokens of each row in a row of a batch, all padded alike; logits [tokens, V]."""
         length = self.line_size(max(map(len, tokens)))
         padded = self._tensor([[*some, *[0] * (length - len(some))] for some in tokens])
+        # Padding is written after the tokens, where nobody sees it before it is written over, and within what is read.
+        extents = [self._steady.extent(start + length) for start in starts]
         positions, masks = self._trunk(starts, length, max(extents))
-        # Padding is written after the tokens, where nobody sees it before it is written over.
         places = [
             self._kv.table.locate_trunk(row, start, start + length) for row, start in zip(rows, starts, strict=True)
         ]
@@ -249,6 +249,8 @@ class HFRunner(ModelRunner):
         if count > len(self._strip):
             self._strip = self._causal_strip(count)
         mask = self._strip[:, self.slots - start : self.slots - start + extent]
+        if self.device.type == "cuda":  # whose kernels take masks that begin where a vector does
+            mask = mask[:count].clone()
         if not self._kv.sight.windowed:
             return [mask]
         queries, keys = torch.arange(start, start + count, device=self.device), self._slot_numbers[:extent]

@@ -33,7 +33,7 @@ class Subject:
         """``logits`` [last, V] are those after the last tokens of ``tokens``."""
         assert logits.dtype == torch.float32
         want = self.reference(tokens)[-last:].log_softmax(-1)
-        error = (logits.log_softmax(-1) - want).abs().max() / want.abs().max()
+        error = (logits.cpu().log_softmax(-1) - want).abs().max() / want.abs().max()
         assert error < TOLERANCE
 
 
@@ -50,16 +50,21 @@ LIKE_OTHERS = {"cohere2", "olmo3", "mixtral", "qwen3_moe", "gemma3n_text"}
 """Families that need nothing that no other one needs."""
 
 SUBJECTS = ["table", "table of order 2", *FAMILIES]
+ON_CUDA = [f"{family} on cuda" for family in FAMILIES]
 
 
 @pytest.fixture(
     scope="module",
-    params=[name if name not in LIKE_OTHERS else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS],
+    params=[
+        *(name if name not in LIKE_OTHERS else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS),
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_CUDA),
+    ],
 )
 def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     if request.param.startswith("table"):
         return lambda **options: table_subject(2 if "2" in request.param else None, **options)
-    model = tiny_model(request.param, vocab=VOCAB, context=LENGTH)
+    family, _, device = request.param.partition(" on ")
+    model = tiny_model(family, vocab=VOCAB, context=LENGTH)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
 
@@ -68,7 +73,8 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
             return plain(torch.tensor([tokens])).logits[0].double()
 
     def build(**options: int) -> Subject:
-        return Subject(HFRunner(model, rows=ROWS, max_length=LENGTH, scratch=SCRATCH, **options), reference)
+        there = copy.deepcopy(model).to(device) if device else model
+        return Subject(HFRunner(there, rows=ROWS, max_length=LENGTH, scratch=SCRATCH, **options), reference)
 
     return build
 

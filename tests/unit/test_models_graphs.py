@@ -86,6 +86,7 @@ def exercise(plain: HFRunner, graphed: HFRunner) -> None:
         *((*case, 4) for case in cases),
         ([1], [100], 4),
         ([1], [186], 4),
+        ([1], [61], 3),  # the padding is on the next page
         ([3, 0], [70, 54], 3),
     ):
         tokens = tokens_of(len(rows), 4, seed=sum(starts)).tolist()
@@ -105,6 +106,18 @@ def test_steps_are_padded_only_where_each_shape_has_to_be_prepared() -> None:
     plain, compiled = (HFRunner(tiny_model("llama"), **SIZE, compile=each) for each in (False, True))
     assert [plain.padded(tokens) for tokens in (1, 3, 17)] == [1, 3, 17]
     assert [compiled.padded(tokens) for tokens in (1, 3, 17)] == [1, 4, 32]
+
+
+def test_padding_lies_within_what_is_read() -> None:
+    """A step at fixed shapes writes to no more of the pool than it reads."""
+    runner = HFRunner(tiny_model("llama"), **SIZE, compile=True)
+    runner.prefill(0, list(range(61)))
+    forwards = []
+    runner._decode = lambda *inputs: forwards.append(inputs) or torch.zeros(1, inputs[2].shape[1], 96)
+    for count in (1, 2, 3):
+        runner.append([0], [[5] * count], [61])
+    for _, extents, _, _, written, masks in forwards:
+        assert written.max() < extents[0] == masks[0].shape[-1]
 
 
 @pytest.mark.slow
