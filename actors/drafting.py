@@ -282,8 +282,9 @@ class Draft:
         )
 
     def _noise(self, params: SamplingParams) -> NoiseRows:
-        seed = params.noise_seed
-        return NoiseRows(seed if self._proposing is None else stream_seed(seed, "draft"), self._runner.vocab_size)
+        if self._proposing is None:
+            return NoiseRows(params.noise_seed, self._runner.vocab_size, device=self._runner.device)
+        return NoiseRows(stream_seed(params.noise_seed, "draft"), self._runner.vocab_size)
 
     def _doubt(self) -> None:
         """Ask for the sequence of which nothing has come for longest, if all others have been heard of since: it may
@@ -417,7 +418,7 @@ class Draft:
         best = _best(ranked)
         if noise is None or self._proposing is None:
             return [Ranking(row, values, row[0]) for row, values in zip(*best, strict=True)]
-        drawn = self._proposing.draw(ranked.softmax(-1), seat.session.fan_out(items), seat.session.c, noise)
+        drawn = self._proposing.draw(ranked.softmax(-1).cpu(), seat.session.fan_out(items), seat.session.c, noise)
         return [Ranking(*row) for row in zip(*best, *drawn, strict=True)]
 
     def _forward(self, work: Work) -> Tensor:

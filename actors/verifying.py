@@ -246,7 +246,8 @@ class Target:
             sampled=self._sampler == "rejection" and not params.greedy,
         )
         study = self._study if self._planner.factors is not None else None
-        verify = verifier(self._sampler, params, session.prompt_tokens, self._runner.vocab_size, study)
+        sizes = session.prompt_tokens, self._runner.vocab_size
+        verify = verifier(self._sampler, params, *sizes, device=self._runner.device, study=study)
         text = Detokenizer(self._tokenizer, params, tokens) if params.stop else None
         ngrams = NgramIndex(tokens if self._rules.looks_up else ())
         return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))

@@ -44,6 +44,7 @@ SIDE_BY_SIDE = (
     "tests/conformance/test_runner_contract.py",
     "tests/integration/test_bad_input.py",
     "tests/integration/test_batch_texts.py",
+    "tests/integration/test_devices.py",
     "tests/integration/test_exactness.py::TestTinyModels",
     "tests/integration/test_experience.py",
     "tests/integration/test_families.py",

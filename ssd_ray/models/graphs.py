@@ -277,10 +277,13 @@ def _run_compiled(step: Callable[..., Tensor], pools: Pools, pages: Tensor | Non
 
 class CudaGraphForward:
     """One CUDA graph for each (R, T, E), replayed over static buffers. Pages are gathered, but for one row whose pages
-    are the pool's first ones."""
+    are the pool's first ones. A model that asks the device something in its forward, as mixtures of experts do in
+    float32, cannot be captured, and is run plainly."""
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> None:
         self._kv = kv
+        self._eager = eager_forward(model, kv)
+        self._captures = True
         step = static_step(model, kv.table.page_slots, kv.sight)
         self._step = torch.compile(step, dynamic=False, fullgraph=True) if compile else step
         self._pool: Any = torch.cuda.graph_pool_handle()
@@ -296,6 +299,25 @@ class CudaGraphForward:
         masks: Sequence[Tensor],
     ) -> Tensor:
         """See :data:`Forward`."""
+        if self._captures:
+            try:
+                return self._replay(rows, extents, tokens, positions, written, masks)
+            except RuntimeError as error:
+                if self._graphs:  # it is not the model
+                    raise
+                logger.info("the forward is run plainly, since no CUDA graph can be made of it: %s", error)
+                self._captures = False
+        return self._eager(rows, extents, tokens, positions, written, masks)
+
+    def _replay(
+        self,
+        rows: Sequence[int],
+        extents: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        masks: Sequence[Tensor],
+    ) -> Tensor:
         extent = max(extents)
         in_place = len(rows) == 1 and self._kv.table.run(rows[0], extent) == 0
         inputs = [self._kv.pages(rows, extent), tokens, positions, written, *masks]

@@ -49,9 +49,11 @@ class Verifier(ABC):
 class CoupledVerifier(Verifier):
     """The target makes its own choice everywhere, with noise that drafts share; a guess is right or wrong."""
 
-    def __init__(self, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_tokens: int, vocab_size: int, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__(params, prompt_tokens, vocab_size)
-        self._noise = None if params.greedy else NoiseRows(params.noise_seed, vocab_size)
+        self._noise = None if params.greedy else NoiseRows(params.noise_seed, vocab_size, device=device)
 
     def _verify(
         self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]
@@ -77,7 +79,8 @@ class RejectionVerifier(Verifier):
     def _verify(
         self, logits: Tensor, positions: range, speculation: Sequence[int], proposals: Sequence[Proposal | None]
     ) -> Outcome:
-        probabilities = scores(logits, self._params).softmax(-1)
+        # A draw of a token is a few numbers of a law that the drafts have sent: here, wherever the logits are.
+        probabilities = scores(logits, self._params).softmax(-1).cpu()
         if self._study is not None and proposals and proposals[0] is not None:
             # Always the first position: where a round ends depends on what was drawn.
             self._study(probabilities[0], proposals[0])
@@ -93,9 +96,16 @@ class RejectionVerifier(Verifier):
 
 
 def verifier(
-    sampler: Sampler, params: SamplingParams, prompt_tokens: int, vocab_size: int, study: Study | None = None
+    sampler: Sampler,
+    params: SamplingParams,
+    prompt_tokens: int,
+    vocab_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    study: Study | None = None,
 ) -> Verifier:
-    """The verifier of a sequence. At temperature 0 both samplers are the same: the argmax."""
+    """The verifier of a sequence, whose logits lie on ``device``. At temperature 0 both samplers are the same: the
+    argmax."""
     if params.greedy or sampler == "coupled":
-        return CoupledVerifier(params, prompt_tokens, vocab_size)
+        return CoupledVerifier(params, prompt_tokens, vocab_size, device)
     return RejectionVerifier(params, prompt_tokens, vocab_size, study)

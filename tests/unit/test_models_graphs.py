@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ssd_ray.models.graphs import caller, eager_forward, static_step
+from ssd_ray.models.graphs import CudaGraphForward, caller, eager_forward, static_step
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.slots import SlotCache
 from tests.support.tiny import tiny_model
@@ -118,6 +118,29 @@ def test_padding_lies_within_what_is_read() -> None:
         runner.append([0], [[5] * count], [61])
     for _, extents, _, _, written, masks in forwards:
         assert written.max() < extents[0] == masks[0].shape[-1]
+
+
+def test_what_cannot_be_captured_is_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+
+    class Capturing(CudaGraphForward):
+        fails = True
+
+        def _capture(self, inputs, in_place):
+            if self.fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super()._capture(inputs, in_place)
+
+    model = tiny_model("llama")
+    plain, failing = (HFRunner(model, **SIZE, compile=True) for _ in range(2))
+    plain._decode = eager_forward(model, plain._kv)
+    failing._decode = Capturing(model, failing._kv, compile=False)
+    exercise(plain, failing)
+    other = Capturing(model, failing._kv, compile=False)
+    other._graphs[(0,)] = object()
+    failing._decode = other
+    with pytest.raises(RuntimeError, match="capturing"):  # a model of which there are graphs
+        failing.append([0], [[1]], [50])
 
 
 @pytest.mark.slow
