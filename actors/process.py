@@ -13,7 +13,7 @@ from ssd_ray.config import MAX_LOOKAHEAD, Backup, EngineConfig
 from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.info import translation_between
 from ssd_ray.models.loader import load_runner
-from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.runners import Runner
 from ssd_ray.models.translation import Translated
 from ssd_ray.saguaro.fanout import POLICIES
 from ssd_ray.sampling.rejection import Proposing
@@ -77,7 +77,7 @@ def in_target_tokens(config: EngineConfig, runner: ModelRunner) -> ModelRunner:
     return Translated(runner, translation)
 
 
-def load_model(config: EngineConfig, role: str, scratch: int) -> HFRunner:
+def load_model(config: EngineConfig, role: str, scratch: int) -> Runner:
     """Load the target's or the draft's model as the configuration has it."""
     return load_runner(
         getattr(config, role),

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -65,6 +66,29 @@ def pytest_xdist_make_scheduler(config, log):
     return WholeSystemsTakeTurns(config, log)
 
 
+def pytest_collection_modifyitems(items):
+    """Who shares a Ray comes first."""
+    items.sort(key=lambda item: "cluster" not in item.fixturenames)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A private Ray; engines that are made while it is there take it as given. It is there for all tests that ask for
+    it, one after the other."""
+    from tests.support.rays import SHARED
+
+    return SHARED.runtime()
+
+
+def end_shared_ray():
+    if "tests.support.rays" in sys.modules:
+        sys.modules["tests.support.rays"].SHARED.end()
+
+
+def pytest_sessionfinish():
+    end_shared_ray()
+
+
 @pytest.fixture(autouse=True)
 def library_logger():
     """The library's logger is as it was after a test: commands log to the standard error that they find."""
@@ -75,8 +99,11 @@ def library_logger():
     logger.setLevel(level)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """A test marked gpu skips on a machine without one."""
+    """A test that does not ask for the shared Ray finds none; one marked gpu skips on a machine without one."""
+    if "cluster" not in item.fixturenames:
+        end_shared_ray()
     if item.get_closest_marker("gpu"):
         import torch
 

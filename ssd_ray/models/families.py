@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ssd_ray.errors import ConfigError, SsdRayError
 from ssd_ray.models.info import count_parameters
-from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.runners import make_runner
 from ssd_ray.models.sources import silence
 from ssd_ray.models.support import refuse_unsupported
 
@@ -43,6 +43,11 @@ SIZES: dict[str, Any] = {
     "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "sliding_window": WINDOW,
     "attention_chunk_size": WINDOW, "num_kv_shared_layers": 0, "laurel_rank": 4, "pad_token_id": 0,
     "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
+    "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "expand": 1, "n_groups": 1, "chunk_size": 4,
+    "mamba_n_heads": 8, "n_mamba_heads": 8, "mamba_num_heads": 8, "mamba_d_head": 8, "mamba_headdim": 8,
+    "mamba_head_dim": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_dt_rank": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
 }  # fmt: skip
 """Fields of configs, and how small they are made where a config has them."""
 
@@ -99,7 +104,7 @@ def try_family(name: str) -> Family:
         usual = CONFIG_MAPPING[name]()
         refuse_unsupported(usual, "target")
         model = small_model(name, usual)
-        HFRunner(model, rows=2, max_length=LENGTH, scratch=16)
+        make_runner(model, rows=2, max_length=LENGTH, scratch=16)
     except SsdRayError as error:
         return Family(name, "refused", _line(error).partition("cannot be served: ")[2] or _line(error))
     except Exception as error:  # a config says in its own way that sizes do not fit it
@@ -115,12 +120,21 @@ def small_model(name: str, usual: PreTrainedConfig) -> PreTrainedModel:
     """
     known = {field: size for field, size in SIZES.items() if _has(usual, field)}
     open_ones = {field: size for field, size in SIZES.items() if field in usual.to_dict()}
-    tries = known, open_ones, *({k: v for k, v in some.items() if k != "head_dim"} for some in (known, open_ones))
+    bare = [{k: v for k, v in some.items() if k != "head_dim"} for some in (known, open_ones)]
+    kinds = _layer_kinds(usual)
+    tries = [*(some | kinds for some in (known, open_ones, *bare) if kinds), known, open_ones, *bare]
     with silence(), torch.random.fork_rng(devices=[]):
         for sizes in tries[:-1]:
             with suppress(Exception):
                 return _made(name, sizes)
         return _made(name, tries[-1])
+
+
+def _layer_kinds(usual: PreTrainedConfig) -> dict[str, list[str]]:
+    """Layers of all kinds that a config has, those that follow one another there."""
+    kinds: list[str] = list(dict.fromkeys(getattr(usual, "layer_types", None) or ()))
+    count = SIZES["num_hidden_layers"]
+    return {"layer_types": (kinds * count)[:count]} if len(kinds) > 1 else {}
 
 
 def _has(config: PreTrainedConfig, field: str) -> bool:

@@ -43,9 +43,9 @@ TRACED_AT = 3
 TRACED = 5, 8
 """Tokens of the forwards that are traced."""
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What a forward may call its KV cache: the models of transformers from 5.24 on; those before, and with code of their
-own."""
+own; those that keep nothing but states."""
 
 MAX_SHAPES = 1024
 """Shapes that are compiled at most; torch's own limit is 8."""
@@ -54,15 +54,20 @@ MAX_SHAPES = 1024
 def caller(module: nn.Module, sight: Sight = ALL) -> Callable[[Tensor, Tensor, Sequence[Tensor], Cache], Any]:
     """A model's forward, or its decoder's, as (tokens, positions, masks, cache) -> output, whatever its signature calls
     the cache; there is a mask for each reach that the model's layers have by ``sight``."""
-    taken = inspect.signature(module.forward).parameters
-    # A forward that names neither hands all keywords on, or keeps no KV, which is found by running it.
-    name = next((each for each in CACHE_NAMES if each in taken), CACHE_NAMES[-1])
+    name = cache_name(module)
 
     def call(tokens: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: Cache) -> Any:
         kwargs = {"attention_mask": sight.argument(masks), "position_ids": positions, name: cache}
         return module(input_ids=tokens, use_cache=True, **kwargs)
 
     return call
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a module's forward calls its cache."""
+    taken = inspect.signature(module.forward).parameters
+    # A forward that names none hands all keywords on, or keeps no KV, which is found by running it.
+    return next((each for each in CACHE_NAMES if each in taken), "past_key_values")
 
 
 def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:

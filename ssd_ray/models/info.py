@@ -15,6 +15,7 @@ from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
 from ssd_ray.models.probe import probe_layers
+from ssd_ray.models.recurrent import shape_kept, what_is_kept
 from ssd_ray.models.sources import (
     Role,
     check_source,
@@ -26,7 +27,7 @@ from ssd_ray.models.sources import (
     silence,
     source_bytes,
 )
-from ssd_ray.models.support import max_positions, refuse_unsupported
+from ssd_ray.models.support import is_recurrent, max_positions, refuse_unsupported
 from ssd_ray.models.translation import LEAST_SHARED, Translation
 
 SAMPLING = {
@@ -263,13 +264,17 @@ def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = Fa
 
 def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> int:
     """Numbers that all layers keep of a token."""
+    outline = _outline(config, trusted)
     try:
-        shapes = probe_layers(_outline(config, trusted))
+        if is_recurrent(config):
+            shapes = [shape for layer in what_is_kept(outline) if (shape := shape_kept(layer)) is not None]
+        else:
+            shapes = probe_layers(outline)
     except UnsupportedModelError as error:
         if error.__cause__ is None:  # it ran, and keeps something else
             raise
         return _usual_numbers_kept(config)  # it looks at values, which are not there
-    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes)
+    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) or 1
 
 
 def _usual_numbers_kept(config: PreTrainedConfig) -> int:

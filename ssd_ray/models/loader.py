@@ -16,7 +16,7 @@ from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
 from ssd_ray.models.info import kv_bytes, weight_bytes
-from ssd_ray.models.runner import HFRunner
+from ssd_ray.models.runners import Runner, make_runner
 from ssd_ray.models.sources import (
     Role,
     check_source,
@@ -51,20 +51,20 @@ def load_runner(
     vocab_size: int | None = None,
     trust_remote_code: bool = False,
     calibrated: bool = False,
-) -> HFRunner:
+) -> Runner:
     """Load a model and give it a KV cache.
 
     Args:
         path: a folder, a hub id, or None for the bundled model of this role. Nothing is fetched for a folder.
         role: names the field in messages.
-        rows, scratch: see :class:`HFRunner`.
+        rows, scratch: see :class:`~ssd_ray.models.runner.HFRunner`.
         kv_memory: GiB for KV; "auto" takes a part of the memory that is free, if that is less than what ``rows`` rows
             need; None is what they need.
         max_length: positions of a row; None is the model's own limit. A draft may have a lower limit, and keeps it.
         device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, or float32 on a CPU where that is faster
             and fits the memory.
-        compile, prefill_chunk, vocab_size: see :class:`HFRunner`.
+        compile, prefill_chunk, vocab_size: see there.
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
         calibrated: find out what its verifications, or its steps, cost here, and which of the former leave a token's
             bits alone.
@@ -91,7 +91,7 @@ def load_runner(
         page_bytes = kv_bytes(config, kind, trusted=trust_remote_code) * PAGE_SLOTS
         pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weights)
         _require_memory(role, weights, page_bytes * pages, where)
-        runner = HFRunner(
+        runner = make_runner(
             load(kind).to(where),
             rows=rows,
             max_length=length,
@@ -106,7 +106,7 @@ def load_runner(
         return runner
 
 
-def _calibrate(runner: HFRunner, role: Role, parts: Sequence[object], bound: bool) -> None:
+def _calibrate(runner: Runner, role: Role, parts: Sequence[object], bound: bool) -> None:
     """Find out what a runner's forwards cost, or look it up under a name of these parts, and let the runner know."""
     calibration = calibrate if role == "target" else calibrate_steps
     name = machine_name(role, *parts, runner.packed)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ssd_ray.errors import UnsupportedModelError
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"})
+"""Kinds of layers, beside those of attention, of models that keep a state or nothing."""
 
 OTHER_WINDOWS = ("keep_window_size", "sliding_window_size", "window_size", "local_attention_window_len")
 """Fields of configs whose layers see, from so many tokens on, what no mask of ours says."""
@@ -39,6 +43,15 @@ def refuse_unsupported(
         raise UnsupportedModelError(f"{role}: {config.model_type} models cannot be served: {reason}")
 
 
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether models of this config keep states in transformers' own cache."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # a config of foreign code, that says nothing of layers
+        return False
+    return any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+
+
 def _kind_reason(config: PreTrainedConfig, trusted: bool) -> str | None:
     if config.is_encoder_decoder:
         return "encoder-decoder models are not causal language models"
@@ -47,13 +60,14 @@ def _kind_reason(config: PreTrainedConfig, trusted: bool) -> str | None:
         return None if trusted else "their code comes with them, which only trust_remote_code=True runs"
     if kind is None:
         return "transformers has no causal language model for this config"
-    if getattr(kind, "_is_stateful", False):
-        return "their recurrent state cannot be rolled back"
+    if getattr(kind, "_is_stateful", False) and not is_recurrent(config):
+        return "their recurrent state is kept where it cannot be rolled back"
     return None
 
 
 def _layers_reason(config: PreTrainedConfig) -> str | None:
-    other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    known = ATTENTION_LAYERS | RECURRENT_LAYERS if is_recurrent(config) else ATTENTION_LAYERS
+    other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - known
     if other:
         return f"what their layers of type {', '.join(sorted(other))} keep cannot be addressed by slot or rolled back"
     return None

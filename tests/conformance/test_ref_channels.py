@@ -18,15 +18,8 @@ from ssd_ray.transport.zmq import ZmqHub, ZmqSpoke
 from ssd_ray.wire import Nodes, decode, encode
 from tests.conformance.channel_actors import INLINE_MAX_BYTES, HybridNode, RefNode
 from tests.conformance.channel_suite import PATIENCE, ChannelSuite, Network, drain, meet, numbered, numbers
-from tests.support.rays import own_ray
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with own_ray(num_cpus=2):
-        yield
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("cluster")]
 
 
 class ActorChannel(Channel):

@@ -69,7 +69,7 @@ def test_a_broken_config(pair, tmp_path):
 
 def test_an_unsupported_architecture(pair, edited):
     with pytest.raises(UnsupportedModelError, match="target"):
-        LLM(edited(model_type="mamba", architectures=["MambaForCausalLM"]), pair[1])
+        LLM(edited(model_type="rwkv", architectures=["RwkvForCausalLM"]), pair[1])
 
 
 def test_a_draft_with_another_vocabulary(pair, other_vocabulary):

@@ -82,7 +82,7 @@ def case(config: EngineConfig) -> Case:
 
 
 @pytest.mark.parametrize("kv_memory", ["auto", SMALL], ids=["much memory", "little memory"])
-@pytest.mark.parametrize("drafts", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafts", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 2))])
 def test_together(config: EngineConfig, case: Case, drafts: int, kv_memory: float) -> None:
     config = replace(config, method="ssd", num_drafts=drafts, kv_memory=kv_memory)
     with engine(config, "memory") as generate:

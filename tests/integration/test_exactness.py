@@ -69,7 +69,7 @@ def generated(target: str | Path, prompts: Sequence[list[int]], count: int, **op
 class TestTinyModels:
     """Random weights of two architectures, threads and memory channels: fast, and merciless about KV."""
 
-    @pytest.fixture(scope="class", params=["llama", "qwen3"])
+    @pytest.fixture(scope="class", params=["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
     @classmethod
     def pair(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         target, draft = tiny_pair(tmp_path_factory.mktemp(request.param), architecture=request.param, context=192)
@@ -131,6 +131,7 @@ class TestBundledPair:
     """Real parts: Ray actors, and each channel."""
 
     @pytest.mark.ray
+    @pytest.mark.usefixtures("cluster")
     @pytest.mark.parametrize("channel", ["zmq", pytest.param("ray", marks=pytest.mark.slow)])
     def test_a_few_prompts(self, channel: str) -> None:
         prompts = held_out_prompts(load_tokenizer(None), count=2, tokens=96)

@@ -13,7 +13,7 @@ from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.info import model_info
 from tests.integration.test_exactness import generated
 from tests.support.engines import engine
-from tests.support.tiny import FAMILIES, WINDOW, tiny_pair
+from tests.support.tiny import FAMILIES, RECURRENT, WINDOW, tiny_pair
 
 CONTEXT, COUNT = 192, 40
 PROMPTS = [list(range(1, 61)), [5, 6, 7]]
@@ -21,13 +21,13 @@ EIGHT = [[*range(number, number + 45 + number)] for number in range(8)]
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=COUNT)
 SAMPLED = SamplingParams(temperature=1.0, seed=3, ignore_eos=True, max_tokens=COUNT)
 
-UNLIKE = ("gpt_oss",)
-"""It has windows, sinks and experts; what others need beside, the runner's suite has."""
+UNLIKE = ("gpt_oss", "lfm2")
+"""The first has windows, sinks and experts, the second recurrent layers; what others need, the runner's suite has."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[name if name in UNLIKE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+    params=[name if name in UNLIKE else pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, *RECURRENT)],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     folder = tmp_path_factory.mktemp(request.param)

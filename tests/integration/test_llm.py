@@ -447,12 +447,6 @@ def test_a_bad_number_of_drafts(llm, count):
         llm.scale_drafts(count)
 
 
-def test_actor_calls_can_carry_everything(cluster, pair, expected):
-    with LLM(*pair, transport="ray") as engine:
-        assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
-        assert engine.stats().misses["no_draft"] == 0
-
-
 def test_the_command_line_writes_the_same_text(cluster, pair, expected, tmp_path):
     """With another method even."""
     sampling = ["--max-tokens", "24", "--seed", "3", "--ignore-eos"]
@@ -486,8 +480,10 @@ def test_the_text_itself_is_the_draft_where_none_fits(cluster, pair, expected, t
             engine.scale_drafts(1)
 
 
-def test_a_dead_target_ends_every_request(cluster, pair):
-    engine = LLM(pair[0], method="ar")
+def test_actor_calls_can_carry_everything_and_a_dead_target_ends_every_request(cluster, pair, expected):
+    engine = LLM(*pair, transport="ray")
+    assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
+    assert engine.stats().misses["no_draft"] == 0
     target = info(engine, "target")["pid"]
     first, *_, last = [engine.stream(PROMPT, LONG) for _ in range(50)]
     next(first)
@@ -496,8 +492,8 @@ def test_a_dead_target_ends_every_request(cluster, pair):
         list(last)
     with pytest.raises(EngineError, match="target died"):
         engine.generate(PROMPT)
-    with pytest.raises(ConfigError, match="draft actors"):
-        engine.scale_drafts(1)
+    with pytest.raises(EngineError, match="target died"):
+        engine.scale_drafts(2)
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.generate(PROMPT)

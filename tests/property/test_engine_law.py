@@ -53,13 +53,13 @@ def _statistic(model: TableModel, before: int, row: Counter[int], temperature: f
     return float(((observed - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 @pytest.mark.parametrize("requests", [15, pytest.param(REQUESTS, marks=pytest.mark.slow)])
 def test_the_law_is_the_targets(temperature: float, requests: int) -> None:
     assert p_value(temperature=temperature, requests=requests) > 0.001
 
 
-@pytest.mark.parametrize(("c", "most"), [(1.0, 0), ("auto", 4)])
+@pytest.mark.parametrize(("c", "most"), [pytest.param(1.0, 0, marks=pytest.mark.slow), ("auto", 4)])
 def test_the_law_is_the_targets_in_rejection_mode(c: float | str, most: int) -> None:
     assert p_value(temperature=1.0, requests=12, proposing=Proposing(most), saguaro_c=c) > 0.001
 

@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 
 import ray
 
+from ssd_ray.cluster.runtime import RayRuntime
+
 
 @contextmanager
 def own_ray(**resources: float) -> Iterator[None]:
@@ -19,3 +21,26 @@ def own_ray(**resources: float) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+class SharedRay:
+    """A private Ray for whoever comes next."""
+
+    def __init__(self) -> None:
+        self._runtime: RayRuntime | None = None
+
+    def runtime(self) -> RayRuntime:
+        """The one that is there, or a new one."""
+        if self._runtime is None:
+            self._runtime = RayRuntime()
+            assert self._runtime.kind == "private"
+        return self._runtime
+
+    def end(self) -> None:
+        """End it, if there is one."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+
+SHARED = SharedRay()

@@ -65,6 +65,59 @@ DETAILS: dict[str, dict[str, Any]] = {
 }
 """What families have of their own, small."""
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_next": _LINEAR
+    | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": _LINEAR | {"head_dim": 8},
+    "olmo_hybrid": _LINEAR,
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64, "head_dim": 8},
+    "granitemoehybrid": _MAMBA
+    | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 48},
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "num_hidden_layers": 3,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 4,
+        "head_dim": 8,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 4,
+    },
+}
+"""The same of families with recurrent layers."""
+
 FAMILIES = (*ARCHITECTURES, *sorted({*DETAILS} - {*ARCHITECTURES}))
 """Windows, chunks, soft caps, sinks, shared and compressed KV, head sizes by layer, experts."""
 
@@ -92,7 +145,8 @@ def tiny_config(architecture: str, *, vocab: int = 96, context: int = 128, layer
     if architecture == "gpt2":
         values = {key: values[key] for key in ("vocab_size", "initializer_range", "eos_token_id", "dtype")}
         values |= {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": context, "bos_token_id": EOS}
-    return AutoConfig.for_model(architecture, **(values | DETAILS.get(architecture, {}) | overrides))
+    own = DETAILS.get(architecture, {}) | RECURRENT.get(architecture, {})
+    return AutoConfig.for_model(architecture, **(values | own | overrides))
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **config: Any) -> PreTrainedModel:

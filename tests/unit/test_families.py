@@ -8,13 +8,14 @@ from typer.testing import CliRunner
 from ssd_ray.cli import app
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.families import document, survey, try_family
-from tests.support.tiny import FAMILIES
+from tests.support.tiny import FAMILIES, RECURRENT
 
-DIFFERENT = ("llama",)
+DIFFERENT = ("llama", "lfm2")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in DIFFERENT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    "name",
+    [name if name in DIFFERENT else pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, *RECURRENT)],
 )
 def test_families_that_are_tested_are_found(name: str) -> None:
     family = try_family(name)
@@ -24,7 +25,7 @@ def test_families_that_are_tested_are_found(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mamba2", "recurrent state"),
+        ("rwkv", "recurrent state"),
         ("bart", "encoder-decoder"),
         ("bert", "does not take positions and mask"),
         ("deepseek_v32", "indexed_attention"),
@@ -43,9 +44,9 @@ def test_what_has_no_small_model_is_not_judged() -> None:
 
 
 def test_as_a_page() -> None:
-    page = document(list(survey(["llama", "mamba2"])))
+    page = document(list(survey(["llama", "rwkv"])))
     assert "(1)\n\n`llama`" in page
-    assert "- `mamba2`: their recurrent state cannot be rolled back" in page
+    assert "- `rwkv`: their recurrent state is kept where it cannot be rolled back" in page
 
 
 def test_by_the_command() -> None:

@@ -57,10 +57,10 @@ def test_what_cannot_work_is_told_with_its_reason(pair: tuple[str, str], tmp_pat
     assert code == 2
     assert "llama, 2 layers" in said  # what is known is told all the same
     assert "its vocabulary has 80 tokens, the target's has 96" in said
-    AutoConfig.for_model("mamba2").save_pretrained(tmp_path / "mamba2")
-    code, said = inspect(str(tmp_path / "mamba2"))
+    AutoConfig.for_model("rwkv").save_pretrained(tmp_path / "rwkv")
+    code, said = inspect(str(tmp_path / "rwkv"))
     assert code == 2
-    assert "mamba2 models cannot be served: their recurrent state" in said
+    assert "rwkv models cannot be served: their recurrent state" in said
     code, said = inspect(str(tmp_path / "nowhere"))
     assert (code, "no folder" in said) == (2, True)
 

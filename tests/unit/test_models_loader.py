@@ -197,11 +197,8 @@ def test_more_positions_than_the_model_has_are_refused(pair: tuple[str, str]) ->
 UNSUPPORTED = {
     "t5": ({}, "encoder-decoder"),
     "bart": ({}, "encoder-decoder"),
-    "mamba": ({}, "recurrent state"),
     "rwkv": ({}, "recurrent state"),
-    "jamba": ({}, "recurrent state"),
-    "qwen3_next": ({}, "recurrent state"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "layers of type conv"),
+    "deepseek_v32": ({}, "layers of type indexed_attention"),
     "vit": ({}, "no causal language model"),
 }
 

@@ -71,8 +71,15 @@ def test_several_drafts_prepare_for_more() -> None:
     assert run(play, slow, drafts=3)[1].hit_rate > run(play, slow, drafts=1)[1].hit_rate
 
 
-@pytest.mark.parametrize(("verify_ms", "blur"), [(6.0, 1.0), (60.0, 0.4)])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("temperature", "verify_ms", "blur"),
+    [
+        (0.0, 6.0, 1.0),
+        (1.0, 60.0, 0.4),
+        pytest.param(0.0, 60.0, 0.4, marks=pytest.mark.slow),
+        pytest.param(1.0, 6.0, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_auto_lookahead_is_within_five_percent_of_the_best(temperature: float, verify_ms: float, blur: float) -> None:
     """A lookahead left open is the longest: the drafts' order of work decides how deep branches get."""
     hardware = Hardware(verify_ms=verify_ms, step_ms=2.0, host_ms=0.5, message_ms=0.3, token_ms=0.05)

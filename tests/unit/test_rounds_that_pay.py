@@ -48,7 +48,7 @@ def texts(tokens: int, temperature: float) -> list[list[int]]:
 
 class TestWhatIsVerified:
     @pytest.mark.parametrize("method", ["sd", "ssd"])
-    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
     def test_dear_tokens_that_are_seldom_right_are_not(self, method: str, rows: int) -> None:
         """A token costs what a round does: only one that is all but certain would be worth it."""
         _, dear = decode(DEAR_TOKENS, POOR, Play(method), rows=rows)
@@ -91,7 +91,7 @@ class TestWhatItTurnsInto:
             steps[drag] = rehearsal.forwards.steps
         assert steps[0.8] < 0.5 * steps[0.0]
 
-    @pytest.mark.parametrize("blur", [1.5, 3.0])
+    @pytest.mark.parametrize("blur", [pytest.param(1.5, marks=pytest.mark.slow), 3.0])
     def test_where_drafts_of_many_rows_slow_it_down_they_work_when_asked_if_at_all(self, blur: float) -> None:
         """Finding that out takes a part of so short a run."""
         machine, rows, tokens = Hardware(20.0, 6.7, drag=0.6), len(PROMPTS), 240
