@@ -130,11 +130,15 @@ def small_model(name: str, usual: PreTrainedConfig) -> PreTrainedModel:
         return _made(name, tries[-1])
 
 
-def _layer_kinds(usual: PreTrainedConfig) -> dict[str, list[str]]:
-    """Layers of all kinds that a config has, those that follow one another there."""
-    kinds: list[str] = list(dict.fromkeys(getattr(usual, "layer_types", None) or ()))
+def _layer_kinds(usual: PreTrainedConfig) -> dict[str, Any]:
+    """Layers of all kinds that a config has, and attention beside those that are recurrent, one after the other."""
     count = SIZES["num_hidden_layers"]
-    return {"layer_types": (kinds * count)[:count]} if len(kinds) > 1 else {}
+    for field in ("layer_types", "layers_block_type"):
+        kinds: list[str] = list(dict.fromkeys(usual.to_dict().get(field) or ()))
+        kinds += ["full_attention"] if kinds == ["linear_attention"] else []
+        if len(kinds) > 1:
+            return {field: (kinds * count)[:count]}
+    return {"attn_layer_indices": [1]} if "attn_layer_indices" in usual.to_dict() else {}
 
 
 def _has(config: PreTrainedConfig, field: str) -> bool:
