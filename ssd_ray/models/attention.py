@@ -332,6 +332,9 @@ def find_heads(model: PreTrainedModel) -> set[Heads]:
 
 def choose_attention(model: PreTrainedModel) -> str:
     """The attention implementation for a model: ours where it takes another one, else torch's or its own."""
+    if model.device.type == "cuda":
+        # cuDNN's compiles a plan for every shape, and a start meets hundreds: 7 ms for each on an H200.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     kind = type(model)
     if getattr(kind, "_supports_attention_backend", False):
         return NAME

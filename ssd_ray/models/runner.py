@@ -58,9 +58,6 @@ class HFRunner(ModelRunner):
         vocab_size: int | None = None,
     ) -> None:
         model.eval().requires_grad_(False)
-        if model.device.type == "cuda":
-            # It compiles a plan for every shape, and a start meets hundreds: 7 ms for each on an H200.
-            torch.backends.cuda.enable_cudnn_sdp(False)
         model.set_attn_implementation(choose_attention(model))
         use_steady_experts(model)
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
