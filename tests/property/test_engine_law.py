@@ -76,6 +76,7 @@ def test_troubled_messages_do_not_change_the_law() -> None:
     assert p_value(temperature=1.0, requests=12, proposing=Proposing(4), saguaro_c=0.7, trouble=0.2) > 0.001
 
 
+@pytest.mark.slow
 def test_drafts_that_know_the_coin_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Independence of the streams is what makes rejection exact: with one stream for all it is not."""
     monkeypatch.setattr(rejection, "STREAMS", dict.fromkeys(rejection.STREAMS, 1))

@@ -139,7 +139,7 @@ def test_two_drafts_cover_more_outcomes_than_one() -> None:
     assert hits[3] > hits[1] + 0.05
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_backups_do_what_they_say_and_do_not_change_the_text(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, max_tokens=150, seed=2)
     figures = {}

@@ -109,7 +109,7 @@ def test_a_folder_is_no_file(prompts, tmp_path):
         run(prompts, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["prompts.txt", pytest.param("prompts.jsonl", marks=pytest.mark.slow)])
 def test_any_number_of_lines_fits_into_little_memory(tmp_path, name):
     prompts, output = tmp_path / name, tmp_path / "results.jsonl"
     line = json.dumps("x" * 1000) + "\n"
