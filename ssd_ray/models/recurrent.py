@@ -46,15 +46,8 @@ TOLERANCE = 1e-3
 """Relative error of logits in float32 that rounding may cause; one state that is not the right one gives far more."""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """What recurrent layers have after a token: the ``index``-th of tensors [B, ..]."""
-
-    tensors: Sequence[Tensor]
-    index: int = 0
-
-    def parts(self) -> Iterator[Tensor]:
-        return (tensor[self.index : self.index + 1] for tensor in self.tensors)
+State = Sequence[Tensor]
+"""What recurrent layers have after a token, [1, ..] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +131,7 @@ class RecurrentRunner(ModelRunner):
         self._chunk = prefill_chunk
         self._model, self._call = model, _caller(model)
         kept = what_is_kept(model)
-        self._begin = State([torch.zeros_like(tensor) for tensor in _tensors(kept)])
+        self._begin: State = [torch.zeros_like(tensor) for tensor in _tensors(kept)]
         self._kv = SlotCache(
             [shape for layer in kept if (shape := shape_kept(layer)) is not None],
             rows=rows,
@@ -151,7 +144,7 @@ class RecurrentRunner(ModelRunner):
         self._cache = Cache(layers=list(self._layers(kept)))
         self._stateful = [layer for layer in self._cache.layers if isinstance(layer, LinearAttentionLayer)]
         self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes or page_slots
-        state_bytes = sum(tensor.nbytes for tensor in self._begin.tensors)
+        state_bytes = sum(tensor.nbytes for tensor in self._begin)
         self._most = max(FEWEST * rows, STATE_BYTES // max(1, state_bytes))
         self._states: OrderedDict[int, State] = OrderedDict()  # by address; the first one is that of longest ago
         size = self._kv.table.size
@@ -198,19 +191,18 @@ class RecurrentRunner(ModelRunner):
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
         end = start + len(tokens)
         self._kv.table.locate_trunk(row, start, end)
-        borders = {*range((start // self._chunk + 1) * self._chunk, end, self._chunk)}
-        borders |= {end // self.page_slots * self.page_slots} - {*range(start + 1)}  # whole pages may be shared
-        for first, last in pairwise(sorted({start, *borders, end}) if tokens else []):
+        whole = max(start, end // self.page_slots * self.page_slots)  # whole pages may be shared
+        borders = range((start // self._chunk + 1) * self._chunk, end, self._chunk)
+        for first, last in pairwise(sorted({start, whole, *borders, end}) if tokens else []):
             self._run([self._job(row, tokens[first - start : last - start], range(last))])
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+        fields = tokens.tolist(), positions.tolist(), slots.tolist(), visible.cpu()
         nodes = [
-            _Node(row, *each)
-            for row, *of_row in zip(
-                rows, tokens.tolist(), positions.tolist(), slots.tolist(), visible.cpu(), strict=True
-            )
-            for each in zip(*of_row, strict=True)
+            _Node(row, token, position, slot, [at for at in seen.nonzero().flatten().tolist() if at != slot])
+            for row, *of_row in zip(rows, *fields, strict=True)
+            for token, position, slot, seen in zip(*of_row, strict=True)
         ]
         for node in nodes:
             (address,) = self._kv.table.locate(node.row, [node.slot])
@@ -238,10 +230,9 @@ class RecurrentRunner(ModelRunner):
 
     def _path(self, node: _Node) -> list[int]:
         """The slots that a node sees, in the order of their positions, and its own."""
-        seen = [slot for slot in node.visible.nonzero().flatten().tolist() if slot != node.slot]
-        addresses = self._addresses(node.row, seen)
-        order = sorted(range(len(seen)), key=lambda i: self._positions[addresses[i]])
-        return [*(seen[i] for i in order), node.slot]
+        addresses = self._addresses(node.row, node.seen)
+        order = sorted(range(len(node.seen)), key=lambda i: self._positions[addresses[i]])
+        return [*(node.seen[i] for i in order), node.slot]
 
     def _job(self, row: int, tokens: Sequence[int], slots: Sequence[int]) -> Job:
         """New tokens behind others, of which so many are run again that there is a state before them."""
@@ -323,8 +314,14 @@ class RecurrentRunner(ModelRunner):
         positions = places + self._tensor([job.shift for job in jobs])[:, None]
         mask = torch.where(order[:, None] <= places[..., None], self._seen, self._hidden)[:, None]
         logits = self._call(self._tensor([job.tokens for job in jobs]), positions, mask, self._cache)
+        return logits[..., : self.vocab_size].float(), self._states_of(len(jobs))
+
+    def _states_of(self, count: int) -> list[State]:
+        """The states of a batch of so many, each on its own: most are not kept for long."""
         tensors = list(_tensors(self._stateful))
-        return logits[..., : self.vocab_size].float(), [State(tensors, index) for index in range(len(jobs))]
+        if count == 1:
+            return [tensors]
+        return [[tensor[index : index + 1].clone() for tensor in tensors] for index in range(count)]
 
     def _written(self, job: Job) -> list[int]:
         """Where a job's tokens are written: those that are there, to a page that nobody reads."""
@@ -334,7 +331,7 @@ class RecurrentRunner(ModelRunner):
 
     def _set(self, states: Sequence[State]) -> None:
         """Give the recurrent layers the states of a batch. They write to what they are given."""
-        parts = zip(*(state.parts() for state in states), strict=True)
+        parts = zip(*states, strict=True)
         for layer in self._stateful:
             for kept in _kept(layer):
                 for index in kept:
@@ -346,22 +343,23 @@ class RecurrentRunner(ModelRunner):
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A token of a tree: ``visible``, bool [E], is what it sees."""
+    """A token of a tree: ``seen`` are the slots that it sees, without its own."""
 
     row: int
     token: int
     position: int
     slot: int
-    visible: Tensor
+    seen: Sequence[int]
 
 
 def _levels(nodes: Sequence[_Node]) -> list[list[int]]:
     """Nodes by the number of others among them that they see, so that each comes after those."""
-    places = [(node.row, node.slot) for node in nodes]
+    of_rows: dict[int, set[int]] = {}
+    for node in nodes:
+        of_rows.setdefault(node.row, set()).add(node.slot)
     by_depth: dict[int, list[int]] = {}
     for index, node in enumerate(nodes):
-        others = {slot for row, slot in places if row == node.row and slot != node.slot}
-        by_depth.setdefault(sum(bool(node.visible[slot]) for slot in others), []).append(index)
+        by_depth.setdefault(len(of_rows[node.row].intersection(node.seen)), []).append(index)
     return [by_depth[depth] for depth in sorted(by_depth)]
 
 
