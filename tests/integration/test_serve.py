@@ -1,14 +1,10 @@
-"""OpenAI's API on a real Ray Serve, through OpenAI's own client; and the command that serves."""
+"""OpenAI's API on a real Ray Serve, through OpenAI's own client."""
 
 import json
-import os
 import re
 import runpy
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +19,12 @@ import pytest
 import ray
 
 from ssd_ray import SamplingParams
-from ssd_ray.cluster.runtime import MARK
 from ssd_ray.cluster.serve import serving
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.info import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
-from tests.support.processes import free_port, started
+from tests.support.processes import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -346,46 +341,3 @@ build({"num_drafts": "2"})
 assert not ray.is_initialized()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=Path(__file__).parents[2])
-
-
-class TestCommand:
-    """`ssd-ray serve`, as a user starts and stops it."""
-
-    @pytest.fixture
-    def folder(self):
-        folder = tempfile.mkdtemp(prefix="ssd-", dir="/tmp")  # short: Ray's sockets lie there
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-
-    @staticmethod
-    def left(folder):
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK, "").startswith(folder):
-                    found.append(process)
-        return found
-
-    @pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-    def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(self, pair, folder, ending):
-        port = str(free_port())
-        script = "from ssd_ray.cli import main; main()"
-        flags = ["--target", pair[0], "--draft", pair[1], "--port", port]
-        command = [sys.executable, "-c", script, "serve", *flags]
-        environment = os.environ | {"TMPDIR": folder}
-        root = Path(__file__).parents[2]
-        with started(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment) as server:
-            said = server.stderr.readline()
-            assert said == f"serving at http://127.0.0.1:{port}\n"
-            assert self.left(folder)
-            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
-                reply = client.completions.create(model=pair[0], prompt=PROMPT, max_tokens=2, temperature=0.0)
-                assert reply.choices[0].text
-            server.send_signal(ending)
-            said = server.stderr.read()
-            assert server.wait(60) == 0
-        assert not re.search("Traceback|Error", said), said
-        deadline = monotonic() + 15.0
-        while self.left(folder) or os.listdir(folder):
-            assert monotonic() < deadline
-            sleep(0.1)
