@@ -59,7 +59,6 @@ UNLIKE = {
     "gpt_oss",
     "llama4_text",
     "deepseek_v3",
-    "mamba",
     "falcon_h1",
 }
 """Families that need something of a runner that no other one needs."""
