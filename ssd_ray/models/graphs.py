@@ -294,25 +294,17 @@ class CudaGraphForward:
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, ...], tuple[Any, list[Tensor], Tensor]] = {}
 
-    def __call__(
-        self,
-        rows: Sequence[int],
-        extents: Sequence[int],
-        tokens: Tensor,
-        positions: Tensor,
-        written: Tensor,
-        masks: Sequence[Tensor],
-    ) -> Tensor:
+    def __call__(self, *inputs: Any) -> Tensor:
         """See :data:`Forward`."""
         if self._captures:
             try:
-                return self._replay(rows, extents, tokens, positions, written, masks)
+                return self._replay(*inputs)
             except RuntimeError as error:
                 if self._graphs:  # it is not the model
                     raise
                 logger.info("the forward is run plainly, since no CUDA graph can be made of it: %s", error)
                 self._captures = False
-        return self._eager(rows, extents, tokens, positions, written, masks)
+        return self._eager(*inputs)
 
     def _replay(
         self,
