@@ -42,11 +42,15 @@ STATE_BYTES = 1 << 30
 FEWEST = 8
 """States for each row that are kept at least."""
 
+TOLERANCE = 1e-3
+"""Relative error of logits in float32 that rounding may cause; one state that is not the right one gives far more."""
+
 ALIKE = 1e-4
 """The same between tokens run at once and one by one, so that a text does not depend on which."""
 
-TOLERANCE = 1e-3
-"""Relative error of logits in float32 that rounding may cause; one state that is not the right one gives far more."""
+CHECKED_ROWS, BEFORE, AFTER = 8, 4, 8
+"""Rows that are compared together, and tokens of each before and after the state that is gone back to: many, since what
+a model does otherwise one by one it may do for some tokens alone."""
 
 
 State = Sequence[Tensor]
@@ -463,12 +467,12 @@ def takes_steps_alone(model: PreTrainedModel) -> bool:
         UnsupportedModelError: its logits over states that were taken and rolled back are not those of a plain forward.
     """
     last = model.config.get_text_config().vocab_size - 1
-    tokens = torch.linspace(1, last, 14, device=model.device).long().tolist()
+    tokens = torch.linspace(1, last, CHECKED_ROWS * (BEFORE + AFTER), device=model.device).long().view(CHECKED_ROWS, -1)
     with InFloat32():  # type: ignore[no-untyped-call]
         with torch.inference_mode():
-            plain = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
-        at_once, one_by_one = (_rolled_back(model, tokens, stepwise) for stepwise in (False, True))
-    want = plain[6:, : at_once.shape[-1]]
+            plain = model(input_ids=tokens, use_cache=False).logits[:, BEFORE:].float()
+        at_once, one_by_one = (_rolled_back(model, tokens.tolist(), stepwise) for stepwise in (False, True))
+    want = plain[..., : at_once.shape[-1]]
     errors = _apart(at_once, want), _apart(one_by_one, want)
     if not min(errors) < TOLERANCE:
         raise UnsupportedModelError(
@@ -478,13 +482,15 @@ def takes_steps_alone(model: PreTrainedModel) -> bool:
     return not (errors[0] < TOLERANCE and _apart(at_once, one_by_one) < ALIKE)
 
 
-def _rolled_back(model: PreTrainedModel, tokens: Sequence[int], stepwise: bool) -> Tensor:
-    """Logits after going on from a state, back to it, and on with other tokens."""
-    sizes: dict[str, int] = {"rows": 2, "max_length": 32, "scratch": 16, "page_slots": 16}
-    runner = RecurrentRunner(model, **sizes, checked=False, stepwise=stepwise)
-    runner.prefill(1, tokens[:6])
-    runner.append([1], [tokens[9:12]], [6])
-    return runner.append([1], [tokens[6:]], [6])[0]
+def _rolled_back(model: PreTrainedModel, tokens: Sequence[Sequence[int]], stepwise: bool) -> Tensor:
+    """Logits [R, AFTER, V] after going on from a state with other tokens, back to it, and on."""
+    rows = range(CHECKED_ROWS)
+    runner = RecurrentRunner(
+        model, rows=CHECKED_ROWS, max_length=32, scratch=16, page_slots=16, checked=False, stepwise=stepwise
+    )
+    runner.append(rows, [of_row[:BEFORE] for of_row in tokens], [0] * CHECKED_ROWS)
+    runner.append(rows, [of_row[-3:] for of_row in tokens], [BEFORE] * CHECKED_ROWS)
+    return torch.stack(runner.append(rows, [of_row[BEFORE:] for of_row in tokens], [BEFORE] * CHECKED_ROWS))
 
 
 def _apart(got: Tensor, want: Tensor) -> float:
