@@ -5,6 +5,9 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PYTEST := -m pytest --numprocesses=logical --maxprocesses=4
 
+# Where this is set, each of the hundred processes that the tests start would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-newest test-oldest check lint types pytest real bench clean
 # One thing at a time, whatever MAKEFLAGS says: the tests take all cores.
 .NOTPARALLEL:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
-settings.register_profile("patient", deadline=None, max_examples=50)  # machines are noisy, and tests do not measure
+settings.register_profile("patient", deadline=None, max_examples=30)  # machines are noisy, and tests do not measure
 settings.load_profile("patient")
 
 # A Ray that somebody left on this machine, or the record of one, is not for tests to find.

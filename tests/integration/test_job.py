@@ -11,6 +11,8 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -88,10 +90,15 @@ def cluster_environment():
 
 
 def wait_for_dashboard(environment):
-    """`ray job list` succeeds as soon as jobs can be submitted."""
-    for _ in range(30):
-        if subprocess.run(["ray", "job", "list"], env=environment, capture_output=True).returncode == 0:
+    """The list of jobs is there as soon as jobs can be submitted."""
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = Request(f"{environment['RAY_ADDRESS']}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    deadline = monotonic() + 120.0
+    while monotonic() < deadline:
+        with suppress(OSError), urlopen(request) as reply:
+            assert json.load(reply) == []
             return
+        sleep(0.1)
     raise AssertionError("the cluster does not come up")
 
 

@@ -116,6 +116,7 @@ def assert_gone(driver, before):
         sleep(0.1)
 
 
+@pytest.mark.slow
 def test_after_an_orderly_end(driver):
     traces = driver.start("close")
     driver.expect("closed")

@@ -121,16 +121,6 @@ def call(engine, name, function):
     return ray.get(handle.__ray_call__.options(concurrency_group="inbox").remote(function))
 
 
-@pytest.fixture
-def two_drafts(llm):
-    """Their names; afterwards there is one again, whatever happened."""
-    llm.scale_drafts(2)
-    wait_until(lambda: len(llm.stats().drafts) == 2)
-    yield llm.stats().drafts
-    llm.scale_drafts(1)
-    wait_until(lambda: len(llm.stats().drafts) == 1)
-
-
 def watching():
     """What to do in a draft's process; local, so that it need not import this module."""
 
@@ -159,7 +149,7 @@ def watching():
     return watch, clear, seen
 
 
-def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair, two_drafts):
+def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair):
     """To a draft that is late the target says all of a sequence again, so not every attempt on a busy machine shows it;
     and what reaches a draft behind a sequence's end stays until the next one begins."""
     prompt, params = "x = 1\n" * 60, replace(PARAMS, max_tokens=100)
@@ -167,16 +157,16 @@ def test_target_and_drafts_read_one_copy_of_a_long_prompt(llm, pair, two_drafts)
     tokens = llm._engine.models.prompt(prompt)
     assert 4 * len(tokens) > llm.config.inline_max_bytes
     (expected,) = target_alone(pair[0], [tokens], params)
-    for name in two_drafts:
+    for name in llm.stats().drafts:
         call(llm, name, clear)
         call(llm, name, watch)
 
     def attempt():
-        for name in two_drafts:
+        for name in llm.stats().drafts:
             call(llm, name, clear)
         output = llm.generate(prompt, params)[0]
         assert output.token_ids == expected
-        return output.stats.sums.tree_tokens, [call(llm, name, seen) for name in two_drafts]
+        return output.stats.sums.tree_tokens, [call(llm, name, seen) for name in llm.stats().drafts]
 
     def enough(result):
         tree_tokens, drafts = result

@@ -46,7 +46,7 @@ def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(
 ) -> None:
     port = str(free_port())
     script = "from ssd_ray.cli import main; main()"
-    flags = ["--target", pair[0], "--draft", pair[1], "--port", port]
+    flags = ["--target", pair[0], "--draft", "ngram", "--port", port]
     command = [sys.executable, "-c", script, "serve", *flags]
     environment = os.environ | {"TMPDIR": folder}
     root = Path(__file__).parents[2]

@@ -36,7 +36,7 @@ def check(model: PreTrainedModel, length: int = LENGTH) -> None:
     check_addressing(model, probe_layers(model), length)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
 def test_models_with_outliers_load(architecture: str, dtype: torch.dtype) -> None:
     model = with_outliers(architecture).to(dtype)

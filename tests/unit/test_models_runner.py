@@ -54,8 +54,22 @@ def test_equal_prompts_give_equal_bits(runner: HFRunner, length: int) -> None:
 COUNTS = ([8] * 8, [1] * 8, [1, 16, 3, 8, 2, 1, 5, 11], [4, 1, 1, 2, 7, 16, 1, 16])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("gpt_oss", torch.float32),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", torch.float32),
+                ("gpt_oss", torch.bfloat16),
+                ("gemma2", torch.bfloat16),
+                ("gemma2", torch.float32),
+            )
+        ),
+    ],
+)
 def test_the_rest_of_a_line_changes_no_bit(architecture: str, dtype: torch.dtype) -> None:
     """Rows of other lengths and numbers of tokens, in another order, on other pages: a row's logits and KV are what
     they are alone. Also with a softmax of our own, windows, and experts."""
