@@ -46,7 +46,7 @@ SIDE_BY_SIDE = (
     "tests/integration/test_bad_input.py",
     "tests/integration/test_batch_texts.py",
     "tests/integration/test_devices.py",
-    "tests/integration/test_exactness.py::TestTinyModels",
+    "tests/integration/test_exactness.py",
     "tests/integration/test_experience.py",
     "tests/integration/test_families.py",
     "tests/integration/test_other_vocabularies.py",

@@ -23,8 +23,8 @@ SECONDS = 60.0
 @pytest.fixture(scope="module")
 def engines(cluster, pair):
     """The same engine with both faces, and the text that PROMPT and SHORT give."""
-    with LLM(*pair, max_queue=MAX_QUEUE, max_num_seqs=2) as blocking:
-        llm = AsyncLLM(*pair, max_queue=MAX_QUEUE, max_num_seqs=2)
+    with LLM(pair[0], "ngram", max_queue=MAX_QUEUE, max_num_seqs=2) as blocking:
+        llm = AsyncLLM(pair[0], "ngram", max_queue=MAX_QUEUE, max_num_seqs=2)
         llm._started = blocking._engine
         yield blocking, llm, blocking.generate(PROMPT, SHORT)[0].text
 

@@ -130,9 +130,16 @@ class TestTinyModels:
 class TestBundledPair:
     """Real parts: Ray actors, and each channel."""
 
-    @pytest.mark.ray
-    @pytest.mark.usefixtures("cluster")
-    @pytest.mark.parametrize("channel", ["zmq", pytest.param("ray", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "channel",
+        [
+            "memory",
+            *(
+                pytest.param(each, marks=[pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("cluster")])
+                for each in ("zmq", "ray")
+            ),
+        ],
+    )
     def test_a_few_prompts(self, channel: str) -> None:
         prompts = held_out_prompts(load_tokenizer(None), count=1, tokens=96)
         params = [replace(law, max_tokens=32) for law in LAWS[::2]]

@@ -106,7 +106,7 @@ def test_a_job_writes_its_results(cluster_environment, pair, tmp_path):
     wait_for_dashboard(cluster_environment)
     prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
     prompts.write_text("def f():\nclass Node:\n")
-    job = ["python", "examples/job.py", "--target", pair[0], "--draft", pair[1]]
+    job = ["python", "examples/job.py", "--target", pair[0], "--draft", "ngram"]
     job += ["--prompts", str(prompts), "--output", str(results)]
     submit = ["ray", "job", "submit", "--working-dir", ".", "--", *job]
     run = subprocess.run(submit, cwd=ROOT, env=cluster_environment, capture_output=True, text=True)

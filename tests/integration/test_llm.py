@@ -491,12 +491,12 @@ def test_actor_calls_can_carry_everything_and_a_dead_target_ends_every_request(c
 
 
 def test_a_failed_start_leaves_nothing_running(cluster, llm, pair, tmp_path):
-    """Both models pass the checks, but the draft turns out to lack a weight."""
-    with_weights(pair[1], tmp_path, {"model.norm.weight": None})
+    """The model passes the checks, but turns out to lack a weight."""
+    with_weights(pair[0], tmp_path, {"model.norm.weight": None})
     llm.scale_drafts(0)
     wait_until(lambda: free_cpus() == ray.cluster_resources()["CPU"] - 1)  # the target of the module's engine
-    with pytest.raises(ModelError, match=r"draft: .* lacks weights that the model has: model\.norm\.weight"):
-        LLM(pair[0], tmp_path)
+    with pytest.raises(ModelError, match=r"target: .* lacks weights that the model has: model\.norm\.weight"):
+        LLM(tmp_path, method="ar")
     wait_until(lambda: free_cpus() == ray.cluster_resources()["CPU"] - 1)
 
 

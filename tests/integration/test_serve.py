@@ -1,8 +1,9 @@
-"""OpenAI's API on a real Ray Serve, through OpenAI's own client."""
+"""OpenAI's API as `ssd-ray serve` has it on a real Ray Serve, through OpenAI's own client."""
 
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -14,9 +15,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import openai
-import psutil
 import pytest
-import ray
 
 from ssd_ray import SamplingParams
 from ssd_ray.cluster.serve import serving
@@ -24,7 +23,7 @@ from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.info import load_tokenizer
 from tests.support.engines import at_rest, in_time, target_alone
-from tests.support.processes import free_port
+from tests.support.served import served
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -36,10 +35,14 @@ MAX_QUEUE = 4
 
 
 @pytest.fixture(scope="module")
-def address(cluster, pair):
-    config = EngineConfig(target=pair[0], draft=pair[1], max_queue=MAX_QUEUE)
-    with serving(config, "127.0.0.1", free_port()) as address:
-        yield address
+def server(pair):
+    with served("--target", pair[0], "--draft", pair[1], "--max-queue", str(MAX_QUEUE)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server.address
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +86,10 @@ def free_rows(client):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_held(client):
+def nothing_is_held(server, client):
     yield
-    free_rows(client)
+    if server.process.poll() is None:
+        free_rows(client)
 
 
 def test_the_model_is_called_as_its_folder(client, model, pair):
@@ -298,16 +302,10 @@ def test_a_client_that_loses_patience_frees_its_row(client, address, model):
     leave_in_the_middle(client, leave, requests=MAX_QUEUE)
 
 
-def test_a_replica_is_one_placement_group(address):
-    (group,) = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
-    assert list(group["bundles"].values()) == [{"CPU": 1.0}] * 3
-
-
 @pytest.mark.slow
-def test_a_replica_whose_target_has_died_is_replaced(client, complete, expected):
+def test_a_replica_whose_target_has_died_is_replaced(server, complete, expected):
     """Serve looks every ten seconds and wants to see an error three times."""
-    processes = psutil.Process().children(recursive=True)
-    targets = [process for process in processes if process.name().startswith("ray::TargetProc")]
+    targets = [process for process in server.processes() if process.name().startswith("ray::TargetProc")]
     assert targets  # one of them may be the ended one of another engine, still being buried
     for target in targets:
         target.kill()
@@ -329,6 +327,11 @@ def test_a_port_in_use_is_refused_at_once(address, pair):
         serving(EngineConfig(), "127.0.0.1", port),
     ):
         pass
+
+
+def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(server):
+    """The last of those that ask it anything."""
+    server.end(signal.SIGTERM)
 
 
 @pytest.mark.slow
