@@ -8,8 +8,9 @@ folded elsewhere (CUDA's fused kernels take a mask or groups, not both).
 
 K and V may come in parts, rows of one extent each, whose queries stand in one line of tokens. The cost then follows
 every row's own length, and a row's result is bit for bit what it is without the others. At steady extents
-(:func:`steady_extents`) it is also what it is however many slots are read that nobody may see, and with steady numbers
-of queries (:func:`steady_queries`) however many tokens of a row are run together.
+(:func:`steady_extents`) it is also what it is however many slots are read that nobody may see, behind those that are
+seen or, in whole periods, before them (:func:`steady_beginning`), and with steady numbers of queries
+(:func:`steady_queries`) however many tokens of a row are run together.
 
 Soft caps and sinks, which the fused kernels lack, take a softmax of our own, folded in the same way.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -199,14 +200,22 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, terms: Term
     if terms.fused:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=terms.scaling)
     else:
-        output = _softmax(query, key, mask, terms, tokens).to(value.dtype) @ value
+        output = _weighted(_softmax(query, key, mask, terms, tokens).to(value.dtype), value)
     return output.reshape(rows, heads, tokens, -1)
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Values [R, kv_heads, E, D] by weights [R, kv_heads, Q, E], summed period by period, as the fused kernels do: what
+    nobody sees of whole periods then changes no bit."""
+    parts = (some @ of for some, of in zip(weights.split(PERIOD, -1), value.split(PERIOD, -2), strict=True))
+    return reduce(torch.add, parts)
 
 
 def _softmax(query: Tensor, key: Tensor, mask: Tensor, terms: Terms, tokens: int) -> Tensor:
     """Weights, float32 [R, kv_heads, groups*T, E], of queries [R, kv_heads, groups*T, D] with T ``tokens`` each."""
     scaling = query.shape[-1] ** -0.5 if terms.scaling is None else terms.scaling
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    parts = [query @ some.transpose(-1, -2) for some in key.split(PERIOD, -2)]
+    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).float() * scaling
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
     scores = scores + mask
@@ -289,6 +298,26 @@ def steady_queries(heads: Heads, most: int) -> Sequence[int]:
         )
 
     return [count for count in range(1, most) if steady(count)] + [most]
+
+
+@cache
+@torch.inference_mode()
+def steady_beginning(heads: Heads) -> bool:
+    """Find out whether a period of hidden slots before those that are seen changes no bit."""
+    inputs, terms = heads.inputs(PROBE_ROWS, PROBE_TOKENS, 3 * PERIOD), heads.terms
+    return all(
+        torch.equal(_behind(each, PERIOD, terms), _behind(each, skipped, terms))
+        for each in inputs
+        for skipped in (0, 2 * PERIOD)
+    )
+
+
+def _behind(inputs: Sequence[Tensor], skipped: int, terms: Terms) -> Tensor:
+    """Attention over slots beyond two periods and some more, where those from ``skipped`` on are read."""
+    query, key, value = inputs
+    mask = query.new_zeros(1, 1, query.shape[2], key.shape[2] - skipped)
+    mask[..., : 2 * PERIOD + PROBE_SLOTS // 2 - skipped] = torch.finfo(query.dtype).min / 2
+    return _folded(query, key[:, :, skipped:], value[:, :, skipped:], _folded_mask(mask, query.shape[1]), terms)
 
 
 def _first(inputs: Sequence[Tensor], queries: int) -> Sequence[Tensor]:

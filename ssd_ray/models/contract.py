@@ -6,17 +6,20 @@ committed tokens) has slot = position, and tree nodes sit in scratch slots beyon
 an earlier slot: nothing is cleared, since a slot that no mask names is never seen.
 
 Rows are virtual. Their memory is a pool of pages of ``page_slots`` slots, and ``bind`` says which page stands behind
-which part of a row; several rows may share a page that none of them writes. A runner that was made without a number of
-pages has enough for all rows, bound from the start.
+which part of a row; several rows may share a page that none of them writes. Layers that see equally far have a pool of
+their own, since what lies behind their windows can be given back. A runner that was made without a number of pages has
+enough for all rows, bound from the start.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, device, dtype
 
+from ssd_ray.models.reach import Reach
 from ssd_ray.saguaro.costs import Measured
 
 PAGE_SLOTS = 64
@@ -24,6 +27,21 @@ PAGE_SLOTS = 64
 
 UNBOUND = -1
 """In place of a page: nothing stands behind this part of the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Memory for what layers keep that see equally far.
+
+    Attributes:
+        reach: how far back they see: pages of a row before what its next tokens see may be unbound.
+        pages: how many there are, numbered from 0.
+        page_bytes: bytes that one takes over these layers.
+    """
+
+    reach: Reach
+    pages: int
+    page_bytes: int
 
 
 class ModelRunner(ABC):
@@ -37,15 +55,23 @@ class ModelRunner(ABC):
     """Slots a row has: ``max_length`` and scratch, rounded up to whole pages."""
     page_slots: int
     """Slots of a page: slot s of a row lies in its virtual page ``s // page_slots``."""
-    num_pages: int
-    """Pages of the pool, numbered from 0."""
-    page_bytes: int
-    """Bytes that one page takes over all layers."""
+    pools: Sequence[Pool]
+    """Memory, one for each reach that layers have."""
     measured: Measured | None = None
     """What :meth:`append` costs, if that was measured."""
     dtype: dtype
     device: device
     """Where logits lie. Tensors that are handed in may lie anywhere."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that each pool has."""
+        return min(pool.pages for pool in self.pools)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes that one page of each pool takes together."""
+        return sum(pool.page_bytes for pool in self.pools)
 
     @abstractmethod
     def extent(self, needed: int) -> int:
@@ -60,7 +86,7 @@ class ModelRunner(ABC):
         return []
 
     @abstractmethod
-    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
+    def bind(self, row: int, first: int, pages: Sequence[int], pool: int | None = None) -> None:
         """Let the row's virtual pages ``first``, ``first + 1``, .. be these pages of the pool from now on.
 
         Nothing is copied or cleared. Rows may share a page as long as none of them writes to it. Tokens are written to
@@ -71,6 +97,7 @@ class ModelRunner(ABC):
             row: the row.
             first: a virtual page.
             pages: pages of the pool, or :data:`UNBOUND`.
+            pool: which one; None: of each of them these.
 
         Raises:
             ValueError: a virtual page beyond the row's, or a page that the pool does not have.
@@ -130,7 +157,7 @@ class Wrapper(ModelRunner):
         self.measured = runner.measured
         self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
         self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
-        self.page_slots, self.num_pages, self.page_bytes = runner.page_slots, runner.num_pages, runner.page_bytes
+        self.page_slots, self.pools = runner.page_slots, runner.pools
         self._runner = runner
 
     def extent(self, needed: int) -> int:
@@ -142,8 +169,8 @@ class Wrapper(ModelRunner):
     def bits(self, counts: Sequence[int]) -> list[bytes]:
         return self._runner.bits(counts)
 
-    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
-        self._runner.bind(row, first, pages)
+    def bind(self, row: int, first: int, pages: Sequence[int], pool: int | None = None) -> None:
+        self._runner.bind(row, first, pages, pool)
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         return self._runner.extend(rows, tokens, positions, slots, visible)

@@ -24,15 +24,15 @@ from ssd_ray.models.slots import ALL, KeysValues, SlotCache, Stretch, gather, wr
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Sequence[int], Sequence[int], Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
-"""(rows, extents, tokens, positions, written, masks) -> logits: R distinct rows; how many slots each reads, E the most;
-int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; for each reach of the
-model's layers an additive mask [1 or R, 1, T, E]."""
+Forward = Callable[[Sequence[int], Sequence[range], Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""(rows, reads, tokens, positions, written, masks) -> logits: R distinct rows; which E slots of all of them are read;
+int64 [R, T]; positions int64 [1, T] (the same for every row) or [R, T]; addresses int64 [R, T]; an additive mask
+[1 or R, 1, T, E]. Reads, addresses and masks are there for each reach of the model's layers."""
 
-LineForward = Callable[[Sequence[Stretch], Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+LineForward = Callable[[Sequence[Stretch], Tensor, Tensor, Sequence[Tensor], Sequence[int]], Tensor]
 """(stretches, tokens, positions, written, queries) -> logits [N, V]: tokens and positions int64 [N], of the stretches
-one after the other and then padding, which is computed and not written; addresses int64 [tokens but the padding];
-queries as in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
+one after the other and then padding, which is computed and not written; addresses int64 [tokens but the padding] for
+each reach of the model's layers; queries as in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -76,13 +76,13 @@ def eager_forward(model: PreTrainedModel, kv: SlotCache) -> Forward:
 
     def forward(
         rows: Sequence[int],
-        extents: Sequence[int],
+        reads: Sequence[range],
         tokens: Tensor,
         positions: Tensor,
-        written: Tensor,
+        written: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> Tensor:
-        kv.aim(rows, extents, written)
+        kv.aim(rows, reads, written)
         logits: Tensor = call(tokens, positions, masks, kv).logits
         return logits
 
@@ -99,7 +99,7 @@ class EagerLine:
         self._masks = [torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device) for _ in kv.sight.reaches]
 
     def __call__(
-        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
+        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Sequence[Tensor], queries: Sequence[int]
     ) -> Tensor:
         self._kv.aim_line(stretches, written, len(tokens), queries)
         return self._run(tokens[None], positions[None])
@@ -129,12 +129,12 @@ class ReplayedLine(EagerLine):
         self.replayed: dict[int, bool] = {}
 
     def __call__(
-        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Tensor, queries: Sequence[int]
+        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Sequence[Tensor], queries: Sequence[int]
     ) -> Tensor:
         self._until_traced -= 1
         if self._until_traced == 0:
             first = replace(stretches[0], count=1)
-            self._trace(lambda length: self._kv.aim_line([first], written[:1], length, queries))
+            self._trace(lambda length: self._kv.aim_line([first], [each[:1] for each in written], length, queries))
         return super().__call__(stretches, tokens, positions, written, queries)
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -217,19 +217,23 @@ class StaticLayer(CacheLayerMixin):
 
 def static_step(model: PreTrainedModel, page_slots: int, sight: Sight) -> Callable[..., Tensor]:
     """A forward without Python state over pools [1, heads, slots, dim]: ``written``, int64 [R, T], are addresses in
-    them, ``pages``, int64 [R, P], what is gathered. Without pages the pools are what one row reads, E slots, and
-    nothing is copied."""
-    call = caller(model, sight)
+    them, ``pages``, int64 [R, P], what is gathered, both for each reach of the layers, and so are the masks. Without
+    pages the pools are what one row reads, E slots, and nothing is copied."""
+    call, count = caller(model, sight), len(sight.reaches)
+    reaches = [*sight.of_layers, *[0] * model.config.get_text_config().num_hidden_layers]
 
     def step(
         pools: Pools,
-        pages: Tensor | None,
+        pages: Sequence[Tensor | None],
         tokens: Tensor,
         positions: Tensor,
-        written: Tensor,
-        *masks: Tensor,
+        *written_and_masks: Tensor,
     ) -> Tensor:
-        layers = [StaticLayer(pair, written, pages, page_slots, masks[0].shape[-1]) for pair in pools]
+        written, masks = written_and_masks[:count], written_and_masks[count:]
+        layers = [
+            StaticLayer(pair, written[reach], pages[reach], page_slots, masks[reach].shape[-1])
+            for pair, reach in zip(pools, reaches, strict=False)
+        ]
         logits: Tensor = call(tokens, positions, masks, Cache(layers=layers)).logits
         return logits
 
@@ -249,32 +253,43 @@ class CompiledForward:
     def __call__(
         self,
         rows: Sequence[int],
-        extents: Sequence[int],
+        reads: Sequence[range],
         tokens: Tensor,
         positions: Tensor,
-        written: Tensor,
+        written: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> Tensor:
         """See :data:`Forward`."""
-        first = self._kv.table.run(rows[0], extents[0]) if len(rows) == 1 else None
-        if first is None:
-            return self._eager(rows, extents, tokens, positions, written, masks)
+        firsts = _run_of(self._kv, rows, reads)
+        if firsts is None:
+            return self._eager(rows, reads, tokens, positions, written, masks)
         # One layout for each shape: strides are part of what is compiled for. Where the row lies is not.
-        inputs = [tensor.contiguous() for tensor in (tokens, positions, written - first, *masks)]
-        pools = self._kv.pools(first, masks[0].shape[-1])
-        count = tokens.shape[1]
+        places = [addresses - first for addresses, first in zip(written, firsts, strict=True)]
+        inputs = [tensor.contiguous() for tensor in (tokens, positions, *places, *masks)]
+        pools = self._kv.parts(firsts, list(map(len, reads)))
+        count, pages = tokens.shape[1], [None] * len(reads)
         if count in self._known:
-            return self._step(pools, None, *inputs)
+            return self._step(pools, pages, *inputs)
         self._known.add(count)
         logger.info("compiling the forward of %d tokens", count)
-        return _run_compiled(self._step, pools, None, inputs)
+        return _run_compiled(self._step, pools, pages, inputs)
 
 
-def _run_compiled(step: Callable[..., Tensor], pools: Pools, pages: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+def _run_of(kv: SlotCache, rows: Sequence[int], reads: Sequence[range]) -> list[int] | None:
+    """Where in each pool what is read of one row begins; None if it lies scattered, or there are several rows."""
+    if len(rows) > 1:
+        return None
+    firsts = [pool.table.run(rows[0], read.stop, read.start) for pool, read in zip(kv.pools, reads, strict=True)]
+    return None if None in firsts else [first for first in firsts if first is not None]
+
+
+def _run_compiled(
+    step: Callable[..., Tensor], pools: Pools, pages: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> Tensor:
     """Run a step that may have to be compiled first. The extent is left open: measured, that costs nothing."""
-    for mask in inputs[3:]:
+    for mask in inputs[2 + len(pages) :]:
         torch._dynamo.maybe_mark_dynamic(mask, 3)
-    for pool in (pool for pair in pools if pages is None for pool in pair):
+    for pool in (pool for pair in pools if None in pages for pool in pair):
         torch._dynamo.maybe_mark_dynamic(pool, 2)
     with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, accumulated_recompile_limit=MAX_SHAPES):
         return step(pools, pages, *inputs)
@@ -309,40 +324,44 @@ class CudaGraphForward:
     def _replay(
         self,
         rows: Sequence[int],
-        extents: Sequence[int],
+        reads: Sequence[range],
         tokens: Tensor,
         positions: Tensor,
-        written: Tensor,
+        written: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> Tensor:
-        extent = max(extents)
-        in_place = len(rows) == 1 and self._kv.table.run(rows[0], extent) == 0
-        inputs = [self._kv.pages(rows, extent), tokens, positions, written, *masks]
-        shape = (*tokens.shape, extent, int(in_place))
+        in_place = _run_of(self._kv, rows, reads) == [0] * len(reads)
+        pages = [pool.pages(rows, [read] * len(rows)) for pool, read in zip(self._kv.pools, reads, strict=True)]
+        inputs = [*pages, tokens, positions, *written, *masks]
+        shape = (*tokens.shape, *map(len, reads), int(in_place))
         if shape not in self._graphs:
-            self._graphs[shape] = self._capture(inputs, in_place)
+            self._graphs[shape] = self._capture(inputs, len(reads), in_place)
         graph, buffers, logits = self._graphs[shape]
         for buffer, tensor in zip(buffers, inputs, strict=True):
             buffer.copy_(tensor)
         graph.replay()
         return logits.clone()  # the next replay writes to the same place
 
-    def _capture(self, inputs: Sequence[Tensor], in_place: bool) -> tuple[Any, list[Tensor], Tensor]:
-        pages, tokens, positions, written, *masks = inputs
-        buffers = [pages, tokens, positions.expand_as(tokens), written]
-        buffers += [mask.expand(len(pages), -1, -1, -1) for mask in masks]
+    def _capture(
+        self, inputs: Sequence[Tensor], reaches: int, in_place: bool
+    ) -> tuple[Any, list[Tensor], Tensor]:
+        pages, (tokens, positions, *rest) = inputs[:reaches], inputs[reaches:]
+        written, masks = rest[:reaches], rest[reaches:]
+        buffers = [*pages, tokens, positions.expand_as(tokens), *written]
+        buffers += [mask.expand(len(tokens), -1, -1, -1) for mask in masks]
         buffers = [tensor.clone(memory_format=torch.contiguous_format) for tensor in buffers]
-        pools = self._kv.pools(0, masks[0].shape[-1] if in_place else self._kv.table.size)
-        read = None if in_place else buffers[0]
+        sizes = [mask.shape[-1] for mask in masks] if in_place else [pool.table.size for pool in self._kv.pools]
+        pools = self._kv.parts([0] * reaches, sizes)
+        read = [None] * reaches if in_place else buffers[:reaches]
         # Kernels are chosen and workspaces made outside the graph. Running it twice does what running it once does.
         stream: Any = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._kv.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                _run_compiled(self._step, pools, read, buffers[1:])
+                _run_compiled(self._step, pools, read, buffers[reaches:])
         torch.cuda.current_stream(self._kv.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._step(pools, read, *buffers[1:])
+            logits = self._step(pools, read, *buffers[reaches:])
         return graph, buffers, logits

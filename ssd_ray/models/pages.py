@@ -39,21 +39,21 @@ class PageTable:
             raise ValueError(f"pages {list(pages)} of a pool that has {self.num_pages}")
         of_row[first:end] = [self.spare if page == UNBOUND else page for page in pages]
 
-    def of(self, row: int, slots: int) -> list[int]:
-        """The pages behind the first slots of a row, and of what is read beyond its end."""
-        count = -(-slots // self.page_slots)
-        pages = self._pages[row][:count]
-        return pages + [self.spare] * (count - len(pages))
+    def of(self, row: int, slots: int, begin: int = 0) -> list[int]:
+        """The pages behind the first slots of a row from ``begin`` on, where a page begins, and of what is read beyond
+        its end."""
+        first, end = begin // self.page_slots, -(-slots // self.page_slots)
+        pages = self._pages[row][first:end]
+        return pages + [self.spare] * (end - first - len(pages))
 
-    def run(self, row: int, slots: int) -> int | None:
-        """The address of a row's slot 0, if those of its first slots follow one another. Behind the last bound page
-        may be anybody's, since it is read under masks."""
-        pages = self.of(row, slots)
-        first, end = pages[0], pages[0] + len(pages)
-        while pages and pages[-1] == self.spare:
-            pages.pop()
-        in_line = pages == list(range(first, first + len(pages)))
-        return first * self.page_slots if in_line and end <= self.num_pages + 1 else None
+    def run(self, row: int, slots: int, begin: int = 0) -> int | None:
+        """The address of a row's slot ``begin``, if those from there to its first ``slots`` follow one another. Before
+        the first bound page and behind the last one may be anybody's, since they are read under masks."""
+        pages = self.of(row, slots, begin)
+        bound = [place for place, page in enumerate(pages) if page != self.spare] or [0]
+        first, (start, end) = pages[bound[0]] - bound[0], (bound[0], bound[-1] + 1)
+        in_line = pages[start:end] == list(range(first + start, first + end))
+        return first * self.page_slots if in_line and 0 <= first <= self.num_pages + 1 - len(pages) else None
 
     def locate(self, row: int, slots: Sequence[int]) -> list[int]:
         """Addresses of slots of a row that are to be written.
@@ -69,13 +69,14 @@ class PageTable:
             raise ValueError(f"slots {list(slots)} of row {row} lie on a page that is not bound")
         return addresses
 
-    def locate_trunk(self, row: int, start: int, end: int) -> list[int]:
-        """Addresses of slots ``start .. end-1`` of a row, whose tokens see all slots before them.
+    def locate_trunk(self, row: int, start: int, end: int, seen: int = 0) -> list[int]:
+        """Addresses of slots ``start .. end-1`` of a row, whose tokens see all slots before them, from ``seen`` on.
 
         Raises:
-            ValueError: as :meth:`locate`, and if a page before them is not bound.
+            ValueError: as :meth:`locate`, and if a page of those is not bound.
         """
         addresses = self.locate(row, range(start, end))
-        if self.spare in (pages := self.of(row, end)):
-            raise ValueError(f"virtual page {pages.index(self.spare)} of row {row} is not bound")
+        if self.spare in (pages := self.of(row, end, seen)):
+            place = seen // self.page_slots + pages.index(self.spare)
+            raise ValueError(f"virtual page {place} of row {row} is not bound")
         return addresses

@@ -135,7 +135,7 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape], length: int
     kv = SlotCache(shapes, rows=2, slots=64, page_slots=16, dtype=torch.float32, device=model.device, sight=sight)
     _spoil(kv)
     for row, pages in enumerate(([2, 0, 3, 1], [7, 5, 4, 6])):
-        kv.table.bind(row, 0, pages)
+        kv.bind(row, 0, pages)
     near = torch.arange(count, device=kv.device)
     far = torch.linspace(length - 1, 0, count, device=kv.device).long()  # the first forward has the last position
     positions = torch.stack([far, near])
@@ -147,11 +147,11 @@ def _scattered(model: PreTrainedModel, shapes: Sequence[LayerShape], length: int
         torch.where(visible & reach.sees(near, order), torch.zeros_like(hidden), hidden)[:, None]
         for reach in sight.reaches
     ]
-    forward = partial(eager_forward(model, kv), [0, 1], [kv.slots, kv.slots])
-    written = torch.tensor([kv.table.locate(row, slots[row].tolist()) for row in (0, 1)], device=kv.device)
+    forward = partial(eager_forward(model, kv), [0, 1], [range(kv.slots)] * len(sight.reaches))
+    written = torch.tensor(kv.locate([0, 1], slots.tolist()), device=kv.device)  # [reaches, 2, N]
     parts = slice(0, count // 2), slice(count // 2, count)
     got = [
-        forward(tokens[:, part], positions[:, part], written[:, part], [mask[:, :, part] for mask in masks])
+        forward(tokens[:, part], positions[:, part], written[:, :, part].unbind(), [mask[:, :, part] for mask in masks])
         for part in parts
     ]
     return torch.cat(got, 1)[CHECKED]
@@ -172,10 +172,10 @@ def takes_lines(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> bool:
         return False
     kv = SlotCache(shapes, rows=2, slots=32, page_slots=16, dtype=model.dtype, device=model.device)
     masks = [torch.zeros(count, extent, dtype=model.dtype) for count, extent in ((1, 16), (2, 32))]
-    stretches = [Stretch(row, len(mask), mask.shape[1], [mask]) for row, mask in enumerate(masks)]
+    stretches = [Stretch(row, len(mask), [range(mask.shape[1])], [mask]) for row, mask in enumerate(masks)]
     zeros, written = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 32, 33])
     try:
-        EagerLine(model, kv)(stretches, zeros, zeros, written, [1, 2])
+        EagerLine(model, kv)(stretches, zeros, zeros, [written], [1, 2])
     except (AttributeError, TypeError):  # it does something to them; what is read has no shape
         return False
     return True

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
 
@@ -39,6 +42,18 @@ class Reach:
         if self.chunked:
             return positions // self.size * self.size
         return (positions - (self.size - 1)).clamp(min=0)
+
+    def start(self, position: int) -> int:
+        """The same of one position."""
+        if self.chunked:
+            return position // self.size * self.size
+        return max(0, position - (self.size - 1)) if self.size else 0
+
+    def pages(self, length: int, ahead: int, page_slots: int) -> int:
+        """How many pages a sequence of ``length`` slots needs at once at most, that is written to slots up to ``ahead``
+        beyond the first one whose token is still to be run."""
+        whole = -(-length // page_slots)
+        return min(whole, -(-(self.size + ahead) // page_slots) + 2) if self.size else whole
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether tokens at positions [.., T] reach back to those at positions [.., E]; bool [.., T, E]."""

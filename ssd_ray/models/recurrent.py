@@ -150,7 +150,8 @@ class RecurrentRunner(ModelRunner):
         )
         self._cache = Cache(layers=list(self._layers(kept)))
         self._stateful = [layer for layer in self._cache.layers if isinstance(layer, LinearAttentionLayer)]
-        self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes or page_slots
+        pool = self._kv.pools[0].described
+        self.pools = [replace(pool, page_bytes=pool.page_bytes or page_slots)]
         state_bytes = sum(tensor.nbytes for tensor in self._begin)
         self._most = max(FEWEST * rows, STATE_BYTES // max(1, state_bytes))
         self._states: OrderedDict[int, State] = OrderedDict()  # by address; the first one is that of longest ago
@@ -181,8 +182,8 @@ class RecurrentRunner(ModelRunner):
     def extent(self, needed: int) -> int:
         return -(-needed // self.page_slots) * self.page_slots
 
-    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
-        self._kv.table.bind(row, first, pages)
+    def bind(self, row: int, first: int, pages: Sequence[int], pool: int | None = None) -> None:
+        self._kv.bind(row, first, pages, pool)
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
@@ -312,7 +313,7 @@ class RecurrentRunner(ModelRunner):
     def _forward_at_once(self, jobs: Sequence[Job]) -> tuple[Tensor, list[State]]:
         extent = self.extent(max(max(job.slots) for job in jobs) + 1)
         written = [self._written(job) for job in jobs]
-        self._kv.aim([job.row for job in jobs], [extent] * len(jobs), self._tensor(written))
+        self._kv.aim([job.row for job in jobs], [range(extent)], [self._tensor(written)])
         self._set([job.state for job in jobs])
         order = torch.full((len(jobs), extent), self.slots, device=self.device)
         for of_job, job in zip(order, jobs, strict=True):

@@ -16,7 +16,7 @@ from ssd_ray.models.experts import use_steady_experts
 from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
-from ssd_ray.models.reach import Sight
+from ssd_ray.models.reach import Reach, Sight
 from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import SlotCache, Stretch
 from ssd_ray.models.steady import Products, steadiness, steady_chunks
@@ -33,7 +33,7 @@ class HFRunner(ModelRunner):
             rotary frequencies are set here, and in bfloat16 on a CPU its linear layers are packed.
         rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages. Rotary frequencies that
             depend on the length are those of ``max_length`` tokens.
-        page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
+        page_slots, pages: slots of a page, and pages of each pool, or of all of them; None is enough for all rows.
         prefill_chunk: tokens in one prefill forward at most, which ends at a multiple of it; fewer are padded to a
             number that leaves their bits alone.
         compile: compile the decoding forwards with torch.compile, once for each shape.
@@ -53,7 +53,7 @@ class HFRunner(ModelRunner):
         scratch: int,
         prefill_chunk: int = 256,
         page_slots: int = PAGE_SLOTS,
-        pages: int | None = None,
+        pages: Sequence[int] | int | None = None,
         compile: bool = False,
         vocab_size: int | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class HFRunner(ModelRunner):
             device=self.device,
             sight=sight,
         )
-        self.num_pages, self.page_bytes = self._kv.table.num_pages, self._kv.page_bytes
+        self.pools = [pool.described for pool in self._kv.pools]
         self._decode = decoding_forward(model, self._kv, compile=compile)
         in_line = not compile and takes_lines(model, shapes)
         self._line = ReplayedLine(model, self._kv) if in_line else None
@@ -116,33 +116,36 @@ class HFRunner(ModelRunner):
     def padded(self, tokens: int) -> int:
         return tokens if self._line is not None else 1 << (tokens - 1).bit_length()
 
-    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
-        self._kv.table.bind(row, first, pages)
+    def bind(self, row: int, first: int, pages: Sequence[int], pool: int | None = None) -> None:
+        self._kv.bind(row, first, pages, pool)
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        table = self._kv.table
-        written = self._tensor([table.locate(row, some) for row, some in zip(rows, slots.tolist(), strict=True)])
+        written = [self._tensor(each) for each in self._kv.locate(rows, slots.tolist())]
         extents = self._extents(visible)
         visible = visible[..., : max(extents)].to(self.device)
         tokens, positions = tokens.to(self.device), positions.to(self.device)
         self._kv.note(written, positions)
-        masks = [torch.where(seen, self._seen, self._hidden) for seen in self._seen_by_layers(rows, visible, positions)]
+        seen = self._seen_by_layers(rows, visible, positions)
+        begins = [self._begins(each) for each in seen]  # for each reach of each row
+        masks = [torch.where(each, self._seen, self._hidden) for each in seen]
         if self._line is None:
-            by_reach = [mask[:, None] for mask in masks]
-            return self._logits(self._decode(rows, extents, tokens, positions, written, by_reach))
+            reads = [range(min(of_reach), max(extents)) for of_reach in begins]
+            by_reach = [mask[:, None, :, read.start :] for mask, read in zip(masks, reads, strict=True)]
+            return self._logits(self._decode(rows, reads, tokens, positions, written, by_reach))
         count = tokens.shape[1]
-        stretches = [
-            Stretch(row, count, extent, [mask[i, :, :extent] for mask in masks])
-            for i, (row, extent) in enumerate(zip(rows, extents, strict=True))
-        ]
-        line = self._line(stretches, tokens.flatten(), positions.flatten(), written.flatten(), [count])
+        stretches = []
+        for i, (row, extent, *of_row) in enumerate(zip(rows, extents, *begins, strict=True)):
+            parts = [mask[i, :, begin:extent] for mask, begin in zip(masks, of_row, strict=True)]
+            stretches.append(Stretch(row, count, [range(begin, extent) for begin in of_row], parts))
+        places = [each.flatten() for each in written]
+        line = self._line(stretches, tokens.flatten(), positions.flatten(), places, [count])
         return self._logits(line).view(*tokens.shape, -1)
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         places = [(row, start, start + len(some)) for row, some, start in zip(rows, tokens, starts, strict=True)]
-        written = [self._kv.table.locate_trunk(*place) for place in places]
+        written = self._kv.locate_trunk(places)
         extents = [self._steady.extent(end) for _, _, end in places]
         self._note_trunk(starts, written)
         if self._line is None:
@@ -157,19 +160,21 @@ class HFRunner(ModelRunner):
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
-        written: Sequence[list[int]],
+        written: Sequence[Sequence[list[int]]],
         extents: Sequence[int],
     ) -> Tensor:
         """Run the tokens of all rows in a line, padded to a number of tokens that leaves their bits alone; logits
         [tokens, V]."""
         counts = list(map(len, tokens))
         padding = self.line_size(sum(counts)) - sum(counts)
-        masks = [self._masks(*each) for each in zip(starts, counts, extents, strict=True)]
-        stretches = [Stretch(*each) for each in zip(rows, counts, extents, masks, strict=True)]
+        reads = [self._reads(start, extent) for start, extent in zip(starts, extents, strict=True)]
+        masks = [self._masks(*each) for each in zip(starts, counts, reads, strict=True)]
+        stretches = [Stretch(*each) for each in zip(rows, counts, reads, masks, strict=True)]
         positions = [self._counter[start : start + count] for start, count in zip(starts, counts, strict=True)]
         line = self._tensor([*chain(*tokens), *[0] * padding])
-        places = torch.cat([*positions, self._counter[:1].expand(padding)]), self._tensor([*chain(*written)])
-        return forward(stretches, line, *places, self._steady.queries)[: sum(counts)]
+        positions.append(self._counter[:1].expand(padding))
+        places = [self._tensor([*chain(*each)]) for each in written]
+        return forward(stretches, line, torch.cat(positions), places, self._steady.queries)[: sum(counts)]
 
     def _append_rows(
         self,
@@ -181,12 +186,10 @@ class HFRunner(ModelRunner):
         length = self.line_size(max(map(len, tokens)))
         padded = self._tensor([[*some, *[0] * (length - len(some))] for some in tokens])
         # Padding is written after the tokens, where nobody sees it before it is written over, and within what is read.
-        extents = [self._steady.extent(start + length) for start in starts]
-        positions, masks = self._trunk(starts, length, max(extents))
-        places = [
-            self._kv.table.locate_trunk(row, start, start + length) for row, start in zip(rows, starts, strict=True)
-        ]
-        logits = self._decode(rows, extents, padded, positions, self._tensor(places), masks)
+        reads = self._reads(min(starts), max(self._steady.extent(start + length) for start in starts))
+        positions, masks = self._trunk(starts, length, reads)
+        written = self._kv.locate_trunk([(row, start, start + length) for row, start in zip(rows, starts, strict=True)])
+        logits = self._decode(rows, reads, padded, positions, list(map(self._tensor, written)), masks)
         return torch.cat([of_row[: len(some)] for of_row, some in zip(logits, tokens, strict=True)])
 
     def bits(self, counts: Sequence[int]) -> list[bytes]:
@@ -202,31 +205,32 @@ class HFRunner(ModelRunner):
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
         end = start + len(tokens)
-        written = self._kv.table.locate_trunk(row, start, end)
+        written = self._kv.locate_trunk([(row, start, end)])
         borders = range((start // self._chunk + 1) * self._chunk, end, self._chunk)
         for first, last in pairwise([start, *borders, end] if tokens else []):
             part = slice(first - start, last - start)
-            self._prefill_chunk(row, tokens[part], first, written[part])
+            self._prefill_chunk(row, tokens[part], first, [addresses[part] for (addresses,) in written])
 
     @torch.inference_mode()
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         if source:
             self._kv.move(row, source, destination)
 
-    def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int, written: list[int]) -> None:
+    def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int, written: Sequence[list[int]]) -> None:
         # Chunks end and read at multiples of their length, so KV is the same, bit for bit, however a prompt is cut.
-        count = len(tokens)
+        count, whole = len(tokens), start // self._chunk * self._chunk
         padded = next(size for size in self._chunks if size >= count)
         line = self._tensor([*tokens, *[0] * (padded - count)])
-        extent = min(self.slots, self.extent((start // self._chunk + 1) * self._chunk))
-        positions, masks = self._trunk([start], padded, extent)
-        self._note_trunk([start], [written])
+        reads = self._reads(whole, min(self.slots, self.extent(whole + self._chunk)), self.page_slots)
+        positions, masks = self._trunk([start], padded, reads)
+        self._note_trunk([start], [[addresses] for addresses in written])
         # Padding is computed but not written: the slots after the prompt may hold someone's branches.
+        places = list(map(self._tensor, written))
         if self._prompt is not None:
-            stretch = Stretch(row, padded, extent, [mask[0, 0] for mask in masks])
-            self._prompt([stretch], line, positions[0], self._tensor(written), ())
+            stretch = Stretch(row, padded, reads, [mask[0, 0] for mask in masks])
+            self._prompt([stretch], line, positions[0], places, ())
             return
-        self._kv.aim([row], [extent], self._tensor([written]))
+        self._kv.aim([row], reads, places)
         self._body(line[None], positions, masks, self._kv)
 
     def _extents(self, visible: Tensor) -> list[int]:
@@ -237,40 +241,57 @@ class HFRunner(ModelRunner):
         ends = (visible.any(1) * torch.arange(1, extent + 1, device=visible.device)).amax(1)
         return [max(self.page_slots, self.extent(end)) for end in ends.tolist()]
 
-    def _trunk(self, starts: Sequence[int], length: int, extent: int) -> tuple[Tensor, list[Tensor]]:
+    def _begins(self, seen: Tensor) -> list[int]:
+        """From which slot on each row of a mask, bool [R, T, E], has to be read."""
+        if not self._kv.sight.windowed:
+            return [0] * len(seen)
+        firsts: list[int] = seen.any(1).byte().argmax(-1).tolist()
+        return [first // self.page_slots * self.page_slots for first in firsts]
+
+    def _reads(self, start: int, extent: int, step: int | None = None) -> list[range]:
+        """The slots up to ``extent`` that trunk tokens from ``start`` on read, for each reach: from a slot on that
+        leaves a token's bits alone, or that is a multiple of ``step``."""
+        firsts = [reach.start(start) for reach in self._kv.sight.reaches]
+        begins = [first // step * step if step else self._steady.begin(first) for first in firsts]
+        return [range(begin, extent) for begin in begins]
+
+    def _trunk(self, starts: Sequence[int], length: int, reads: Sequence[range]) -> tuple[Tensor, list[Tensor]]:
         """Positions, int64 [1 or R, T], and masks, [1 or R, 1, T, E], of trunk tokens at ``starts[r] + 0 .. T-1``."""
         common = starts[:1] if len(set(starts)) == 1 else starts
         positions = [self._counter[start : start + length] for start in common]
-        of_rows = [[mask[:length] for mask in self._masks(start, length, extent)] for start in common]
+        of_rows = [[mask[:length] for mask in self._masks(start, length, reads)] for start in common]
         return _stacked(positions), [_stacked(masks)[:, None] for masks in zip(*of_rows, strict=True)]
 
-    def _masks(self, start: int, count: int, extent: int) -> list[Tensor]:
-        """Additive masks [count or more, extent] of trunk tokens from ``start`` on, for each reach."""
+    def _masks(self, start: int, count: int, reads: Sequence[range]) -> list[Tensor]:
+        """Additive masks [count or more, E] of trunk tokens from ``start`` on over what they read, for each reach."""
         if count > len(self._strip):
             self._strip = self._causal_strip(count)
-        mask = self._strip[:, self.slots - start : self.slots - start + extent]
+        pairs = zip(self._kv.sight.reaches, reads, strict=True)
+        return [self._mask(start, count, reach, read) for reach, read in pairs]
+
+    def _mask(self, start: int, count: int, reach: Reach, read: range) -> Tensor:
+        mask = self._strip[:, self.slots - start + read.start : self.slots - start + read.stop]
         if self.device.type == "cuda":  # whose kernels take masks that begin where a vector does
             mask = mask[:count].clone()
-        if not self._kv.sight.windowed:
-            return [mask]
-        queries, keys = torch.arange(start, start + count, device=self.device), self._slot_numbers[:extent]
-        return [
-            torch.where(reach.sees(queries, keys), mask[:count], self._hidden) if reach.size else mask
-            for reach in self._kv.sight.reaches
-        ]
+        if not reach.size:
+            return mask
+        queries, keys = torch.arange(start, start + count, device=self.device), self._slot_numbers[read.start : read.stop]
+        return torch.where(reach.sees(queries, keys), mask[:count], self._hidden)
 
     def _seen_by_layers(self, rows: Sequence[int], visible: Tensor, positions: Tensor) -> list[Tensor]:
         """What tokens at positions [R, T] see of what is visible, bool [R, T, E], for each reach."""
-        sight, extent = self._kv.sight, visible.shape[-1]
-        if not sight.windowed:
-            return [visible]
-        keys = torch.stack([self._kv.positions(row, extent) for row in rows])
-        return [visible & reach.sees(positions, keys) if reach.size else visible for reach in sight.reaches]
+        held = [pool.positions(rows, visible.shape[-1]) for pool in self._kv.pools]
+        return [
+            visible if keys is None else visible & pool.reach.sees(positions, keys)
+            for pool, keys in zip(self._kv.pools, held, strict=True)
+        ]
 
-    def _note_trunk(self, starts: Sequence[int], written: Sequence[Sequence[int]]) -> None:
+    def _note_trunk(self, starts: Sequence[int], written: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Note the positions of tokens of trunks that are written to these addresses of each pool."""
         if self._kv.sight.windowed:
-            positions = [range(start, start + len(some)) for start, some in zip(starts, written, strict=True)]
-            self._kv.note(self._tensor([*chain(*written)]), self._tensor([*chain(*positions)]))
+            positions = [range(start, start + len(some)) for start, some in zip(starts, written[0], strict=True)]
+            addresses = [self._tensor([*chain(*each)]) for each in written]
+            self._kv.note(addresses, self._tensor([*chain(*positions)]))
 
     def _causal_strip(self, length: int) -> Tensor:
         """Additive mask [length, 2*slots + PERIOD] in which token i sees column j iff ``j <= slots + i``.

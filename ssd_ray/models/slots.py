@@ -3,15 +3,16 @@
 ``update(keys, values, layer)`` is all that a model tells its cache. So before each forward the runner aims the cache:
 at which rows, which slots to write, how many to read. The mask alone says which slots a token sees.
 
-A pool is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as
-they lie; others are gathered. Where the attention takes them so (:mod:`~ssd_ray.models.attention`), the tokens of all
+Layers that see equally far have a pool of pages of their own, and what they read begins where their windows do. A pool
+is [1, heads, slots, dim] for each layer's K and V. Pages that follow one another are one part of it and read as they
+lie; others are gathered. Where the attention takes them so (:mod:`~ssd_ray.models.attention`), the tokens of all
 rows stand in one line, however many each row has, and rows are read in parts at their own extents, those that lie at
 equal distances as one; else rows are gathered at the longest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -21,8 +22,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssd_ray.models.attention import Part, Parts, Read
+from ssd_ray.models.contract import Pool
 from ssd_ray.models.pages import PageTable
-from ssd_ray.models.reach import Sight
+from ssd_ray.models.reach import Reach, Sight
 from ssd_ray.models.replay import opaque
 
 SHORT = 384
@@ -66,27 +68,28 @@ class Stretch:
     Attributes:
         row: KV row.
         count: tokens.
-        extent: slots that they read.
-        masks: additive, [count or more, extent]: what each of them sees, for each reach of the model's layers.
+        reads: slots that they read, E of them, for each reach of the model's layers.
+        masks: additive, [count or more, E]: what each of them sees, as many.
     """
 
     row: int
     count: int
-    extent: int
+    reads: Sequence[range]
     masks: Sequence[Tensor]
 
 
 @dataclass(slots=True)
 class Window:
-    """Where a forward writes and reads; one object, shared by all layers."""
+    """Where a forward writes and reads, for each reach of the layers; one object, shared by all of them."""
 
-    written: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    written: Sequence[Tensor] = ()
     """int64 [R * T]: addresses of the leading T tokens of each row; what follows is padding."""
-    extent: int = 0
-    places: list[Place] = field(default_factory=list)
+    extents: Sequence[int] = ()
+    """Slots that are read of a row at most."""
+    places: Sequence[Sequence[Place]] = ()
     """What is read; each place becomes one attention call."""
     layouts: Sequence[Parts] = ()
-    """Whose tokens read what, for each reach of the layers, if they stand in a line."""
+    """Whose tokens read what, if they stand in a line."""
     asked: bool = False
     """Whether a model has asked how many slots are read, so that its calls may depend on it."""
 
@@ -103,19 +106,20 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
         self._window = window
         self._page_slots = page_slots
-        self._reach = reach
+        self.reach = reach
         self._views: dict[tuple[range, int], KeysValues] = {}
 
     @opaque(lambda self, key_states, *args, **kwargs: (key_states,))
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
         """Write [R, heads, T, dim] to the window's slots; return what it reads, [R, heads, extent, dim], or such
         parts of a line of tokens."""
-        write(self.keys, self._window.written, key_states)
-        write(self.values, self._window.written, value_states)
-        pairs = [self._read(place) for place in self._window.places]
+        written = self._window.written[self.reach]
+        write(self.keys, written, key_states)
+        write(self.values, written, value_states)
+        pairs = [self._read(place) for place in self._window.places[self.reach]]
         if not self._window.layouts:
             return pairs[0]
-        layout = self._window.layouts[self._reach]
+        layout = self._window.layouts[self.reach]
         return [Read(tensors, layout) for tensors in zip(*pairs, strict=True)]
 
     def _read(self, place: Place) -> KeysValues:
@@ -140,7 +144,7 @@ class SlotLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(slots read, offset): asked only by models that build masks of their own."""
         self._window.asked = True
-        return self._window.extent, 0
+        return self._window.extents[self.reach], 0
 
     def get_max_length(self) -> int:
         """Slots of the pool."""
@@ -174,16 +178,90 @@ def gather(pool: Tensor, pages: Tensor, page_slots: int, extent: int) -> Tensor:
     return read.view(heads, len(pages), -1, dim)[:, :, :extent].transpose(0, 1)
 
 
-class SlotCache(Cache):
-    """KV of ``rows`` rows of ``slots`` slots for every layer, in a pool of pages that is allocated once and zeroed.
+class LayerPool:
+    """The pages of layers that see equally far, allocated once and zeroed.
 
     Zeroed since a masked slot still enters the softmax with weight 0, and 0 times an uninitialised NaN is NaN.
 
     Args:
+        shapes: what each of these layers keeps, by its number.
+        reach: how far they see.
+        table: which page is whose.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[int, LayerShape],
+        reach: Reach,
+        table: PageTable,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.reach, self.table, self.device = reach, table, device
+        # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
+        # for all layers of nearly every model.
+        members: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for layer, shape in shapes.items():
+            members.setdefault((shape.heads, shape.key_dim), []).append((layer, 0))
+            members.setdefault((shape.heads, shape.value_dim), []).append((layer, 1))
+        self.banks: list[Tensor] = []
+        self.tensors: dict[tuple[int, int], Tensor] = {}
+        """By layer and 0 for K, 1 for V, [1, heads, slots, dim]."""
+        for (heads, dim), owners in members.items():
+            bank = torch.zeros(len(owners), heads, table.size, dim, dtype=dtype, device=device)
+            self.banks.append(bank)
+            self.tensors.update(zip(owners, bank[:, None], strict=True))
+        # Which position each slot holds: how far back a layer sees is told by positions.
+        self.held = torch.zeros(table.size, dtype=torch.int64, device=device) if reach.size else None
+
+    @property
+    def described(self) -> Pool:
+        """What it is."""
+        page_bytes = sum(bank.nbytes for bank in self.banks) * self.table.page_slots // self.table.size
+        return Pool(self.reach, self.table.num_pages, page_bytes)
+
+    def place(self, rows: Sequence[int], reads: Sequence[range], firsts: Sequence[int | None]) -> Place:
+        """Where equally many slots of each of some rows lie, which begin at these addresses, or lie scattered (None)."""
+        together, extent = _progression(firsts), len(reads[0])
+        return Place(extent, pages=self.pages(rows, reads)) if together is None else Place(extent, together)
+
+    def firsts(self, rows: Sequence[int], reads: Sequence[range]) -> list[int | None]:
+        """Where in the pool what is read of each row begins; None: it lies scattered."""
+        return [self.table.run(row, read.stop, read.start) for row, read in zip(rows, reads, strict=True)]
+
+    def pages(self, rows: Sequence[int], reads: Sequence[range]) -> Tensor:
+        """The pages behind equally many slots of each of some rows, int64 [R, P]."""
+        found = [self.table.of(row, read.stop, read.start) for row, read in zip(rows, reads, strict=True)]
+        return torch.tensor(found, dtype=torch.int64, device=self.device)
+
+    def positions(self, rows: Sequence[int], extent: int) -> Tensor | None:
+        """Positions of the first slots of rows, int64 [R, extent], where there are windows to which they matter."""
+        if self.held is None:
+            return None
+        return self.held.view(-1, self.table.page_slots)[self.pages(rows, [range(extent)] * len(rows))].flatten(1)[:, :extent]
+
+    def locate_trunk(self, row: int, start: int, end: int) -> list[int]:
+        """See :meth:`~ssd_ray.models.pages.PageTable.locate_trunk`."""
+        return self.table.locate_trunk(row, start, end, self.reach.start(start))
+
+    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
+        """See :meth:`SlotCache.move`."""
+        pairs = [self.table.locate(row, slots) for slots in (source, destination)]
+        origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
+        for bank in self.banks:
+            bank.index_copy_(2, goal, bank.index_select(2, origin))
+        if self.held is not None:
+            self.held[goal] = self.held[origin]
+
+
+class SlotCache(Cache):
+    """KV of ``rows`` rows of ``slots`` slots for every layer.
+
+    Args:
         shapes: what each layer keeps.
         slots: a whole number of pages.
-        pages: pages of the pool; see :class:`~ssd_ray.models.pages.PageTable`.
-        sight: what the layers see.
+        pages: pages of each pool, or one number for all of them; see :class:`~ssd_ray.models.pages.PageTable`.
+        sight: what the layers see; there is a pool for each reach.
     """
 
     def __init__(
@@ -193,103 +271,103 @@ class SlotCache(Cache):
         rows: int,
         slots: int,
         page_slots: int,
-        pages: int | None = None,
+        pages: Sequence[int] | int | None = None,
         dtype: torch.dtype,
         device: torch.device,
         sight: Sight = ALL,
     ) -> None:
-        self.table = PageTable(rows, slots, page_slots, pages)
         self.slots, self.device, self.sight = slots, device, sight
         self.window = Window()
-        size = self.table.size
-        # Tensors of equal shape share one bank [n, heads, slots, dim], so that a move is one gather and one scatter
-        # for all layers of nearly every model.
-        members: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for layer, shape in enumerate(shapes):
-            members.setdefault((shape.heads, shape.key_dim), []).append((layer, 0))
-            members.setdefault((shape.heads, shape.value_dim), []).append((layer, 1))
-        self.banks: list[Tensor] = []
-        tensors: dict[tuple[int, int], Tensor] = {}
-        for (heads, dim), owners in members.items():
-            bank = torch.zeros(len(owners), heads, size, dim, dtype=dtype, device=device)
-            self.banks.append(bank)
-            tensors.update(zip(owners, bank[:, None], strict=True))
-        self.page_bytes = sum(bank.nbytes for bank in self.banks) * page_slots // size
-        reaches = [*sight.of_layers, *[0] * len(shapes)]
-        layers = [
-            SlotLayer(tensors[i, 0], tensors[i, 1], page_slots, self.window, reaches[i]) for i in range(len(shapes))
-        ]
-        # Which position each slot of the pool holds: how far back a layer sees is told by positions.
-        self._positions = torch.zeros(size, dtype=torch.int64, device=device) if sight.windowed else None
+        reaches = [*sight.of_layers, *[0] * len(shapes)][: len(shapes)]
+        counts = pages if isinstance(pages, Sequence) else [pages] * len(sight.reaches)
+        self.pools: list[LayerPool] = []
+        for index, (reach, count) in enumerate(zip(sight.reaches, counts, strict=True)):
+            members = {layer: shape for layer, shape in enumerate(shapes) if reaches[layer] == index}
+            table = PageTable(rows, slots, page_slots, count)
+            self.pools.append(LayerPool(members, reach, table, dtype, device))
+        self.table = self.pools[0].table
+        """That of a cache with one pool."""
+        layers = []
+        for layer, reach_of in enumerate(reaches):
+            tensors = self.pools[reach_of].tensors
+            layers.append(SlotLayer(tensors[layer, 0], tensors[layer, 1], page_slots, self.window, reach_of))
         super().__init__(layers=layers)
 
-    def aim(self, rows: Sequence[int], extents: Sequence[int], written: Tensor) -> None:
+    @property
+    def banks(self) -> list[Tensor]:
+        """All memory for K and V."""
+        return [bank for pool in self.pools for bank in pool.banks]
+
+    def bind(self, row: int, first: int, pages: Sequence[int], pool: int | None = None) -> None:
+        """See :meth:`~ssd_ray.models.contract.ModelRunner.bind`."""
+        for each in self.pools if pool is None else [self.pools[pool]]:
+            each.table.bind(row, first, pages)
+
+    def locate(self, rows: Sequence[int], slots: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """Addresses in each pool of slots of rows that are to be written."""
+        return [[pool.table.locate(*place) for place in zip(rows, slots, strict=True)] for pool in self.pools]
+
+    def locate_trunk(self, places: Sequence[tuple[int, int, int]]) -> list[list[list[int]]]:
+        """The same of stretches (row, start, end) of trunks."""
+        return [[pool.locate_trunk(*place) for place in places] for pool in self.pools]
+
+    def aim(self, rows: Sequence[int], reads: Sequence[range], written: Sequence[Tensor]) -> None:
         """Set where the next forward goes, whose rows all have as many tokens.
 
         Args:
             rows: R distinct rows.
-            extents: slots to read of each row, from slot 0.
-            written: int64 [R, T], the addresses of each row's tokens, on the cache's device. A forward of more than T
-                tokens a row writes its first T.
+            reads: slots to read of each of them, from where a page begins, for each pool.
+            written: int64 [R, T], the addresses of each row's tokens, on the cache's device, for each pool. A forward
+                of more than T tokens a row writes its first T.
         """
         window = self.window
-        window.written, window.extent, window.layouts = written.flatten(), max(extents), ()
-        firsts = [self.table.run(row, window.extent) for row in rows]
-        window.places = [self._place(rows, window.extent, firsts)]
+        window.written, window.extents, window.layouts = [each.flatten() for each in written], list(map(len, reads)), ()
+        window.places = [
+            [pool.place(rows, [read] * len(rows), pool.firsts(rows, [read] * len(rows)))]
+            for pool, read in zip(self.pools, reads, strict=True)
+        ]
 
-    def aim_line(self, stretches: Sequence[Stretch], written: Tensor, length: int, queries: Sequence[int]) -> None:
+    def aim_line(
+        self, stretches: Sequence[Stretch], written: Sequence[Tensor], length: int, queries: Sequence[int]
+    ) -> None:
         """Set where the next forward goes, whose tokens stand in a line of ``length``, one stretch after the other and
         then padding.
 
         Args:
             stretches: of distinct rows.
-            written: int64 [N], the addresses of all tokens but the padding, on the cache's device.
+            written: int64 [N], the addresses of all tokens but the padding, on the cache's device, for each pool.
             queries: numbers of tokens that attention may be asked about for one row; it is padded to the next one.
                 Empty: about as many as there are, which are many, as of a prompt; heads are not folded then.
         """
-        window = self.window
-        window.written, window.extent = written, max(each.extent for each in stretches)
-        firsts = [self.table.run(each.row, each.extent) for each in stretches]
-        groups = group([each.extent for each in stretches], firsts)
-        window.places = [
-            self._place([stretches[i].row for i in some], stretches[some[0]].extent, [firsts[i] for i in some])
-            for some in groups
+        rows, places, layouts = [each.row for each in stretches], [], []
+        for index, pool in enumerate(self.pools):
+            reads = [each.reads[index] for each in stretches]
+            firsts = pool.firsts(rows, reads)
+            groups = group([len(read) for read in reads], firsts)
+            of_groups = [[[each[i] for i in some] for each in (rows, reads, firsts)] for some in groups]
+            places.append([pool.place(*of_group) for of_group in of_groups])
+            masks = [each.masks[index] for each in stretches]
+            layouts.append(lay_out([each.count for each in stretches], masks, groups, length, queries))
+        self.window.written, self.window.places, self.window.layouts = written, places, layouts
+        self.window.extents = [max(place.extent for place in of_pool) for of_pool in places]
+
+    def note(self, written: Sequence[Tensor], positions: Tensor) -> None:
+        """Note which positions the tokens have that the next forward writes; all int64, of one shape."""
+        for pool, addresses in zip(self.pools, written, strict=True):
+            if pool.held is not None:
+                pool.held[addresses] = positions
+
+    def parts(self, firsts: Sequence[int], extents: Sequence[int]) -> list[KeysValues]:
+        """A part of every layer's pool, [1, heads, extent, dim], for each pool where it begins and how long it is."""
+        spans = [slice(first, first + extent) for first, extent in zip(firsts, extents, strict=True)]
+        return [
+            (layer.keys[:, :, spans[layer.reach]], layer.values[:, :, spans[layer.reach]]) for layer in self.layers
         ]
-        window.layouts = lay_out(stretches, groups, length, queries, self.device)
-
-    def _place(self, rows: Sequence[int], extent: int, firsts: Sequence[int | None]) -> Place:
-        together = _progression(firsts)
-        return Place(extent, pages=self.pages(rows, extent)) if together is None else Place(extent, together)
-
-    def note(self, written: Tensor, positions: Tensor) -> None:
-        """Note which positions the tokens have that the next forward writes; both int64, of one shape."""
-        if self._positions is not None:
-            self._positions[written] = positions
-
-    def positions(self, row: int, extent: int) -> Tensor:
-        """Positions of the first slots of a row, int64 [extent], where there are windows to which they matter."""
-        if self._positions is None:
-            raise ValueError("no layer has a window")
-        pages = torch.tensor(self.table.of(row, extent), device=self.device)
-        return self._positions.view(-1, self.table.page_slots)[pages].flatten()[:extent]
-
-    def pages(self, rows: Sequence[int], extent: int) -> Tensor:
-        """The pages behind the first slots of rows, int64 [R, P]."""
-        return torch.tensor([self.table.of(row, extent) for row in rows], dtype=torch.int64, device=self.device)
-
-    def pools(self, first: int, extent: int) -> list[KeysValues]:
-        """A part of every layer's pool, [1, heads, extent, dim]."""
-        span = slice(first, first + extent)
-        return [(layer.keys[:, :, span], layer.values[:, :, span]) for layer in self.layers]
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of slots to other slots of the same row, all read before any is written."""
-        pairs = [self.table.locate(row, slots) for slots in (source, destination)]
-        origin, goal = torch.tensor(pairs, dtype=torch.int64, device=self.device)
-        for bank in self.banks:
-            bank.index_copy_(2, goal, bank.index_select(2, origin))
-        if self._positions is not None:
-            self._positions[goal] = self._positions[origin]
+        for pool in self.pools:
+            pool.move(row, source, destination)
 
 
 def group(extents: Sequence[int], firsts: Sequence[int | None]) -> list[list[int]]:
@@ -332,32 +410,37 @@ def _progression(firsts: Sequence[int | None]) -> range | None:
 
 
 def lay_out(
-    stretches: Sequence[Stretch],
+    counts: Sequence[int],
+    masks: Sequence[Tensor],
     groups: Sequence[Sequence[int]],
     length: int,
     queries: Sequence[int],
-    device: torch.device,
-) -> list[Parts]:
-    """How a line of tokens is cut into the parts that attention is computed for, for each reach of the layers."""
-    starts = [0, *accumulate(stretch.count for stretch in stretches)]
-    parts: list[list[Part]] = [[] for _ in stretches[0].masks]
+) -> Parts:
+    """How a line of tokens is cut into the parts that attention is computed for.
+
+    Args:
+        counts: tokens of each stretch.
+        masks: additive, [tokens or more, E] each.
+        groups, length, queries: see :meth:`SlotCache.aim_line`.
+    """
+    starts, device = [0, *accumulate(counts)], masks[0].device
+    parts: list[Part] = []
     order: list[int] = []
     for group in groups:
-        members = [stretches[index] for index in group]
-        longest = max(stretch.count for stretch in members)
+        longest = max(counts[index] for index in group)
         size = next((each for each in queries if each >= longest), longest)
         # Where there are too few of a row, its last one is asked again.
-        take = [starts[index] + min(i, stretches[index].count - 1) for index in group for i in range(size)]
+        take = [starts[index] + min(i, counts[index] - 1) for index in group for i in range(size)]
         in_line = take == list(range(take[0], take[0] + len(take)))
         where = None if in_line else torch.tensor(take, device=device)
-        for of_reach, masks in zip(parts, zip(*(stretch.masks for stretch in members), strict=True), strict=True):
-            of_reach.append(Part(len(group), size, _stacked(masks, size), take[0], where, folds=bool(queries)))
+        stacked = _stacked([masks[index] for index in group], size)
+        parts.append(Part(len(group), size, stacked, take[0], where, folds=bool(queries)))
         order += take
     restore = None
     if order != list(range(length)):
         places = {token: place for place, token in reversed(list(enumerate(order)))}
         restore = torch.tensor([places.get(token, 0) for token in range(length)], device=device)
-    return [Parts(of_reach, restore) for of_reach in parts]
+    return Parts(parts, restore)
 
 
 def _stacked(masks: Sequence[Tensor], size: int) -> Tensor:

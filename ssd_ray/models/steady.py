@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssd_ray.models.attention import PERIOD, find_heads, steady_extents, steady_queries
+from ssd_ray.models.attention import PERIOD, find_heads, steady_beginning, steady_extents, steady_queries
 from ssd_ray.models.experts import routers
 from ssd_ray.models.packing import PackedLinear
 
@@ -37,10 +37,16 @@ class Steadiness:
     Attributes:
         extents: numbers of slots up to a period.
         queries: numbers of tokens of one row.
+        begins: whether slots before those that are seen may be left out, in whole periods.
     """
 
     extents: Sequence[int]
     queries: Sequence[int]
+    begins: bool = True
+
+    def begin(self, first: int) -> int:
+        """Where to begin to read if nothing is seen before the slot ``first``; otherwise as :meth:`extent`."""
+        return first // PERIOD * PERIOD if self.begins else 0
 
     def extent(self, needed: int) -> int:
         """Slots to read so that tokens get the same bits in whichever forward they come."""
@@ -56,6 +62,7 @@ def steadiness(model: PreTrainedModel, page_slots: int) -> Steadiness:
     return Steadiness(
         [each for each in extents if all(each in of_heads for of_heads, _ in steady)],
         [each for each in queries if all(each in of_heads for _, of_heads in steady)],
+        all(steady_beginning(heads) for heads in found),
     )
 
 

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssd_ray.models.contract import ModelRunner
+from ssd_ray.models.contract import ModelRunner, Pool
 from ssd_ray.models.pages import PageTable
+from ssd_ray.models.reach import EVERYTHING, Reach
 
 Hashes = NDArray[np.uint64]
 
@@ -32,7 +33,8 @@ class TableModel(ModelRunner):
             whatever the position is); None: on all tokens, their positions and order.
         seed: names the table and the hash. Models with equal seeds and contexts see the world alike.
         rows, max_length, scratch: a row has ``max_length + scratch`` slots, in whole pages.
-        page_slots, pages: slots of a page, and pages of the pool; None is enough for all rows.
+        page_slots, pages: slots of a page, and pages of each pool; None is enough for all rows.
+        reaches: how far back both layers see, or each of them; with an ``order``, both.
         sharpness: standard deviation of the logits; 0 is the uniform distribution.
     """
 
@@ -49,6 +51,7 @@ class TableModel(ModelRunner):
         page_slots: int = 16,
         pages: int | None = None,
         sharpness: float = 2.0,
+        reaches: Sequence[Reach] = (EVERYTHING,),
     ) -> None:
         self.vocab_size, self.max_length = vocab_size, max_length
         self.rows, self.slots = rows, -(-(max_length + scratch) // page_slots) * page_slots
@@ -57,16 +60,17 @@ class TableModel(ModelRunner):
         self.order, self._salt = order, np.uint64(seed)
         normal = np.random.default_rng(seed).standard_normal((contexts, vocab_size))
         self._table = torch.from_numpy((sharpness * normal).astype(np.float32))  # [contexts, V]
-        self._pool = pages
+        self._count = pages
+        self._reaches = reaches[0], reaches[-1]
         self._allocate()
 
     def _allocate(self) -> None:
-        self._pages = PageTable(self.rows, self.slots, self.page_slots, self._pool)
-        self.num_pages = self._pages.num_pages
-        self._positions = np.zeros(self._pages.size, np.int64)
-        self._first = np.zeros(self._pages.size, np.uint64)
-        self._second = np.zeros(self._pages.size, np.uint64)
-        self.page_bytes = 3 * 8 * self.page_slots
+        size = self.rows, self.slots, self.page_slots, self._count
+        self._layers = [_Layer(reach, PageTable(*size)) for reach in self._reaches]
+        kinds = list(dict.fromkeys(self._reaches))
+        self._pool_of = [kinds.index(reach) for reach in self._reaches]
+        page_bytes = 2 * 2 * 8 * self.page_slots // len(kinds)
+        self.pools = [Pool(reach, self._layers[0].pages.num_pages, page_bytes) for reach in kinds]
 
     def perturbed(self, agreement: float, seed: int = 1) -> Self:
         """A fresh model of the same size that has this one's logits in a fraction of contexts, other ones elsewhere."""
@@ -99,37 +103,37 @@ class TableModel(ModelRunner):
         row = np.asarray(tokens, np.int64)[None]
         positions = np.arange(count)[None]
         visible = np.tri(count, dtype=bool)[None]
+        near, far = (visible & _sees(reach, positions, positions) for reach in self._reaches)
         first = self._token_hash(row, positions)
-        second = _mix(first + self._seen(visible, first))
-        picked = self._picked(visible, positions, first, second)[0, -1]
-        logits = self._table[int(picked)].double()
+        second = _mix(first + self._seen(near, first))
+        picked = self._picked(near, positions, first) if self.order is not None else self._hashed(far, second)
+        logits = self._table[int(picked[0, -1])].double()
         return np.asarray(torch.softmax(logits, -1).numpy())
 
     def extent(self, needed: int) -> int:
         return -(-needed // self.page_slots) * self.page_slots
 
-    def bind(self, row: int, first: int, pages: Sequence[int]) -> None:
-        self._pages.bind(row, first, pages)
+    def bind(self, row: int, first: int, pages: Sequence[int], pool: int | None = None) -> None:
+        for layer, own in zip(self._layers, self._pool_of, strict=True):
+            if pool in (None, own):
+                layer.pages.bind(row, first, pages)
 
     def extend(self, rows: Sequence[int], tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        to = [self._pages.locate(row, row_slots) for row, row_slots in zip(rows, slots.tolist(), strict=True)]
-        sees = visible.numpy()
+        lower, upper = self._layers
+        at, places, sees = positions.numpy(), slots.tolist(), visible.numpy()
         # As in a transformer: all tokens write a layer before any of them reads it.
-        self._positions[to] = positions.numpy()
-        self._first[to] = own = self._token_hash(tokens.numpy(), positions.numpy())
-        pages = [self._pages.of(row, sees.shape[-1]) for row in rows]  # [R, P]
-        placed, first = self._read(self._positions, pages), self._read(self._first, pages)
-        self._second[to] = _mix(own + self._seen(sees, first))
-        picked = self._picked(sees, placed, first, self._read(self._second, pages))
+        own = self._token_hash(tokens.numpy(), at)
+        lower.write(rows, places, at, own)
+        near, placed, first = lower.read(rows, at, sees)
+        upper.write(rows, places, at, _mix(own + self._seen(near, first)))
+        far, _, second = upper.read(rows, at, sees)
+        picked = self._picked(near, placed, first) if self.order is not None else self._hashed(far, second)
         return self._table[torch.from_numpy(picked)]
-
-    def _read(self, kept: NDArray[Any], pages: list[list[int]]) -> NDArray[Any]:
-        """What pages [R, P] keep, [R, E]."""
-        return kept.reshape(-1, self.page_slots)[pages].reshape(len(pages), -1)
 
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         for row, some, start in zip(rows, tokens, starts, strict=True):
-            self._pages.locate_trunk(row, start, start + len(some))
+            for layer in self._layers:
+                layer.pages.locate_trunk(row, start, start + len(some), layer.reach.start(start))
         longest = max(map(len, tokens))
         # A row's last token stands for those that it has not: running it again changes nothing.
         places = torch.tensor([[min(place, len(some) - 1) for place in range(longest)] for some in tokens])
@@ -144,9 +148,8 @@ class TableModel(ModelRunner):
             self.append([row], [tokens], [start])
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
-        origin, goal = self._pages.locate(row, source), self._pages.locate(row, destination)
-        for kept in (self._positions, self._first, self._second):
-            kept[goal] = kept[origin]
+        for layer in self._layers:
+            layer.move(row, source, destination)
 
     def _token_hash(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Hashes:
         if self.order is not None:
@@ -158,11 +161,15 @@ class TableModel(ModelRunner):
         """Sum of the visible hashes, uint64 [R, T]: positions are in the hashes, so order counts."""
         return np.asarray(np.where(visible, hashes[:, None], np.uint64(0)).sum(-1, dtype=np.uint64))
 
-    def _picked(
-        self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes, second: Hashes
-    ) -> NDArray[np.int64]:
-        """The table's row for each token, int64 [R, T]."""
-        seen = self._seen(visible, second) if self.order is None else self._latest(visible, positions, first)
+    def _picked(self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes) -> NDArray[np.int64]:
+        """The table's row for each token by the last ones that it sees, int64 [R, T]."""
+        return self._row_of(self._latest(visible, positions, first))
+
+    def _hashed(self, visible: NDArray[np.bool_], second: Hashes) -> NDArray[np.int64]:
+        """The same by all that it sees."""
+        return self._row_of(self._seen(visible, second))
+
+    def _row_of(self, seen: Hashes) -> NDArray[np.int64]:
         return np.asarray((_mix(seen) % np.uint64(len(self._table))).astype(np.int64))
 
     def _latest(self, visible: NDArray[np.bool_], positions: NDArray[np.int64], first: Hashes) -> Hashes:
@@ -175,6 +182,36 @@ class TableModel(ModelRunner):
         for place in range(newest.shape[-1]):
             total = np.where(there[..., place], _mix(total + hashes[..., place]), total)
         return total
+
+
+class _Layer:
+    """What one layer keeps: a hash for each slot, and which position it has."""
+
+    def __init__(self, reach: Reach, pages: PageTable) -> None:
+        self.reach, self.pages = reach, pages
+        self._positions, self._hashes = np.zeros(pages.size, np.int64), np.zeros(pages.size, np.uint64)
+
+    def write(self, rows: Sequence[int], slots: Sequence[Sequence[int]], positions: Any, hashes: Hashes) -> None:
+        """Write hashes of tokens, [R, T]."""
+        to = [self.pages.locate(row, of_row) for row, of_row in zip(rows, slots, strict=True)]
+        self._positions[to], self._hashes[to] = positions, hashes
+
+    def read(self, rows: Sequence[int], queries: NDArray[np.int64], visible: NDArray[np.bool_]) -> tuple[Any, Any, Any]:
+        """What tokens at positions [R, T] see of what is visible, bool [R, T, E], and positions and hashes [R, E]."""
+        pages = [self.pages.of(row, visible.shape[-1]) for row in rows]
+        paged = (kept.reshape(-1, self.pages.page_slots)[pages] for kept in (self._positions, self._hashes))
+        positions, hashes = (kept.reshape(len(rows), -1) for kept in paged)
+        return visible & _sees(self.reach, queries, positions), positions, hashes
+
+    def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
+        """Copy what slots keep to others."""
+        origin, goal = self.pages.locate(row, source), self.pages.locate(row, destination)
+        for kept in (self._positions, self._hashes):
+            kept[goal] = kept[origin]
+
+
+def _sees(reach: Reach, queries: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.asarray(reach.sees(torch.from_numpy(queries), torch.from_numpy(keys)).numpy())
 
 
 def _mix(values: Hashes) -> Hashes:

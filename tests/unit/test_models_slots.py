@@ -71,7 +71,7 @@ def test_any_sequence_of_writes_and_moves(steps: list[tuple]) -> None:
         rows, lists, extent, padding = step
         places = zip(rows, lists if len(lists) > 1 else lists * len(rows), strict=True)
         written = torch.tensor([cache.table.locate(row, slots) for row, slots in places])
-        cache.aim(rows, [extent] * len(rows), written)
+        cache.aim(rows, [range(extent)], [written])
         for layer in range(len(SHAPES)):
             keys, values = states(layer, len(rows), len(lists[0]) + padding, seed)
             for place, row in enumerate(rows):
@@ -92,12 +92,12 @@ def test_layers_of_one_shape_share_a_bank() -> None:
     assert sorted(bank.shape[0] for bank in make().banks) == [1, 1, 1, 3]
     like = SlotCache([SHAPES[0]] * 5, rows=2, slots=8, page_slots=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert [tuple(bank.shape) for bank in like.banks] == [(10, 2, 5 * 4, 4)]
-    assert like.page_bytes == 10 * 4 * 2 * 4 * 2
+    assert like.pools[0].described.page_bytes == 10 * 4 * 2 * 4 * 2
 
 
 def test_pages_that_follow_one_another_are_read_without_a_copy() -> None:
     cache = make()
-    cache.aim([1], [12], torch.tensor([[7]]))
+    cache.aim([1], [range(12)], [torch.tensor([[7]])])
     keys, values = cache.update(*states(0, 1, 1, 0), 0)
     assert keys.data_ptr() == cache.layers[0].keys[:, :, PAGE:].data_ptr()
     assert values.data_ptr() == cache.layers[0].values[:, :, PAGE:].data_ptr()
@@ -107,7 +107,7 @@ def test_kept_views_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots_module, "MAX_VIEWS", 3)
     cache = make()
     for extent in (4, 5, 6, 7, 8, 4):
-        cache.aim([1], [extent], torch.tensor([[0]]))
+        cache.aim([1], [range(extent)], [torch.tensor([[0]])])
         assert cache.update(*states(0, 1, 1, extent), 0)[0].shape[2] == extent
         assert len(cache.layers[0]._views) <= 3
 
