@@ -15,7 +15,7 @@ from math import inf
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.models.leases import Lease, PagePool, grow_row
+from ssd_ray.models.leases import KVMemory, RowLease
 from ssd_ray.saguaro.ngram import NgramIndex
 from ssd_ray.sampling.verifier import Verifier
 from ssd_ray.speculation.cache import CachedNode
@@ -48,7 +48,7 @@ class Row:
     arrival: int = 0
     deadline: float = inf  # when the request ends, however far it has come
     number: int = -1  # of the KV row, while it runs
-    lease: Lease | None = None
+    lease: RowLease | None = None
     filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
     holders: set[str] = field(default_factory=set)  # drafts that have the prompt by another way and do not know it yet
     declined: set[str] = field(default_factory=set)  # drafts that it is beyond: it goes on without them
@@ -89,16 +89,17 @@ class Batch:
         runner: the model; its pages are dealt out here.
         rows: requests that run at the same time at most.
         shape: tokens of a verification, which are written to slots beyond those of a sequence.
+        chunk: tokens of a prompt that are prefilled between two rounds.
         caching: keep the KV of what has ended for what begins alike.
     """
 
-    def __init__(self, runner: ModelRunner, rows: int, shape: int, *, caching: bool = True) -> None:
+    def __init__(self, runner: ModelRunner, rows: int, shape: int, *, chunk: int, caching: bool = True) -> None:
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
         self._most = min(rows, runner.rows)
-        self.pool = PagePool(range(runner.num_pages), runner.page_slots, self._most)
+        self.pool = KVMemory(runner, self._most, chunk + shape)
         self._runner = runner
-        self._shape = shape
+        self._shape, self._chunk = shape, chunk
         self._caching = caching
         self._arrivals = count()
 
@@ -117,24 +118,22 @@ class Batch:
     def _place(self, row: Row) -> bool:
         """Give a row its KV row and the pages for its tokens, if they are there."""
         tokens = row.session.tokens
-        lease = self.pool.lease(tokens[:-1] if self._caching else ())
-        slots = len(tokens) + self._shape
-        spare = self.pool.available - (self.pool.pages_for(slots) - lease.shared)
+        row.number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
+        lease = self.pool.lease(row.number, tokens[:-1] if self._caching else ())
+        slots, filled = len(tokens) + self._shape, lease.shared * self.pool.slots
         # Those who run may soon need a page each. Looked at first, since taking pages would empty the cache.
-        if spare < len(self.rows) or not lease.grow(slots):
+        if not lease.fits(slots, spare=len(self.rows)) or not lease.cover(filled, slots):
             lease.release()
             return False
-        row.lease, row.filled = lease, lease.shared * self.pool.slots
-        row.number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
-        self._runner.bind(row.number, 0, lease.pages)
+        row.lease, row.filled = lease, filled
         row.session.tally.cached_tokens += row.filled
         self.rows.append(row)
         return True
 
-    def prefill(self, row: Row, chunk: int) -> int:
-        """Write the KV of a row's next tokens: of its prompt up to the next multiple of ``chunk``, of its text what
-        takes no longer. Returns how many tokens of a prompt would have taken as long."""
-        session, start = row.session, row.filled
+    def prefill(self, row: Row) -> int:
+        """Write the KV of a row's next tokens: of its prompt up to the next multiple of a chunk, of its text what takes
+        no longer. Returns how many tokens of a prompt would have taken as long."""
+        session, start, chunk = row.session, row.filled, self._chunk
         prompt_end = min(session.prompt_tokens - 1, session.position)
         if start < prompt_end:
             row.filled = min(start + chunk - start % chunk, prompt_end)
@@ -155,16 +154,17 @@ class Batch:
             self._runner.append([row.number], [tokens], [first])
 
     def make_room(self, rows: Iterable[Row]) -> list[Row]:
-        """See that each row has pages for its next round, at the cost of those that came last; returns who had to
-        go, rows of these among them."""
+        """See that each row has pages for what it runs next, and none that it does not see any more, at the cost of
+        those that came last; returns who had to go, rows of these among them."""
         gone: list[Row] = []
         for row in sorted(rows, key=_arrival):
             while row.lease is not None and not self._grow(row, row.lease):
                 gone.append(self._preempt(max(self.rows, key=_arrival)))
         return gone
 
-    def _grow(self, row: Row, lease: Lease) -> bool:
-        return grow_row(self._runner, row.number, lease, len(row.session.tokens) + self._shape)
+    def _grow(self, row: Row, lease: RowLease) -> bool:
+        first = row.session.position if row.ready else row.filled
+        return lease.cover(first, len(row.session.tokens) + self._shape, lambda: self._known(row))
 
     def _preempt(self, row: Row) -> Row:
         self.remove(row)

@@ -19,14 +19,14 @@ from ssd_ray.actors.isolation import Isolation
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.models.leases import Lease, PagePool, grow_row
+from ssd_ray.models.leases import KVMemory, RowLease
 from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.fanout import MAX_RANK, FanOutPolicy
 from ssd_ray.sampling.logits import scores, scores_by_row, top
 from ssd_ray.sampling.noise import NoiseRows
 from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
-from ssd_ray.speculation.draft import DraftSession
+from ssd_ray.speculation.draft import CATCH_UP, SCRATCH, DraftSession
 from ssd_ray.speculation.nodes import Item, Ranking
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
 from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Nodes, Open, Outcome, decode, encode
@@ -61,7 +61,7 @@ class Seat:
     noise: NoiseRows
     penalties: Penalties | None
     row: int
-    lease: Lease
+    lease: RowLease
     heard: int  # outcomes that had come, of all sequences, when the last one of this one came
 
     @property
@@ -128,7 +128,7 @@ class Draft:
         self._lookahead = lookahead
         self._branching = branching
         self._prefill_chunk, self._prefix_cache = prefill_chunk, prefix_cache
-        self.pool = PagePool(range(runner.num_pages), runner.page_slots, runner.rows)
+        self.pool = KVMemory(runner, runner.rows, max(prefill_chunk, CATCH_UP) + SCRATCH)
         self._seats: dict[int, Seat] = {}
         self._isolation = Isolation(self._give_up)
         self._handover = Handover()
@@ -248,9 +248,10 @@ class Draft:
         self._send(Declined(sequence))
 
     def _agrees(self, seat: Seat, message: Open) -> bool:
-        """Whether what others may read of a sequence's KV is as the message has it."""
-        shared = len(seat.lease.cached) * self.pool.slots
-        return seat.session.tokens[:shared] == list(message.tokens[:shared])
+        """Whether what others may read of a sequence's KV is as the message has it, and all is there that tokens see
+        where it goes on."""
+        common = seat.session.common(message.tokens)
+        return common >= seat.lease.published * self.pool.slots and seat.lease.reaches(common)
 
     def _take_seat(self, message: Open) -> None:
         free = set(range(self._runner.rows)) - {seat.row for seat in self._seats.values()}
@@ -258,18 +259,17 @@ class Draft:
             self._doubt()
             return
         noise, penalties = self._noise(message.params), self._penalties(message)
-        lease = self.pool.lease(message.tokens[:-1] if self._prefix_cache else ())
+        lease = self.pool.lease(min(free), message.tokens[:-1] if self._prefix_cache else ())
         try:
             session = self._new_session(message, lease)
             seat = Seat(session, noise, penalties, min(free), lease, self._outcomes)
-            self._runner.bind(seat.row, 0, lease.pages)
         except Exception:
             lease.release()
             raise
         self._seats[message.sequence] = seat
         self._make_room(message.sequence, seat)
 
-    def _new_session(self, message: Open, lease: Lease) -> DraftSession:
+    def _new_session(self, message: Open, lease: RowLease) -> DraftSession:
         return DraftSession(
             message,
             self._policy,
@@ -296,10 +296,14 @@ class Draft:
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
 
-    def _make_room(self, number: int, seat: Seat) -> None:
-        """See that a sequence has pages for its window; without them it is left alone."""
-        if not grow_row(self._runner, seat.row, seat.lease, seat.session.slots):
-            self._close(number)
+    def _make_room(self, number: int, seat: Seat) -> bool:
+        """See that a sequence has pages for its window, and none that it does not see any more; without them it is left
+        alone."""
+        session = seat.session
+        if seat.lease.cover(session.filled, session.slots, lambda: session.known if self._prefix_cache else ()):
+            return True
+        self._close(number)
+        return False
 
     def _advance(self, message: Outcome) -> None:
         self._outcomes += 1
@@ -346,12 +350,15 @@ class Draft:
 
     def _prefill_chunk_of(self, seat: Seat) -> bool:
         """Write the KV of a sequence's next tokens, if many lack it."""
+        if not seat.session.complete_past and not self._make_room(seat.sequence, seat):
+            return False
         prefill = seat.session.prefill(self._prefill_chunk)
         if prefill is None:
             return False
         self._runner.prefill(seat.row, prefill.tokens, prefill.start)
         if self._prefix_cache:
             seat.lease.publish(seat.session.known)
+        self._make_room(seat.sequence, seat)
         return True
 
     def _step(self) -> bool:

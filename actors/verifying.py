@@ -94,7 +94,7 @@ class Target:
         self._end_tokens = end_tokens
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
-        self.batch = Batch(runner, concurrency, MOST_TOKENS, caching=prefix_cache)
+        self.batch = Batch(runner, concurrency, MOST_TOKENS, chunk=prefill_chunk, caching=prefix_cache)
         self._commands: deque[Request | int | str] = deque()  # requests, numbers to cancel, names to detach
         self._done = RequestStats()
         self._requests = 0
@@ -188,25 +188,31 @@ class Target:
             missing = row.session.position - row.filled
             if left < self._prefill_chunk and missing > left:
                 return
+            if not self._with_room([row]):
+                continue
             left -= sum(cost for _, cost in self._isolation.each([row], self._prefill_chunk_of))
 
     def _prefill_chunk_of(self, row: Row) -> int:
         start = self._clock()
-        cost = self.batch.prefill(row, self._prefill_chunk)
+        cost = self.batch.prefill(row)
         row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
         return cost
 
     def _round(self, rows: Sequence[Row]) -> None:
-        with self._moving:
-            gone = self.batch.make_room(rows)
-        for row in gone:
-            self._links.tell(Close(row.session.sequence))
-        rows = [row for row in rows if row.lease is not None]
+        rows = self._with_room(rows)
         if rows:
             self._rounds.run(rows)
         for row in rows:
             if row.lease is not None and row.session.finish_reason is not None:
                 self._end(row)
+
+    def _with_room(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of some rows that have pages for what they run next; for whoever had to go drafts are told."""
+        with self._moving:
+            gone = self.batch.make_room([row for row in rows if row.lease is not None])
+        for row in gone:
+            self._links.tell(Close(row.session.sequence))
+        return [row for row in rows if row.lease is not None]
 
     # Requests
 

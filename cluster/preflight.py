@@ -12,7 +12,6 @@ import torch
 from ssd_ray.cluster.runtime import is_private
 from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError, shown
-from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.info import (
     ModelInfo,
     check_files,
@@ -24,7 +23,7 @@ from ssd_ray.models.info import (
     sampling_defaults,
     translation_between,
 )
-from ssd_ray.models.loader import count_pages, free_bytes
+from ssd_ray.models.loader import count_pages, free_bytes, kv_size
 from ssd_ray.models.sources import Role
 from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
@@ -237,10 +236,9 @@ def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_leng
     rows = 1 if config.kv_memory == "auto" else config.max_num_seqs
     kv = 0
     for role, info in infos.items():
-        page_bytes = info.kv_bytes_per_slot * PAGE_SLOTS
-        wanted = None if config.kv_memory == "auto" else config.kv_memory
         slots = min(max_length, info.max_length or max_length) + scratch[role]
-        kv += copies[role] * page_bytes * count_pages(wanted, page_bytes, rows, slots, 0)
+        room = rows, slots, config.prefill_chunk + scratch[role]
+        kv += copies[role] * kv_size(info.kept, count_pages(config.kv_memory, info.kept, *room, 0))
     free = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
     if weights + kv > free:
         raise ResourceError(

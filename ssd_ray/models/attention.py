@@ -207,14 +207,14 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, terms: Term
 def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     """Values [R, kv_heads, E, D] by weights [R, kv_heads, Q, E], summed period by period, as the fused kernels do: what
     nobody sees of whole periods then changes no bit."""
-    parts = (some @ of for some, of in zip(weights.split(PERIOD, -1), value.split(PERIOD, -2), strict=True))
-    return reduce(torch.add, parts)
+    pairs = zip(torch.split(weights, PERIOD, -1), torch.split(value, PERIOD, -2), strict=True)
+    return reduce(torch.add, (some @ of for some, of in pairs))
 
 
 def _softmax(query: Tensor, key: Tensor, mask: Tensor, terms: Terms, tokens: int) -> Tensor:
     """Weights, float32 [R, kv_heads, groups*T, E], of queries [R, kv_heads, groups*T, D] with T ``tokens`` each."""
     scaling = query.shape[-1] ** -0.5 if terms.scaling is None else terms.scaling
-    parts = [query @ some.transpose(-1, -2) for some in key.split(PERIOD, -2)]
+    parts = [query @ some.transpose(-1, -2) for some in torch.split(key, PERIOD, -2)]
     scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).float() * scaling
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)

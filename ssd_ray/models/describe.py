@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from ssd_ray.config import MAX_LOOKAHEAD
-from ssd_ray.models.info import ModelInfo, count_parameters, model_info, sampling_defaults
+from ssd_ray.models.info import UNLIMITED, ModelInfo, count_parameters, model_info, sampling_defaults
 from ssd_ray.models.reach import Sight
 from ssd_ray.models.sources import Role, checkpoint_dtype, find_source, in_our_words, read_config
 from ssd_ray.saguaro.factors import expected_tokens
@@ -43,8 +43,8 @@ class Description:
     sampling: dict[str, float | int]
 
     def kv_bytes(self, tokens: int) -> int:
-        """KV of a sequence of so many tokens."""
-        return self.info.kv_bytes_per_slot * tokens
+        """KV of a sequence of so many tokens, without what lies behind windows."""
+        return sum(each.slot_bytes * min(tokens, each.reach.size or tokens) for each in self.info.kept)
 
 
 def describe(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> Description:
@@ -68,7 +68,7 @@ def describe(path: str | None, *, role: Role = "target", trust_remote_code: bool
             weight_bytes=info.parameter_bytes or parameters * dtype.itemsize,
             dtype=str(dtype).removeprefix("torch."),
             layers=text.num_hidden_layers,
-            sees=_sees(Sight.of(config, info.max_length or 1 << 30)),
+            sees=_sees(Sight.of(config, info.max_length or UNLIMITED)),
             experts=_experts(text),
             sampling=sampling_defaults(path, role=role),
         )

@@ -99,7 +99,12 @@ class EagerLine:
         self._masks = [torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=kv.device) for _ in kv.sight.reaches]
 
     def __call__(
-        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Sequence[Tensor], queries: Sequence[int]
+        self,
+        stretches: Sequence[Stretch],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Sequence[Tensor],
+        queries: Sequence[int],
     ) -> Tensor:
         self._kv.aim_line(stretches, written, len(tokens), queries)
         return self._run(tokens[None], positions[None])
@@ -129,7 +134,12 @@ class ReplayedLine(EagerLine):
         self.replayed: dict[int, bool] = {}
 
     def __call__(
-        self, stretches: Sequence[Stretch], tokens: Tensor, positions: Tensor, written: Sequence[Tensor], queries: Sequence[int]
+        self,
+        stretches: Sequence[Stretch],
+        tokens: Tensor,
+        positions: Tensor,
+        written: Sequence[Tensor],
+        queries: Sequence[int],
     ) -> Tensor:
         self._until_traced -= 1
         if self._until_traced == 0:
@@ -342,9 +352,7 @@ class CudaGraphForward:
         graph.replay()
         return logits.clone()  # the next replay writes to the same place
 
-    def _capture(
-        self, inputs: Sequence[Tensor], reaches: int, in_place: bool
-    ) -> tuple[Any, list[Tensor], Tensor]:
+    def _capture(self, inputs: Sequence[Tensor], reaches: int, in_place: bool) -> tuple[Any, list[Tensor], Tensor]:
         pages, (tokens, positions, *rest) = inputs[:reaches], inputs[reaches:]
         written, masks = rest[:reaches], rest[reaches:]
         buffers = [*pages, tokens, positions.expand_as(tokens), *written]

@@ -15,7 +15,9 @@ from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
 from ssd_ray.models.probe import probe_layers
+from ssd_ray.models.reach import Reach, Sight
 from ssd_ray.models.recurrent import shape_kept, what_is_kept
+from ssd_ray.models.slots import ALL
 from ssd_ray.models.sources import (
     Role,
     check_source,
@@ -30,6 +32,9 @@ from ssd_ray.models.sources import (
 from ssd_ray.models.support import is_recurrent, max_positions, refuse_unsupported
 from ssd_ray.models.translation import LEAST_SHARED, Translation
 
+UNLIMITED = 1 << 30
+"""Tokens of a text where a config sets no limit."""
+
 SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -39,6 +44,19 @@ SAMPLING = {
     "max_new_tokens": "max_tokens",
 }
 """Fields of a generation config that requests heed where they say nothing, and what they are called here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What layers keep of a token that see equally far.
+
+    Attributes:
+        reach: how far back.
+        slot_bytes: K and V of one token over these layers.
+    """
+
+    reach: Reach
+    slot_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +69,7 @@ class ModelInfo:
         eos_token_ids: tokens that end a text; see also :func:`end_tokens`.
         parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
         kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
+        kept: the same for each reach that layers have.
     """
 
     vocab_size: int
@@ -58,6 +77,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     parameter_bytes: int
     kv_bytes_per_slot: int
+    kept: tuple[Kept, ...] = ()
 
 
 def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> ModelInfo:
@@ -71,12 +91,15 @@ def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bo
     with in_our_words(role, source):
         config = read_config(source, trust_remote_code)
         refuse_unsupported(config, role, trusted=trust_remote_code)
+        length, dtype = max_positions(config), checkpoint_dtype(config)
+        kept = tuple(what_layers_keep(config, dtype, length or UNLIMITED, trusted=trust_remote_code))
         return ModelInfo(
             vocab_size=config.get_text_config().vocab_size,
-            max_length=max_positions(config),
+            max_length=length,
             eos_token_ids=_eos_token_ids(source, config),
-            parameter_bytes=weight_bytes(source, config, checkpoint_dtype(config), trusted=trust_remote_code),
-            kv_bytes_per_slot=kv_bytes(config, checkpoint_dtype(config), trusted=trust_remote_code),
+            parameter_bytes=weight_bytes(source, config, dtype, trusted=trust_remote_code),
+            kv_bytes_per_slot=sum(each.slot_bytes for each in kept),
+            kept=kept,
         )
 
 
@@ -252,18 +275,29 @@ def _outline(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 
 
 def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
-    """Bytes of one slot over all layers: what a model without weights keeps of a token. ``trusted`` says whether code
-    that comes with a model may run."""
-    path = cache_path(machine_name("kept of a token", config.to_json_string(), trusted))
-    numbers = read(path, int)
+    """Bytes of one slot over all layers."""
+    return sum(each.slot_bytes for each in what_layers_keep(config, dtype, UNLIMITED, trusted=trusted))
+
+
+def what_layers_keep(config: PreTrainedConfig, dtype: torch.dtype, length: int, *, trusted: bool = False) -> list[Kept]:
+    """What a model without weights keeps of a token, for each reach that its layers have in texts of ``length`` tokens.
+    ``trusted`` says whether code that comes with a model may run."""
+    path = cache_path(machine_name("kept of a token by each layer", config.to_json_string(), trusted))
+    numbers = read(path, list[int])
     if numbers is None:
         numbers = _numbers_kept(config, trusted)
         keep(path, numbers)
-    return numbers * dtype.itemsize
+    # States cannot be taken up anywhere, so all must be there from which they are computed again.
+    sight = ALL if is_recurrent(config) else Sight.of(config, length)
+    reaches = [*sight.of_layers, *[0] * len(numbers)]
+    sums = [0] * len(sight.reaches)
+    for reach, number in zip(reaches, numbers, strict=False):
+        sums[reach] += number * dtype.itemsize
+    return [Kept(reach, number) for reach, number in zip(sight.reaches, sums, strict=True)]
 
 
-def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> int:
-    """Numbers that all layers keep of a token."""
+def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> list[int]:
+    """Numbers that each layer keeps of a token."""
     outline = _outline(config, trusted)
     try:
         if is_recurrent(config):
@@ -274,12 +308,12 @@ def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> int:
         if error.__cause__ is None:  # it ran, and keeps something else
             raise
         return _usual_numbers_kept(config)  # it looks at values, which are not there
-    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) or 1
+    return [shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes] or [1]
 
 
-def _usual_numbers_kept(config: PreTrainedConfig) -> int:
+def _usual_numbers_kept(config: PreTrainedConfig) -> list[int]:
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * kv_heads * head_dim)
+    return [int(2 * kv_heads * head_dim)] * text.num_hidden_layers

@@ -15,7 +15,7 @@ from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made,
 from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype
-from ssd_ray.models.info import kv_bytes, weight_bytes
+from ssd_ray.models.info import Kept, weight_bytes, what_layers_keep
 from ssd_ray.models.runners import Runner, make_runner
 from ssd_ray.models.sources import (
     Role,
@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 FREE_SHARE = 0.4
 """Part of the free memory that the KV of one model takes at most where the configuration leaves it open: a target and a
 draft may share a machine."""
+
+
+ENDED = 2
+"""Windows that a pool holds for each row: its own, and that of a text that has ended and may go on."""
 
 
 def load_runner(
@@ -88,9 +92,10 @@ def load_runner(
 
         kind = _dtype(source, config, where, load) if dtype == "auto" else getattr(torch, dtype)
         weights = weight_bytes(source, config, kind, trusted=trust_remote_code)
-        page_bytes = kv_bytes(config, kind, trusted=trust_remote_code) * PAGE_SLOTS
-        pages = count_pages(kv_memory, page_bytes, rows, length + scratch, free_bytes(where) - weights)
-        _require_memory(role, weights, page_bytes * pages, where)
+        kept = what_layers_keep(config, kind, length, trusted=trust_remote_code)
+        room = length + scratch, prefill_chunk + scratch
+        pages = count_pages(kv_memory, kept, rows, *room, free_bytes(where) - weights)
+        _require_memory(role, weights, kv_size(kept, pages), where)
         runner = make_runner(
             load(kind).to(where),
             rows=rows,
@@ -126,22 +131,44 @@ def _dtype(
     return faster_dtype(own, load, config.to_json_string())
 
 
-def count_pages(kv_memory: float | Literal["auto"] | None, page_bytes: int, rows: int, slots: int, free: int) -> int:
-    """How many pages of KV to have for rows of so many slots.
+def kv_size(kept: Sequence[Kept], pages: Sequence[int]) -> int:
+    """Bytes of so many pages of each pool."""
+    return sum(each.slot_bytes * PAGE_SLOTS * count for each, count in zip(kept, pages, strict=True))
+
+
+def count_pages(
+    kv_memory: float | Literal["auto"] | None, kept: Sequence[Kept], rows: int, slots: int, ahead: int, free: int
+) -> list[int]:
+    """How many pages of KV to have for rows of so many slots, for each reach of the layers: where there is a window, a
+    row needs those of the window and of slots ``ahead`` of it.
 
     Raises:
         ConfigError: ``kv_memory`` does not hold one row.
     """
-    per_row = -(-slots // PAGE_SLOTS)
+    whole = -(-slots // PAGE_SLOTS)
     if kv_memory is None:
-        return rows * per_row
+        return [rows * whole] * len(kept)
+    one = [each.reach.pages(slots, ahead, PAGE_SLOTS) for each in kept]
+    enough = [rows * min(whole, ENDED * count) for count in one]
     if kv_memory == "auto":
-        return max(per_row, min(rows * per_row, int(FREE_SHARE * free // page_bytes)))
-    pages = int(kv_memory * 2**30 // page_bytes)
-    if pages < per_row:
-        least = per_row * page_bytes / 2**30
+        return _dealt(FREE_SHARE * free, kept, one, enough)
+    least, memory = kv_size(kept, one) / 2**30, kv_memory * 2**30
+    if kv_memory < least:
         raise ConfigError("kv_memory", f"at least {least:.3g} GiB, which one sequence of full length needs", kv_memory)
-    return pages
+    dealt = _dealt(memory, kept, one, enough)
+    return _dealt(memory, kept, dealt, [int(memory)] * len(kept))
+
+
+def _dealt(memory: float, kept: Sequence[Kept], pages: Sequence[int], most: Sequence[int]) -> list[int]:
+    """The pages of each pool, and as many more as there is memory for, equally many to each that has not the most."""
+    dealt, left = list(pages), max(0.0, memory - kv_size(kept, pages))
+    takers = sorted(range(len(kept)), key=lambda index: most[index] - pages[index])
+    for turn, index in enumerate(takers):
+        sizes = [kept[other].slot_bytes * PAGE_SLOTS for other in takers[turn:]]
+        more = min(most[index] - pages[index], int(left // max(1, sum(sizes))))
+        dealt[index] += more
+        left -= more * sizes[0]
+    return dealt
 
 
 def _load_model(source: str, dtype: torch.dtype, role: Role, trust_remote_code: bool) -> PreTrainedModel:

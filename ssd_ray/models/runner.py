@@ -275,7 +275,10 @@ class HFRunner(ModelRunner):
             mask = mask[:count].clone()
         if not reach.size:
             return mask
-        queries, keys = torch.arange(start, start + count, device=self.device), self._slot_numbers[read.start : read.stop]
+        queries, keys = (
+            torch.arange(start, start + count, device=self.device),
+            self._slot_numbers[read.start : read.stop],
+        )
         return torch.where(reach.sees(queries, keys), mask[:count], self._hidden)
 
     def _seen_by_layers(self, rows: Sequence[int], visible: Tensor, positions: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ equal distances as one; else rows are gathered at the longest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -221,7 +221,7 @@ class LayerPool:
         return Pool(self.reach, self.table.num_pages, page_bytes)
 
     def place(self, rows: Sequence[int], reads: Sequence[range], firsts: Sequence[int | None]) -> Place:
-        """Where equally many slots of each of some rows lie, which begin at these addresses, or lie scattered (None)."""
+        """Where equally many slots of each of some rows lie, which begin at these addresses; None: lie scattered."""
         together, extent = _progression(firsts), len(reads[0])
         return Place(extent, pages=self.pages(rows, reads)) if together is None else Place(extent, together)
 
@@ -238,7 +238,9 @@ class LayerPool:
         """Positions of the first slots of rows, int64 [R, extent], where there are windows to which they matter."""
         if self.held is None:
             return None
-        return self.held.view(-1, self.table.page_slots)[self.pages(rows, [range(extent)] * len(rows))].flatten(1)[:, :extent]
+        return self.held.view(-1, self.table.page_slots)[self.pages(rows, [range(extent)] * len(rows))].flatten(1)[
+            :, :extent
+        ]
 
     def locate_trunk(self, row: int, start: int, end: int) -> list[int]:
         """See :meth:`~ssd_ray.models.pages.PageTable.locate_trunk`."""
@@ -344,8 +346,12 @@ class SlotCache(Cache):
             reads = [each.reads[index] for each in stretches]
             firsts = pool.firsts(rows, reads)
             groups = group([len(read) for read in reads], firsts)
-            of_groups = [[[each[i] for i in some] for each in (rows, reads, firsts)] for some in groups]
-            places.append([pool.place(*of_group) for of_group in of_groups])
+            places.append(
+                [
+                    pool.place([rows[i] for i in some], [reads[i] for i in some], [firsts[i] for i in some])
+                    for some in groups
+                ]
+            )
             masks = [each.masks[index] for each in stretches]
             layouts.append(lay_out([each.count for each in stretches], masks, groups, length, queries))
         self.window.written, self.window.places, self.window.layouts = written, places, layouts
@@ -360,9 +366,7 @@ class SlotCache(Cache):
     def parts(self, firsts: Sequence[int], extents: Sequence[int]) -> list[KeysValues]:
         """A part of every layer's pool, [1, heads, extent, dim], for each pool where it begins and how long it is."""
         spans = [slice(first, first + extent) for first, extent in zip(firsts, extents, strict=True)]
-        return [
-            (layer.keys[:, :, spans[layer.reach]], layer.values[:, :, spans[layer.reach]]) for layer in self.layers
-        ]
+        return [(layer.keys[:, :, spans[layer.reach]], layer.values[:, :, spans[layer.reach]]) for layer in self.layers]
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of slots to other slots of the same row, all read before any is written."""

@@ -199,8 +199,9 @@ class _Layer:
     def read(self, rows: Sequence[int], queries: NDArray[np.int64], visible: NDArray[np.bool_]) -> tuple[Any, Any, Any]:
         """What tokens at positions [R, T] see of what is visible, bool [R, T, E], and positions and hashes [R, E]."""
         pages = [self.pages.of(row, visible.shape[-1]) for row in rows]
-        paged = (kept.reshape(-1, self.pages.page_slots)[pages] for kept in (self._positions, self._hashes))
-        positions, hashes = (kept.reshape(len(rows), -1) for kept in paged)
+        shape = -1, self.pages.page_slots
+        positions = self._positions.reshape(shape)[pages].reshape(len(rows), -1)
+        hashes = self._hashes.reshape(shape)[pages].reshape(len(rows), -1)
         return visible & _sees(self.reach, queries, positions), positions, hashes
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:

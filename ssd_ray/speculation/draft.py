@@ -55,6 +55,7 @@ class DraftSession:
 
     Attributes:
         c: Saguaro's C that the target plans with.
+        filled: committed tokens whose KV is in place.
 
     Args:
         opened: the sequence as the target told it.
@@ -88,7 +89,7 @@ class DraftSession:
         self._strict = strict
         self._advice = TextAdvice(heeds=text_lookup)
         self._next_id = 0
-        self._filled = filled  # committed tokens whose KV is in place
+        self.filled = filled
         self._tie = count()
         self._unpushed: list[tuple[DraftNode, int]] = []  # (node, its parent on the wire)
         self._weights: Sequence[float] = ()
@@ -130,9 +131,13 @@ class DraftSession:
 
     def reopen(self, opened: Open) -> None:
         """Start again from what the target says; the KV of the common beginning stays."""
-        limit = min(self._filled, len(opened.tokens) - 1)
-        self._filled = next((i for i in range(limit) if self.tokens[i] != opened.tokens[i]), limit)
+        self.filled = self.common(opened.tokens)
         self._start(opened)
+
+    def common(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens, the last one aside, are there with their KV."""
+        limit = min(self.filled, len(tokens) - 1)
+        return next((i for i in range(limit) if self.tokens[i] != tokens[i]), limit)
 
     def expects(self, outcome: Outcome) -> bool:
         """Whether this outcome is the one that comes next, and possible."""
@@ -170,7 +175,7 @@ class DraftSession:
     @property
     def known(self) -> Sequence[int]:
         """The committed tokens whose KV is in place."""
-        return self.tokens[: self._filled]
+        return self.tokens[: self.filled]
 
     @property
     def slots(self) -> int:
@@ -180,7 +185,7 @@ class DraftSession:
     @property
     def complete_past(self) -> bool:
         """Whether so few committed tokens lack their KV that a step can run them."""
-        return self.position - self._filled <= CATCH_UP
+        return self.position - self.filled <= CATCH_UP
 
     @property
     def urgent(self) -> bool:
@@ -192,9 +197,9 @@ class DraftSession:
         """Up to ``most`` committed tokens to prefill before the next step, if many lack their KV."""
         if self.complete_past:
             return None
-        start = self._filled
-        self._filled = min(self.position, start + most - start % most)  # chunks end at multiples of their size
-        return Prefill(start, self.tokens[start : self._filled])
+        start = self.filled
+        self.filled = min(self.position, start + most - start % most)  # chunks end at multiples of their size
+        return Prefill(start, self.tokens[start : self.filled])
 
     def next_step(
         self, width: int, step_ms: Callable[[int], float] = lambda tokens: 1.0, rate: float = 0.0
@@ -245,7 +250,7 @@ class DraftSession:
 
     def _take_back(self, items: Sequence[Item]) -> None:
         """Leave what is missing of the trunk for another step."""
-        self._filled -= sum(item.node is None for item in items)
+        self.filled -= sum(item.node is None for item in items)
         for item in reversed(items):
             self._clear(item)
 
@@ -494,7 +499,7 @@ class DraftSession:
         return Item(node.token, self.position + len(node.path) - 1, node.slot, self.position, node.path, node)
 
     def _missing_tokens(self) -> list[Item]:
-        start, self._filled = self._filled, self.position
+        start, self.filled = self.filled, self.position
         return [
             Item(self.tokens[position], position, position, position + 1, (), None)
             for position in range(start, self.position)
@@ -511,7 +516,7 @@ class DraftSession:
         Nodes run after their ancestors, so those of the trunk that ran are its beginning.
         """
         source = [node.slot for node in committed if node.slot >= 0]
-        self._filled += len(source)
+        self.filled += len(source)
         if self.position + LIFETIME > self._base:
             self._base = window_base(self.position)  # nodes that live stay where they are
         return Moves(source, range(start, start + len(source)))

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssd_ray.models.contract import UNBOUND, ModelRunner
+from ssd_ray.models.reach import EVERYTHING, Reach
 from ssd_ray.models.recurrent import RecurrentRunner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.table import TableModel
-from tests.support.tiny import FAMILIES, RECURRENT, tiny_model
+from tests.support.tiny import FAMILIES, RECURRENT, WINDOW, tiny_model
 
 LENGTH, SCRATCH, ROWS, VOCAB = 128, 64, 3, 96
 TOLERANCE = 1e-5  # of the largest logit
@@ -41,13 +42,22 @@ class Subject:
         assert error < self.tolerance
 
 
-def table_subject(order: int | None = None, **options: int) -> Subject:
-    runner = TableModel(VOCAB, order=order, rows=ROWS, max_length=LENGTH, scratch=SCRATCH, **options)
+TABLES: dict[str, dict[str, object]] = {
+    "table": {},
+    "table of order 2": {"order": 2},
+    "table with a window": {"reaches": [Reach(WINDOW)]},
+    "table with chunks and all": {"reaches": [Reach(WINDOW, chunked=True), EVERYTHING]},
+}
+
+
+def table_subject(name: str, **options: int) -> Subject:
+    size = {"rows": ROWS, "max_length": LENGTH, "scratch": SCRATCH}
+    runner = TableModel(VOCAB, **size, **TABLES[name], **options)  # type: ignore[arg-type]
 
     def reference(tokens: Sequence[int]) -> Tensor:
         return torch.tensor(np.log([runner.distribution(tokens[: end + 1]) for end in range(len(tokens))]))
 
-    return Subject(runner, reference, positioned=order != 2)
+    return Subject(runner, reference, positioned=runner.order != 2)
 
 
 UNLIKE = {
@@ -69,7 +79,7 @@ OF_TWO_FORMS = {"zamba2": 2e-2, "nemotron_h": 5e-3}
 UNPOSITIONED = {"mamba", "mamba2", "jamba", "nemotron_h", "granitemoehybrid", "zamba2"}
 """Families that know the order of tokens, not their positions."""
 
-SUBJECTS = ["table", "table of order 2", *FAMILIES, *RECURRENT]
+SUBJECTS = [*TABLES, *FAMILIES, *RECURRENT]
 ON_CUDA = [f"{family} on cuda" for family in FAMILIES]
 
 
@@ -85,7 +95,7 @@ ON_CUDA = [f"{family} on cuda" for family in FAMILIES]
 )
 def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     if request.param.startswith("table"):
-        return lambda **options: table_subject(2 if "2" in request.param else None, **options)
+        return lambda **options: table_subject(request.param, **options)
     family, _, device = request.param.partition(" on ")
     model = tiny_model(family, vocab=VOCAB, context=LENGTH)
     plain = copy.deepcopy(model)
@@ -340,6 +350,56 @@ def shuffled(make: Callable[..., Subject], seed: int = 0) -> tuple[Subject, list
     for row, of_row in enumerate(of_rows):
         subject.runner.bind(row, 0, of_row)
     return subject, of_rows
+
+
+class Deal:
+    """Deals the pages of a runner's pools to row 0: those behind windows come back, and are taken again first."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner, self.last = runner, 0
+        self.free = [np.random.default_rng(0).permutation(pool.pages).tolist() for pool in runner.pools]
+        self.bound: list[dict[int, int]] = [{} for _ in runner.pools]
+        self.most = [0 for _ in runner.pools]
+
+    def cover(self, start: int, places: Sequence[int]) -> None:
+        """Bind what tokens from ``start`` on see, and these places."""
+        for index, pool in enumerate(self.runner.pools):
+            of_pool, free = self.bound[index], self.free[index]
+            for place in [place for place in of_pool if place < pool.reach.start(start) // 16]:
+                self.runner.bind(0, place, [UNBOUND], index)
+                free.append(of_pool.pop(place))
+            for place in places:
+                if place not in of_pool:
+                    of_pool[place] = free.pop()
+                    self.runner.bind(0, place, [of_pool[place]], index)
+            self.most[index] = max(self.most[index], len(of_pool))
+
+
+def test_pages_that_nobody_sees_any_more_can_be_given_back(make: Callable[..., Subject]) -> None:
+    subject = make(page_slots=16, pages=PAGES)
+    runner, tokens, deal = subject.runner, text(110), Deal(subject.runner)
+    for start, end, prefills in ((0, 30, True), (30, 47, True), (47, 48, False), (48, 60, False), (60, 100, True)):
+        deal.cover(start, range(start // 16, (end - 1) // 16 + 1))
+        if prefills:
+            runner.prefill(0, tokens[start:end], start)
+        else:
+            subject.check(runner.append([0], [tokens[start:end]], [start])[0], tokens[:end], last=end - start)
+    deal.cover(100, [6, *range(LENGTH // 16, LENGTH // 16 + 4)])
+    nodes = text(len(TREE), seed=1)
+    logits = grow(runner, 0, 100, nodes, TREE, TREE_SLOTS, slice(0, len(TREE)))
+    for node in range(len(TREE)):
+        subject.check(logits[node][None], tokens[:100] + path(nodes, TREE, node))
+    winner = [0, 2, 5, 8]
+    runner.move(0, [TREE_SLOTS[node] for node in winner], list(range(100, 104)))
+    deal.cover(104, [6, 7])
+    whole = tokens[:100] + [nodes[node] for node in winner] + tokens[104:]
+    subject.check(runner.append([0], [whole[104:]], [104])[0], whole, last=6)
+    for pool, most in zip(runner.pools, deal.most, strict=True):
+        assert most == (11 if not pool.reach.size else 7)
+        if pool.reach.size:  # what is seen has to be there
+            runner.bind(0, pool.reach.start(110) // 16, [UNBOUND], runner.pools.index(pool))
+            with pytest.raises(ValueError, match="not bound"):
+                runner.append([0], [[1]], [110])
 
 
 def test_the_pool_is_described(make: Callable[..., Subject]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ssd_ray.actors import drafting
 from ssd_ray.actors.verifying import MOST_TOKENS
 from ssd_ray.config import SamplingParams
+from ssd_ray.models.reach import EVERYTHING, Reach
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.draft import SCRATCH
@@ -40,18 +41,34 @@ def request(dice: random.Random) -> tuple[list[int], SamplingParams]:
     return prompt(dice), params
 
 
-def pump(rows: int, drafts: int, pages: int | None, draft_pages: int | None = None, **options: object) -> Pump:
-    target = TableModel(rows=rows, scratch=8, pages=pages, **MODEL)  # type: ignore[arg-type]
-    model = TableModel(rows=rows, scratch=SCRATCH, pages=draft_pages, **MODEL)  # type: ignore[arg-type]
+SIGHTS: dict[str, dict[str, object]] = {
+    "all": {},
+    "windows": {"order": None, "reaches": [Reach(20)]},
+    "windows and all": {"order": None, "reaches": [Reach(20), EVERYTHING]},
+    "all and chunks": {"order": None, "reaches": [EVERYTHING, Reach(24, chunked=True)]},
+}
+
+
+def pump(
+    rows: int,
+    drafts: int,
+    pages: int | None,
+    draft_pages: int | None = None,
+    sight: str = "all",
+    **options: object,
+) -> Pump:
+    model = MODEL | SIGHTS[sight]
+    target = TableModel(rows=rows, scratch=8, pages=pages, **model)  # type: ignore[arg-type]
+    model = TableModel(rows=rows, scratch=SCRATCH, pages=draft_pages, **model)  # type: ignore[arg-type]
     models = [model.perturbed(0.8, seed) for seed in range(drafts)]
     return Pump(target, models, concurrency=rows, **options)  # type: ignore[arg-type]
 
 
-ALONE = pump(1, 0, None, lookahead=0)
+ALONE = {sight: pump(1, 0, None, sight=sight, lookahead=0, prefix_cache=False) for sight in SIGHTS}
 
 
-def alone(tokens: list[int], params: SamplingParams) -> list[int]:
-    return ALONE.run(tokens, params).tokens
+def alone(tokens: list[int], params: SamplingParams, sight: str = "all") -> list[int]:
+    return ALONE[sight].run(tokens, params).tokens
 
 
 def drain(engine: Pump, numbers: set[int], turns: int = 20_000) -> None:
@@ -72,6 +89,7 @@ def drain(engine: Pump, numbers: set[int], turns: int = 20_000) -> None:
     chunk=st.sampled_from([8, 32, 256]),
     caching=st.booleans(),
     trouble=st.sampled_from([0.0, 0.1]),
+    sight=st.sampled_from([*SIGHTS]),
 )
 def test_every_text_is_the_one_of_the_request_alone(
     seed: int,
@@ -81,6 +99,7 @@ def test_every_text_is_the_one_of_the_request_alone(
     chunk: int,
     caching: bool,
     trouble: float,
+    sight: str,
 ) -> None:
     dice = random.Random(seed)
     engine = pump(
@@ -88,6 +107,7 @@ def test_every_text_is_the_one_of_the_request_alone(
         drafts,
         pages,
         dice.choice([24, 40, None]),
+        sight,
         prefill_chunk=chunk,
         prefix_cache=caching,
         trouble=trouble,
@@ -106,7 +126,7 @@ def test_every_text_is_the_one_of_the_request_alone(
             cancelled.add(victim)
     drain(engine, set(range(len(requests))))
     for number, (tokens, params) in enumerate(requests):
-        text, expected = engine.texts[number], alone(tokens, params)
+        text, expected = engine.texts[number], alone(tokens, params, sight)
         if text.finish_reason == "cancelled":
             assert number in cancelled
             assert text.tokens == expected[: len(text.tokens)]
@@ -129,6 +149,39 @@ def test_a_full_pool_takes_turns_and_all_end() -> None:
         assert text.finish_reason == "length"
         assert len(text.tokens) == 190
         assert text.tokens == alone([number, 7], replace(params, seed=number))
+
+
+@pytest.mark.parametrize(("sight", "pages"), [("windows", 12), ("windows and all", 28)])
+def test_a_long_text_behind_windows_takes_memory_for_the_windows_alone(sight: str, pages: int) -> None:
+    """Twelve pages of 16 hold two windows of 20 and what is written beside them, and not one text of 190; where some
+    layers see everything, theirs hold two texts."""
+    engine = pump(2, 1, pages, sight=sight, prefill_chunk=16)
+    params = SamplingParams(temperature=1.0, max_tokens=1000, ignore_eos=True)
+    windowed, most = engine.target.batch.pool.pools[0], 0
+    requests = [([number, 7] * 60, replace(params, seed=number)) for number in range(2)]
+    for number, (tokens, each) in enumerate(requests):
+        engine.target.submit(number, tokens, each)
+    while len(engine.texts) < 2 or not all(text.finish_reason for text in engine.texts.values()):
+        engine.turn()
+        most = max(most, sum(len(lease.pages) - lease.first for lease in windowed._leases))
+    assert most <= 2 * 6
+    stats = engine.target.stats()
+    assert stats.preemptions == 0
+    assert stats.sums.tree_used > 0
+    for number, (tokens, each) in enumerate(requests):
+        assert engine.texts[number].tokens == alone(tokens, each, sight)
+
+
+@pytest.mark.parametrize("sight", ["windows", "windows and all"])
+def test_a_text_that_goes_on_finds_its_window(sight: str) -> None:
+    engine = pump(1, 1, None, sight=sight)
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    tokens = [1, 2, 3] * 20
+    for number in range(3):
+        text = engine.run(tokens, params, number)
+        assert text.tokens == alone(tokens, params, sight)
+        assert text.stats.cached_tokens == ((len(tokens) - 2) // 16 * 16 if number else 0)
+        tokens = [*tokens, *text.tokens, 9]
 
 
 def test_what_was_decoded_is_written_again_as_it_was_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +246,7 @@ def test_requests_with_equal_beginnings_share_pages_while_they_run() -> None:
     for number in range(1, 4):
         engine.target.submit(number, [*PREFIX, number + 1], params)
     engine.turn()
-    pages = [row.lease.pages[:3] for row in engine.target.batch.rows if row.lease]
+    pages = [row.lease.leases[0].pages[:3] for row in engine.target.batch.rows if row.lease]
     assert len(pages) == 4
     assert all(each == pages[0] for each in pages)
     drain(engine, set(range(4)))

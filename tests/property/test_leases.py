@@ -6,25 +6,31 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ssd_ray.models.leases import Lease, PagePool
+from ssd_ray.models.leases import GONE, KVMemory, Lease, PagePool
+from ssd_ray.models.reach import EVERYTHING, Reach
+from ssd_ray.models.table import TableModel
 
 SLOTS, PAGES = 2, 8
 TOKENS = st.lists(st.integers(0, 1), max_size=11)
 
 
 class Leases(RuleBasedStateMachine):
-    """Leases that come, grow, publish and go; beside them what is written on each page, in plain lists."""
+    """Leases that come, grow, publish, give back what lies behind a window, and go; beside them what is written on each
+    page, in plain lists."""
+
+    reach = EVERYTHING
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(range(PAGES), SLOTS, rows=3)
+        self.pool = PagePool(range(PAGES), SLOTS, rows=3, reach=self.reach, ahead=22)
         self.running: list[tuple[Lease, list[int]]] = []
         self.written: dict[int, tuple[int, ...]] = {}  # page -> all tokens up to its end, as its KV depends on them
 
     @rule(tokens=TOKENS)
     def begin(self, tokens: list[int]) -> None:
         lease = self.pool.lease(tokens[:-1])
-        for place in range(lease.shared):
+        assert lease.first <= self.reach.start(lease.shared * SLOTS) // SLOTS
+        for place in range(lease.first, lease.shared):
             assert self.written[lease.pages[place]] == tuple(tokens[: (place + 1) * SLOTS])
         if not lease.grow(len(tokens)):
             lease.release()
@@ -47,6 +53,14 @@ class Leases(RuleBasedStateMachine):
             lease.publish(tokens)
 
     @rule(which=st.integers(0, 9), keep=st.booleans())
+    def give_back(self, which: int, keep: bool) -> None:
+        if self.running:
+            lease, tokens = self.running[which % len(self.running)]
+            lease.give_back(len(tokens), lambda: tokens if keep else ())
+            assert lease.first <= self.reach.start(len(tokens)) // SLOTS
+            assert keep or lease.cached or lease.first >= self.reach.start(len(tokens)) // SLOTS - 1
+
+    @rule(which=st.integers(0, 9), keep=st.booleans())
     def end(self, which: int, keep: bool) -> None:
         if self.running:
             lease, tokens = self.running.pop(which % len(self.running))
@@ -54,7 +68,7 @@ class Leases(RuleBasedStateMachine):
 
     def write(self, lease: Lease, tokens: list[int], first: int) -> None:
         """Write the full pages from place ``first`` on: nobody else may read them."""
-        for place in range(first, len(tokens) // SLOTS):
+        for place in range(max(first, lease.first), len(tokens) // SLOTS):
             readers = [other for other, _ in self.running if lease.pages[place] in other.pages]
             assert readers == [lease]
             self.written[lease.pages[place]] = tuple(tokens[: (place + 1) * SLOTS])
@@ -64,11 +78,67 @@ class Leases(RuleBasedStateMachine):
         self.pool.validate()
         for lease, tokens in self.running:
             assert lease.slots >= len(tokens)
-            assert len(set(lease.pages)) == len(lease.pages)
+            assert lease.pages[: lease.first] == [GONE] * lease.first
+            assert len(set(lease.pages[lease.first :])) == len(lease.pages) - lease.first
 
 
-Leases.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestLeases = Leases.TestCase
+class WindowedLeases(Leases):
+    reach = Reach(3)
+
+
+class ChunkedLeases(Leases):
+    reach = Reach(4, chunked=True)
+
+
+for machine in (Leases, WindowedLeases, ChunkedLeases):
+    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLeases, TestWindowedLeases, TestChunkedLeases = (each.TestCase for each in (Leases, WindowedLeases, ChunkedLeases))
+
+
+def test_behind_a_window_a_lease_holds_what_it_needs_and_no_more() -> None:
+    pool = PagePool(range(40), SLOTS, reach=Reach(6), ahead=4)
+    lease, tokens = pool.lease(), [*range(60)]
+    for position in range(60):
+        lease.give_back(position, lambda: tokens[:position])  # noqa: B023
+        assert lease.grow(position + 4)
+        assert len(lease.pages) - lease.first <= pool.most(60) == 7
+    lease.release(tokens)
+    pool.validate()
+    assert pool.usable(tokens) == set(range(1, 31))  # all that was given back is there
+
+
+def test_a_beginning_is_found_where_all_is_there_that_what_follows_sees() -> None:
+    """Of a text whose first pages are gone as well as of a short one."""
+    pool = PagePool(range(8), SLOTS, reach=Reach(4), ahead=4)
+    lease, tokens = pool.lease(), [*range(20)]
+    for position in range(0, 20, 2):
+        lease.give_back(position, lambda: tokens[:position])  # noqa: B023
+        assert lease.grow(position + 2)
+    lease.release(tokens)
+    assert pool.usable(tokens) == {4, 5, 6, 7, 8, 9, 10}  # two pages of ten are gone
+    again = pool.lease(tokens)
+    assert (again.shared, again.first) == (10, 8)
+    other = pool.lease([*tokens[:14], 99, 99])
+    assert (other.shared, other.first) == (7, 5)
+    assert other.pages[:5] == [GONE] * 5
+    pool.validate()
+
+
+def test_a_row_begins_with_what_all_pools_have() -> None:
+    runner = TableModel(rows=2, max_length=64, scratch=0, page_slots=SLOTS, pages=40, reaches=[Reach(4), EVERYTHING])
+    memory, tokens = KVMemory(runner, 2, ahead=6), [*range(20)]
+    lease = memory.lease(0, tokens)
+    for position in range(0, 20, 2):
+        assert lease.cover(position, position + 2, lambda: tokens[:position])  # noqa: B023
+    assert [len(each.pages) - each.first for each in lease.leases] == [3, 10]
+    lease.release(tokens)
+    windowed, _ = memory.pools
+    taken = windowed.lease()
+    assert taken.grow(2 * 6)  # as much as a windowed lease may have
+    assert memory.cached(tokens) == 10
+    assert memory.cached(tokens[:11]) == 5
+    taken.release()
+    memory.validate()
 
 
 def test_pages_follow_one_another_where_they_can() -> None:

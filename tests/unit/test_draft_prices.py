@@ -231,4 +231,4 @@ def test_no_slot_is_lost_or_taken_twice_whatever_the_prices(
             assert not set(window) & set(draft._free)
             assert len(window) + len(draft._free) == WINDOW
             assert len(set(draft._free)) == len(draft._free)
-            assert 0 <= draft._filled <= draft.position
+            assert 0 <= draft.filled <= draft.position

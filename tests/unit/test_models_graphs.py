@@ -40,13 +40,15 @@ def test_the_static_step_is_the_plain_forward(
     runner, plain, static = caches(model)
     tokens = tokens_of(len(rows), 8, seed=9)
     with torch.inference_mode():
-        positions, masks = runner._trunk(starts[: len(rows)], 8, 64)
-        places = zip(rows, starts, strict=False)
-        written = torch.tensor([static.table.locate(row, range(start, start + 8)) for row, start in places])
-        want = eager_forward(model, plain)(rows, [64] * len(rows), tokens, positions, written, masks)
-        pools = static.pools(0, static.table.size if gather else 64)
-        pages = static.pages(rows, 64) if gather else None
-        got = static_step(model, 64, static.sight)(pools, pages, tokens, positions, written, *masks)
+        reads = [range(64)] * len(static.pools)
+        positions, masks = runner._trunk(starts[: len(rows)], 8, reads)
+        slots = [range(start, start + 8) for start in starts[: len(rows)]]
+        written = list(map(torch.tensor, static.locate(rows, slots)))
+        want = eager_forward(model, plain)(rows, reads, tokens, positions, written, masks)
+        sizes = [pool.table.size if gather else 64 for pool in static.pools]
+        pools = static.parts([0] * len(sizes), sizes)
+        pages = [pool.pages(rows, reads[:1] * len(rows)) if gather else None for pool in static.pools]
+        got = static_step(model, 64, static.sight)(pools, pages, tokens, positions, *written, *masks)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(static.banks, plain.banks, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -116,8 +118,8 @@ def test_padding_lies_within_what_is_read() -> None:
     runner._decode = lambda *inputs: forwards.append(inputs) or torch.zeros(1, inputs[2].shape[1], 96)
     for count in (1, 2, 3):
         runner.append([0], [[5] * count], [61])
-    for _, extents, _, _, written, masks in forwards:
-        assert written.max() < extents[0] == masks[0].shape[-1]
+    for _, reads, _, _, written, masks in forwards:
+        assert written[0].max() < reads[0].stop == masks[0].shape[-1]
 
 
 def test_what_cannot_be_captured_is_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +128,10 @@ def test_what_cannot_be_captured_is_run_plainly(monkeypatch: pytest.MonkeyPatch)
     class Capturing(CudaGraphForward):
         fails = True
 
-        def _capture(self, inputs, in_place):
+        def _capture(self, inputs, reaches, in_place):
             if self.fails:
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return super()._capture(inputs, in_place)
+            return super()._capture(inputs, reaches, in_place)
 
     model = tiny_model("llama")
     plain, failing = (HFRunner(model, **SIZE, compile=True) for _ in range(2))
