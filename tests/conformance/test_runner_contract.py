@@ -395,7 +395,7 @@ def test_pages_that_nobody_sees_any_more_can_be_given_back(make: Callable[..., S
     whole = tokens[:100] + [nodes[node] for node in winner] + tokens[104:]
     subject.check(runner.append([0], [whole[104:]], [104])[0], whole, last=6)
     for pool, most in zip(runner.pools, deal.most, strict=True):
-        assert most == (11 if not pool.reach.size else 7)
+        assert most <= 7 if pool.reach.size else most == 12
         if pool.reach.size:  # what is seen has to be there
             runner.bind(0, pool.reach.start(110) // 16, [UNBOUND], runner.pools.index(pool))
             with pytest.raises(ValueError, match="not bound"):

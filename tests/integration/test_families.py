@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -40,17 +41,30 @@ def texts(config: EngineConfig, prompts: Sequence[list[int]], params: SamplingPa
         return generate(prompts, params)[0]
 
 
-def test_ar_sd_and_ssd_write_what_transformers_writes(pair: EngineConfig) -> None:
-    assert len(PROMPTS[0]) > 2 * WINDOW
+@pytest.fixture(scope="module")
+def plainly(pair: EngineConfig) -> tuple[list[list[int]], list[list[int]]]:
+    """What plain decoding writes, greedy and sampled."""
     with engine(replace(pair, method="ar"), "memory") as generate:
         greedy, sampled = (generate(PROMPTS, params)[0] for params in (GREEDY, SAMPLED))
-    assert greedy == generated(str(pair.target), PROMPTS, COUNT)
-    for config in (replace(pair, method="ssd"), replace(pair, method="sd", lookahead=4)):
-        with engine(config, "memory") as generate:
-            assert generate(PROMPTS, GREEDY)[0] == greedy
-            texts, stats = generate(PROMPTS, SAMPLED)
-            assert texts == sampled
-    assert sum(each.tokens for each in stats) > sum(each.rounds for each in stats)  # sd waits for its draft
+    return greedy, sampled
+
+
+def test_ar_writes_what_transformers_writes(pair: EngineConfig, plainly: tuple[list[list[int]], ...]) -> None:
+    assert len(PROMPTS[0]) > 2 * WINDOW
+    assert plainly[0] == generated(str(pair.target), PROMPTS, COUNT)
+
+
+@pytest.mark.parametrize("method", ["sd", "ssd"])
+def test_sd_and_ssd_write_what_ar_writes(
+    pair: EngineConfig, plainly: tuple[list[list[int]], ...], method: Literal["sd", "ssd"]
+) -> None:
+    config = replace(pair, method="sd", lookahead=4) if method == "sd" else replace(pair, method="ssd")
+    with engine(config, "memory") as generate:
+        assert generate(PROMPTS, GREEDY)[0] == plainly[0]
+        texts, stats = generate(PROMPTS, SAMPLED)
+    assert texts == plainly[1]
+    if method == "sd":  # it waits for its draft
+        assert sum(each.tokens for each in stats) > sum(each.rounds for each in stats)
 
 
 def test_eight_at_once_where_memory_is_scarce(pair: EngineConfig) -> None:
