@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from ssd_ray.cli import app
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.families import document, survey, try_family
+from tests import families
 from tests.support.tiny import FAMILIES, RECURRENT
 
 DIFFERENT = ("llama", "lfm2")
@@ -54,3 +55,17 @@ def test_by_the_command() -> None:
     assert (result.exit_code, result.output.split()) == (0, ["llama", "works"])
     with pytest.raises(ConfigError, match="name: expected a causal language model of transformers, got 'nothing'"):
         list(survey(["nothing"]))
+
+
+def test_the_table_of_families_has_a_cell_for_each_test() -> None:
+    files = "tests/integration/test_families.py", "tests/real/test_real_models.py"
+    ids = {
+        f"{files[0]}::test_ar_writes_what_transformers_writes[lfm2]": ("lfm2", "ar"),
+        f"{files[0]}::test_sd_and_ssd_write_what_ar_writes[gpt_oss-ssd]": ("gpt_oss", "ssd"),
+        f"{files[0]}::test_sd_and_ssd_write_what_ar_writes[ssd-gpt_oss]": ("gpt_oss", "ssd"),
+        f"{files[1]}::test_texts_are_those_of_transformers[Qwen-2.5-sd]": ("Qwen-2.5", "sd"),
+        "tests/unit/test_families.py::test_by_the_command": None,
+    }
+    assert {nodeid: families.place(nodeid) for nodeid in ids} == ids
+    page = families.document({("lfm2", "ar"): "yes", ("mistral", "ssd"): "**no**"}, "today")
+    assert "| `lfm2` |  | yes |  |  |  |  |\n| `mistral` |  |  |  | **no** |  |  |\n" in page

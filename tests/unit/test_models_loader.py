@@ -21,9 +21,11 @@ from ssd_ray.errors import (
     VocabularyMismatchError,
 )
 from ssd_ray.models import loader, sources
-from ssd_ray.models.info import check_pair, count_parameters, end_tokens, kv_bytes, load_tokenizer, model_info
-from ssd_ray.models.loader import load_runner
-from tests.support.tiny import save_model, tiny_config, tiny_model, tiny_pair
+from ssd_ray.models.describe import describe
+from ssd_ray.models.info import Kept, check_pair, count_parameters, end_tokens, kv_bytes, load_tokenizer, model_info
+from ssd_ray.models.loader import count_pages, kv_size, load_runner
+from ssd_ray.models.reach import EVERYTHING, Reach
+from tests.support.tiny import WINDOW, save_model, tiny_config, tiny_model, tiny_pair
 
 SIZE = {"rows": 2, "scratch": 32, "device": "cpu"}
 
@@ -290,3 +292,30 @@ def test_nothing_foreign_escapes(pair: tuple[str, str], monkeypatch: pytest.Monk
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
         with pytest.raises(SsdRayError):
             load_runner(pair[0], role="target", **SIZE)
+
+
+def test_windowed_layers_get_pages_for_their_windows() -> None:
+    """A row of 32,000 slots takes 500 pages of layers that see all, and 22 of those with a window of 1,024."""
+    windowed, full = Kept(Reach(1024), 8), Kept(EVERYTHING, 2)
+    size = {"rows": 4, "slots": 32_000, "ahead": 256}
+    page_bytes = [64 * each.slot_bytes for each in (windowed, full)]
+    assert count_pages("auto", [windowed, full], **size, free=1 << 60) == [4 * 2 * 22, 4 * 500]
+    assert count_pages("auto", [windowed, full], **size, free=0) == [22, 500]
+    least = sum(count * one for count, one in zip((22, 500), page_bytes, strict=True))
+    assert count_pages(least / 2**30, [windowed, full], **size, free=0) == [22, 500]
+    assert count_pages((least + 10 * sum(page_bytes)) / 2**30, [windowed, full], **size, free=0) == [32, 510]
+    with pytest.raises(ConfigError, match="kv_memory: expected at least"):
+        count_pages((least - 1) / 2**30, [windowed, full], **size, free=0)
+    for memory in (least, 2 * least, 30 * least):
+        pages = count_pages(memory / 2**30, [windowed, full], **size, free=0)
+        assert memory - sum(page_bytes) < kv_size([windowed, full], pages) <= memory
+
+
+def test_a_windowed_model_takes_less_memory(tmp_path: Path) -> None:
+    target, _ = tiny_pair(tmp_path, "gemma2", context=2048)
+    info = model_info(target)
+    assert [each.reach for each in info.kept] == [Reach(WINDOW), EVERYTHING]
+    assert sum(each.slot_bytes for each in info.kept) == info.kv_bytes_per_slot
+    runner = load_runner(target, role="target", rows=2, scratch=16, kv_memory="auto", device="cpu")
+    assert [pool.pages for pool in runner.pools] == [2 * 2 * 7, 2 * 33]
+    assert describe(target).kv_bytes(2000) == info.kept[0].slot_bytes * WINDOW + info.kept[1].slot_bytes * 2000

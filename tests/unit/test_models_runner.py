@@ -130,6 +130,23 @@ def test_how_tokens_are_dealt_into_forwards_changes_no_bit(dtype: torch.dtype) -
     assert torch.equal(logits(2, [1, 2, 16, 3, 7, 11, 4]), want)
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
+def test_where_reading_begins_changes_no_bit(architecture: str) -> None:
+    """Behind slot 536 a window of 24 lies beyond the first period of slots, and what one token reads begins there; what
+    several read that begin before it does not."""
+    runner = steady_runner(torch.bfloat16, architecture, head_dim=64, rows=2, max_length=640, scratch=0)
+    tokens, begin, end = text(600), 520, 600
+
+    def logits(row: int, stride: int) -> torch.Tensor:
+        runner.prefill(row, tokens[:begin])
+        starts = range(begin, end, stride)
+        return torch.cat([runner.append([row], [tokens[at : min(end, at + stride)]], [at])[0] for at in starts])
+
+    assert runner._reads(534, 576)[0] == range(576)
+    assert runner._reads(535, 576)[0] == range(512, 576)
+    assert torch.equal(logits(0, 1), logits(1, 11))
+
+
 @pytest.mark.parametrize("in_line", [True, False])
 def test_fewer_tokens_are_padded_to_a_number_that_is_run(in_line: bool) -> None:
     runner = HFRunner(tiny_model("deepseek_v3" if not in_line else "llama"), **SIZE)
