@@ -90,8 +90,8 @@ class ChunkedLeases(Leases):
     reach = Reach(4, chunked=True)
 
 
-for machine in (Leases, WindowedLeases, ChunkedLeases):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+for machine, examples in ((Leases, 40), (WindowedLeases, 30), (ChunkedLeases, 20)):
+    machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
 TestLeases, TestWindowedLeases, TestChunkedLeases = (each.TestCase for each in (Leases, WindowedLeases, ChunkedLeases))
 
 
