@@ -172,7 +172,8 @@ def test_a_long_text_behind_windows_takes_memory_for_the_windows_alone(sight: st
         assert engine.texts[number].tokens == alone(tokens, each, sight)
 
 
-def test_a_text_that_goes_on_finds_its_window(sight: str = "windows and all") -> None:
+def test_a_text_that_goes_on_finds_its_window() -> None:
+    sight = "windows and all"
     engine = pump(1, 1, None, sight=sight)
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     tokens = [1, 2, 3] * 20
