@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import transformers
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "families.md"
@@ -78,7 +78,7 @@ def document(cells: Mapping[tuple[str, str], str], date: str) -> str:
     lines = [f"| family | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
     for row in sorted({row for row, _ in cells}):
         lines.append(f"| `{row}` | " + " | ".join(cells.get((row, column), "") for column in COLUMNS) + " |")
-    return "\n".join([INTRODUCTION.format(version=transformers.__version__, date=date), *lines, ""])
+    return "\n".join([INTRODUCTION.format(version=version("transformers"), date=date), *lines, ""])
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -134,8 +134,10 @@ def test_how_tokens_are_dealt_into_forwards_changes_no_bit(dtype: torch.dtype) -
 def test_where_reading_begins_changes_no_bit(architecture: str) -> None:
     """Behind slot 536 a window of 24 lies beyond the first period of slots, and what one token reads begins there; what
     several read that begin before it does not."""
-    runner = steady_runner(torch.bfloat16, architecture, head_dim=64, rows=2, max_length=640, scratch=0)
-    tokens, begin, end = text(600), 520, 600
+    model = tiny_model(architecture, context=640, head_dim=64).to(torch.bfloat16)
+    runner = HFRunner(model, rows=2, max_length=640, scratch=0)
+    runner.line_sizes = (16,)
+    tokens, begin, end = text(570), 520, 570
 
     def logits(row: int, stride: int) -> torch.Tensor:
         runner.prefill(row, tokens[:begin])
