@@ -1,7 +1,7 @@
 """Families of models and what each does here, as one table of which every cell is a test.
 
 ``python -m tests.families`` runs the tests of all families, and of real models if ``SSD_RAY_REAL_MODELS`` names some,
-and writes docs/families.md. Arguments go to pytest: ``-k "mistral or gemma2"`` runs a part, and says so in the table.
+and writes docs/families.md. Arguments go to pytest: ``-k "mistral or gemma2"`` runs a part, and leaves the other cells.
 """
 
 from __future__ import annotations
@@ -81,14 +81,22 @@ def document(cells: Mapping[tuple[str, str], str], date: str) -> str:
     return "\n".join([INTRODUCTION.format(version=version("transformers"), date=date), *lines, ""])
 
 
+def read(page: str) -> Cells:
+    """The cells of a page."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    pairs = [
+        ((line[0].strip("`"), column), cell) for line in lines for column, cell in zip(COLUMNS, line[1:], strict=True)
+    ]
+    return {place: cell for place, cell in pairs if cell}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the tests and write the page."""
     recorder = Recorder()
     options = ["-n", "0", "-q", "-m", "not gpu", *arguments]
     status = int(pytest.main([*options, *(str(ROOT / file) for file in (*FILES, REAL))], plugins=[recorder]))
-    if recorder.cells:
-        part = f" (a part: `{' '.join(arguments)}`)" if arguments else ""
-        PAGE.write_text(document(recorder.cells, f"{datetime.now(UTC):%Y-%m-%d}{part}"))
+    before = read(PAGE.read_text()) if arguments and PAGE.exists() else {}
+    PAGE.write_text(document(before | recorder.cells, f"{datetime.now(UTC):%Y-%m-%d}"))
     return status
 
 

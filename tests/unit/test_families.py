@@ -67,5 +67,7 @@ def test_the_table_of_families_has_a_cell_for_each_test() -> None:
         "tests/unit/test_families.py::test_by_the_command": None,
     }
     assert {nodeid: families.place(nodeid) for nodeid in ids} == ids
-    page = families.document({("lfm2", "ar"): "yes", ("mistral", "ssd"): "**no**"}, "today")
+    cells = {("lfm2", "ar"): "yes", ("mistral", "ssd"): "**no**"}
+    page = families.document(cells, "today")
+    assert families.read(page) == cells
     assert "| `lfm2` |  | yes |  |  |  |  |\n| `mistral` |  |  |  | **no** |  |  |\n" in page
