@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
+from ssd_ray.models.adapters import adapter_fingerprint, adapter_folder, check_adapter
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
+from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_format
 from ssd_ray.models.probe import probe_layers
-from ssd_ray.models.recurrent import shape_kept, what_is_kept
+from ssd_ray.models.quantize import Kind, quantised_bytes, refuse_kind
+from ssd_ray.models.recurrent import shape_kept, states_of, what_is_kept
 from ssd_ray.models.sources import (
     Role,
     check_source,
@@ -29,6 +33,8 @@ from ssd_ray.models.sources import (
 )
 from ssd_ray.models.support import is_recurrent, max_positions, refuse_unsupported
 from ssd_ray.models.translation import LEAST_SHARED, Translation
+
+CPU = torch.device("cpu")
 
 SAMPLING = {
     "temperature": "temperature",
@@ -49,8 +55,10 @@ class ModelInfo:
         vocab_size: entries of the embedding; padding beyond the tokenizer's included.
         max_length: positions that the model can take, or None if its config sets no limit.
         eos_token_ids: tokens that end a text; see also :func:`end_tokens`.
-        parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
+        parameter_bytes: what the weights take; 0 if their files are not on this machine yet.
         kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
+        state_bytes: states of all recurrent layers after a token; 0 if there are none.
+        quantised: how the weights are, by the checkpoint or when they are loaded; None if they are not.
     """
 
     vocab_size: int
@@ -58,9 +66,18 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     parameter_bytes: int
     kv_bytes_per_slot: int
+    state_bytes: int = 0
+    quantised: str | None = None
 
 
-def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> ModelInfo:
+def model_info(
+    path: str | None,
+    *,
+    role: Role = "target",
+    quantize: Kind | None = None,
+    device: torch.device = CPU,
+    trust_remote_code: bool = False,
+) -> ModelInfo:
     """Describe a model from its config.json alone; arguments as in :func:`load_runner`.
 
     Raises:
@@ -71,12 +88,16 @@ def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bo
     with in_our_words(role, source):
         config = read_config(source, trust_remote_code)
         refuse_unsupported(config, role, trusted=trust_remote_code)
+        how, dtype = kind_for(config, quantize), checkpoint_dtype(config)
+        kept = kept_bytes(config, dtype, trusted=trust_remote_code)
         return ModelInfo(
             vocab_size=config.get_text_config().vocab_size,
             max_length=max_positions(config),
             eos_token_ids=_eos_token_ids(source, config),
-            parameter_bytes=weight_bytes(source, config, checkpoint_dtype(config), trusted=trust_remote_code),
-            kv_bytes_per_slot=kv_bytes(config, checkpoint_dtype(config), trusted=trust_remote_code),
+            parameter_bytes=weight_bytes(source, config, dtype, quantize=how, device=device, trusted=trust_remote_code),
+            kv_bytes_per_slot=kept.slot,
+            state_bytes=kept.state,
+            quantised=how or checkpoint_format(config),
         )
 
 
@@ -91,9 +112,9 @@ def check_files(path: str | None, *, role: Role = "target") -> None:
         check_source(source)
 
 
-def model_fingerprint(path: str | None, *, role: Role = "target") -> tuple[str, str]:
-    """Digests of a model's config and weights, by which two machines see whether theirs is the same; empty for what is
-    not on this one; see :func:`~ssd_ray.models.checkpoint.fingerprint`.
+def model_fingerprint(path: str | None, *, role: Role = "target", adapter: str | None = None) -> tuple[str, str]:
+    """Digests of a model's config and weights, its adapter's included, by which two machines see whether theirs is the
+    same; empty for what is not on this one; see :func:`~ssd_ray.models.checkpoint.fingerprint`.
 
     Raises:
         ModelError: no such folder.
@@ -101,7 +122,11 @@ def model_fingerprint(path: str | None, *, role: Role = "target") -> tuple[str, 
     source = find_source(path, role)
     with in_our_words(role, source):
         folder = checkpoint_folder(source)
-        return fingerprint(folder) if folder else ("", "")
+        found = fingerprint(folder) if folder else ("", "")
+    if adapter is None:
+        return found
+    config, weights = adapter_fingerprint(adapter_folder(adapter))
+    return found[0] and found[0] + config, found[1] and found[1] + weights
 
 
 def load_tokenizer(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> Any:
@@ -229,11 +254,68 @@ def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
-    """What a model's weights take in a dtype, by its files; 0 if these are not here."""
-    if is_gguf(source):  # whose numbers are widened
+def kind_for(config: PreTrainedConfig, quantize: Kind | None) -> Kind | None:
+    """How the weights of a checkpoint are quantised when they are loaded: not those that are already."""
+    return None if checkpoint_format(config) else quantize
+
+
+def refuse_weights(
+    path: str | None,
+    *,
+    role: Role = "target",
+    quantize: Kind | None = None,
+    device: torch.device = CPU,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a checkpoint, or a way to quantise it, for which this device or installation lacks something.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is quantised in a way that needs it.
+        ConfigError: ``quantize`` does.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        config = read_config(source, trust_remote_code)
+        refuse_format(config, role, device)
+        if (how := kind_for(config, quantize)) is not None:
+            refuse_kind(how, device)
+
+
+def check_adapter_of(adapter: str | None, path: str | None, *, trust_remote_code: bool = False) -> None:
+    """Look whether an adapter can be merged into the target's weights, without reading these.
+
+    Raises:
+        ModelError: there is none, or it is for another model.
+        UnsupportedModelError: it cannot be merged, or not into weights that are quantised.
+        ConfigError: the package that does it is not installed.
+    """
+    if adapter is None:
+        return
+    source, folder = find_source(path, "target"), adapter_folder(adapter)
+    with in_our_words("target", source):
+        config = read_config(source, trust_remote_code)
+        if (method := checkpoint_format(config)) is not None:
+            raise UnsupportedModelError(f"adapter: it cannot be merged into weights that are quantised by {method}")
+        check_adapter(folder, _outline(config, trust_remote_code))
+
+
+def weight_bytes(
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    quantize: Kind | None = None,
+    device: torch.device = CPU,
+    trusted: bool = False,
+) -> int:
+    """What a model's weights take in a dtype, or quantised, by its files; 0 if these are not here."""
+    size = source_bytes(source)
+    if quantize is not None:
+        return quantised_bytes(_outline(config, trusted), quantize, dtype) if size else 0
+    if is_gguf(source) or is_widened(config, device):
         return count_parameters(config, trusted=trusted) * dtype.itemsize
-    return source_bytes(source) * dtype.itemsize // checkpoint_dtype(config).itemsize
+    # In a checkpoint that is quantised, what has a dtype is the smaller part.
+    return size if checkpoint_format(config) else size * dtype.itemsize // checkpoint_dtype(config).itemsize
 
 
 def count_parameters(config: PreTrainedConfig, *, trusted: bool = False) -> int:
@@ -251,30 +333,46 @@ def _outline(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
     return model
 
 
-def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
-    """Bytes of one slot over all layers: what a model without weights keeps of a token. ``trusted`` says whether code
-    that comes with a model may run."""
-    path = cache_path(machine_name("kept of a token", config.to_json_string(), trusted))
-    numbers = read(path, int)
-    if numbers is None:
-        numbers = _numbers_kept(config, trusted)
-        keep(path, numbers)
-    return numbers * dtype.itemsize
+class Kept(msgspec.Struct, frozen=True):
+    """What a model keeps of what it has read.
+
+    Attributes:
+        slot: bytes of a token's K and V over all layers.
+        state: bytes of all recurrent layers' states after a token.
+    """
+
+    slot: int
+    state: int
 
 
-def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> int:
-    """Numbers that all layers keep of a token."""
-    outline = _outline(config, trusted)
+def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> Kept:
+    """What a model keeps, by one without weights. ``trusted`` says whether code that comes with it may run."""
+    path = cache_path(machine_name("kept", config.to_json_string(), str(dtype), trusted))
+    kept = read(path, Kept)
+    if kept is None:
+        kept = _kept(config, dtype, trusted)
+        keep(path, kept)
+    return kept
+
+
+def _kept(config: PreTrainedConfig, dtype: torch.dtype, trusted: bool) -> Kept:
+    outline, state = _outline(config, trusted), 0
     try:
         if is_recurrent(config):
-            shapes = [shape for layer in what_is_kept(outline) if (shape := shape_kept(layer)) is not None]
+            layers = what_is_kept(outline)
+            state = sum(
+                tensor.numel() * (dtype if tensor.dtype == outline.dtype else tensor.dtype).itemsize
+                for tensor in states_of(layers)
+            )
+            shapes = [shape for layer in layers if (shape := shape_kept(layer)) is not None]
         else:
             shapes = probe_layers(outline)
     except UnsupportedModelError as error:
         if error.__cause__ is None:  # it ran, and keeps something else
             raise
-        return _usual_numbers_kept(config)  # it looks at values, which are not there
-    return sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) or 1
+        return Kept(_usual_numbers_kept(config) * dtype.itemsize, 0)  # it looks at values, which are not there
+    numbers = sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) or 1
+    return Kept(numbers * dtype.itemsize, state)
 
 
 def _usual_numbers_kept(config: PreTrainedConfig) -> int:

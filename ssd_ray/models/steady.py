@@ -103,6 +103,10 @@ def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor
         elif isinstance(layer, PackedLinear):
             product = layer.product
             found.setdefault((layer.in_features, product.out_features), (product.of, product.like))
+        elif hasattr(layer, "in_features") and hasattr(layer, "out_features"):  # of whoever quantised the checkpoint
+            like = next(each for each in module.parameters() if each.is_floating_point())
+            shape = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+            found.setdefault(shape, (partial(_called, layer), like))
     for weight in routers(module):
         found.setdefault((weight.shape[1], weight.shape[0]), (partial(_plain, weight), weight))
     return found
@@ -110,6 +114,11 @@ def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor
 
 def _plain(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(inputs, weight, bias)
+
+
+def _called(layer: nn.Module, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    outputs: Tensor = layer(inputs)
+    return outputs if bias is None else outputs + bias
 
 
 def _one(rows: Tensor) -> bytes:

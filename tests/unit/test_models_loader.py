@@ -21,7 +21,7 @@ from ssd_ray.errors import (
     VocabularyMismatchError,
 )
 from ssd_ray.models import loader, sources
-from ssd_ray.models.info import check_pair, count_parameters, end_tokens, kv_bytes, load_tokenizer, model_info
+from ssd_ray.models.info import check_pair, count_parameters, end_tokens, kept_bytes, load_tokenizer, model_info
 from ssd_ray.models.loader import load_runner
 from tests.support.tiny import save_model, tiny_config, tiny_model, tiny_pair
 
@@ -153,7 +153,7 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
 def test_asking_what_a_model_keeps_leaves_its_config_alone() -> None:
     config = tiny_config("llama")
     before = config.to_json_string()
-    assert kv_bytes(config, torch.float32) == 2 * kv_bytes(config, torch.bfloat16)
+    assert kept_bytes(config, torch.float32).slot == 2 * kept_bytes(config, torch.bfloat16).slot
     assert count_parameters(config) == sum(weight.numel() for weight in tiny_model().parameters())
     assert config.to_json_string() == before
 
