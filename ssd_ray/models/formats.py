@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
@@ -25,6 +30,10 @@ PACKAGES = {
     "quanto": ("optimum.quanto", "accelerate"),
 }
 """By the method of a checkpoint, the modules that load it."""
+
+COMPANY = 3e-3
+"""Relative error by which a product may change for what is beside it: kernels for other shapes stay below 2e-3, int8
+activations with a common scale, or with outliers taken out together, exceed 5e-3."""
 
 GPU_ONLY = frozenset({"hqq", "fbgemm_fp8"})
 
@@ -67,6 +76,72 @@ def is_widened(config: PreTrainedConfig, device: torch.device) -> bool:
         return False
     compressed = checkpoint_format(config) == "compressed-tensors" and not getattr(said, "run_compressed", False)
     return compressed or bool(getattr(said, "dequantize", False))
+
+
+@torch.inference_mode()
+def refuse_company(model: nn.Module, role: str) -> None:
+    """Refuse layers of a quantised checkpoint that round a token by what is beside it.
+
+    Raises:
+        UnsupportedModelError: some do, so a text would depend on its neighbours.
+    """
+    random = torch.Generator().manual_seed(0)
+    seen: set[tuple[type, int]] = set()
+    like = next(each for each in model.parameters() if each.is_floating_point())
+    for layer in model.modules():
+        inputs, name = getattr(layer, "in_features", None), type(layer).__name__
+        if not isinstance(inputs, int) or (type(layer), inputs) in seen:
+            continue
+        seen.add((type(layer), inputs))
+        rows = torch.randn(2, inputs, generator=random).to(like.device, like.dtype)
+        rows[1] *= 30
+        alone, beside = layer(rows[:1]).float(), layer(rows)[:1].float()
+        if not (alone - beside).norm() <= COMPANY * alone.norm():
+            hint = "; llm_int8_threshold: 0 in its config.json keeps them apart" if name == "Linear8bitLt" else ""
+            raise UnsupportedModelError(
+                f"{role}: its layers, {name}, round a token by what is beside it, so a text would depend on its "
+                f"neighbours{hint}"
+            )
+
+
+@contextmanager
+def weights_alone(model: nn.Module) -> Iterator[None]:
+    """While this lasts, layers that quantise their inputs multiply them as they are with what their weights stand for.
+    Last bits of float32 are large where they are rounded to integers, and what is compared then differs."""
+    layers = [layer for layer in model.modules() if type(layer).__name__ in _WEIGHTS]
+    for layer in layers:
+        layer.forward = partial(_multiplied, layer)  # type: ignore[method-assign]
+    try:
+        with torch._C.DisableTorchFunctionSubclass():  # where torchao's weights choose what a product is
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _multiplied(layer: nn.Module, inputs: Tensor) -> Tensor:
+    bias = layer.bias
+    weight = _WEIGHTS[type(layer).__name__](layer)
+    return F.linear(inputs.float(), weight, None if bias is None else bias.float())  # type: ignore[operator]
+
+
+def _of_bitsandbytes(layer: Any) -> Tensor:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight: Tensor = dequantize_bnb_weight(layer.weight, state=layer.state)
+    return weight.float()
+
+
+def _of_blocks(layer: Any) -> Tensor:
+    """One scale for each block of rows and columns."""
+    weight, scales = layer.weight.float(), layer.weight_scale_inv.float()
+    for dim in range(scales.dim()):
+        block = -(-weight.shape[dim] // scales.shape[dim])
+        scales = scales.repeat_interleave(block, dim).narrow(dim, 0, weight.shape[dim])
+    return weight * scales  # type: ignore[no-any-return]
+
+
+_WEIGHTS: dict[str, Callable[[Any], Tensor]] = {"Linear8bitLt": _of_bitsandbytes, "FP8Linear": _of_blocks}
 
 
 def _quantizer(config: PreTrainedConfig, device: torch.device) -> Any:

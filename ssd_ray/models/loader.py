@@ -19,7 +19,7 @@ from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made,
 from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype, has_instructions
-from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_format
+from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_company, refuse_format
 from ssd_ray.models.info import kept_bytes, kind_for, weight_bytes
 from ssd_ray.models.quantize import Kind, quantize_linears, refuse_kind
 from ssd_ray.models.recurrent import bytes_of_states
@@ -149,9 +149,11 @@ class _Loading:
         own = checkpoint_dtype(self.config)
         if quantize is not None and self.device.type == "cpu":  # what is not quantised takes little
             return own if has_instructions(own) else torch.float32
+        if self.device.type != "cpu":
+            return own
         # Both copies are there for a moment, and then one of them beside its KV.
-        wide = weight_bytes(self.source, self.config, torch.float32, device=self.device, trusted=self.trusted)
-        if self.device.type != "cpu" or 2 * wide > free_bytes(self.device):
+        wide = weight_bytes(self.source, self.config, torch.float32, trusted=self.trusted)
+        if 2 * wide > free_bytes(self.device):
             return own
         return faster_dtype(own, self.model, self.config.to_json_string())
 
@@ -161,6 +163,8 @@ class _Loading:
         model = _load_model(self.source, dtype, self.role, self.trusted, self.device if packed else None)
         if not packed:
             model = model.to(self.device, dtype) if checkpoint_format(self.config) else model.to(self.device)
+        if packed:
+            refuse_company(model, self.role)
         return model if self.adapter is None else merge_adapter(model, self.adapter)
 
 

@@ -153,11 +153,12 @@ def _matrix(kind: Kind, linear: nn.Linear, head: nn.Module | None) -> type[Int8 
 def quantised_bytes(model: PreTrainedModel, kind: Kind, dtype: torch.dtype) -> int:
     """What the weights of a model would take, of which there may be no more than an outline."""
     head, linears = model.get_output_embeddings(), {linear for _, _, linear in plain_linears(model)}
-    of_linears: int = sum(
+    of_linears = sum(
         linear.weight.numel() * BITS[_matrix(kind, linear, head)] // 8 + linear.out_features * 4 for linear in linears
     )
-    tied = {id(linear.weight) for linear in linears} - {id(each.weight) for each in _tables(model)}
-    return of_linears + sum(each.numel() * dtype.itemsize for each in model.parameters() if id(each) not in tied)
+    gone = {id(linear.weight) for linear in linears} - {id(each.weight) for each in _tables(model)}
+    of_others = sum(each.numel() for each in model.parameters() if id(each) not in gone) * dtype.itemsize
+    return int(of_linears + of_others)
 
 
 def _tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:
