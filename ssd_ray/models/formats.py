@@ -109,20 +109,20 @@ def weights_alone(model: nn.Module) -> Iterator[None]:
     """While this lasts, layers that quantise their inputs multiply them as they are with what their weights stand for.
     Last bits of float32 are large where they are rounded to integers, and what is compared then differs."""
     layers = [layer for layer in model.modules() if type(layer).__name__ in _WEIGHTS]
+    forwards = [layer.forward for layer in layers]
     for layer in layers:
-        layer.forward = partial(_multiplied, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_multiplied, layer)
     try:
         with torch._C.DisableTorchFunctionSubclass():  # where torchao's weights choose what a product is
             yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
 
 
-def _multiplied(layer: nn.Module, inputs: Tensor) -> Tensor:
-    bias = layer.bias
-    weight = _WEIGHTS[type(layer).__name__](layer)
-    return F.linear(inputs.float(), weight, None if bias is None else bias.float())  # type: ignore[operator]
+def _multiplied(layer: Any, inputs: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(inputs.float(), _WEIGHTS[type(layer).__name__](layer), bias)
 
 
 def _of_bitsandbytes(layer: Any) -> Tensor:

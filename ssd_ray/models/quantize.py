@@ -1,8 +1,8 @@
 """Linear layers in a few bits, made when a model is loaded.
 
 On a CPU by products of integers that torch itself has: torchao's take several times as long without a compiler. A
-weight has one scale for each output (int8) or for each 32 inputs (int4), and int8 activations one for each token, never
-one for all: then a token's numbers depend on no other token. Sums of integers are exact in whatever order they are
+weight has one scale for each output (int8) or for each 32 inputs (int4), and activations one for each token, never one
+for all: then a token's numbers depend on no other token. Sums of integers are exact in whatever order they are
 taken, so in int8 a token has the same bits among any number of others. On a GPU torchao's kernels serve, with such
 scales, too.
 """
@@ -32,18 +32,31 @@ FP8_CAPABILITY = 8, 9
 """Of a GPU that multiplies in fp8."""
 
 
+FINER = 254
+"""By how much the second of the two int8 numbers of an input is finer than the first."""
+
+
 class Int8:
-    """A matrix of int8 with a scale for each output. Inputs become int8, too, with a scale for each token."""
+    """A matrix of int8 with a scale for each output. Inputs become two int8 numbers each, a scale for each token: one
+    would lose what small inputs say beside large ones, and a weight that is read anyway costs little to multiply twice.
+    """
 
     def __init__(self, weight: Tensor) -> None:
-        self._integers, scales = _to_int8(weight)
+        scales = _scales_of(weight.float())
+        self._integers = (weight.float() / scales).round_().to(torch.int8)
         self._scales = scales.view(-1)
 
     def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`~ssd_ray.models.packing.Matrix`. No operation here rounds by how many tokens there are: sums of
         integers are exact, and the others, one by one and never fused, are rounded as IEEE has it."""
-        integers, scales = _to_int8(inputs.reshape(-1, inputs.shape[-1]))
-        product = torch._int_mm(integers, self._integers.t()).float().mul_(self._scales).mul_(scales)
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        scales = _scales_of(rows)
+        exact = rows / scales
+        coarse = exact.round()
+        fine = exact.sub_(coarse).mul_(FINER).round_()
+        integers = torch.cat([coarse, fine]).to(torch.int8)  # [2 * R, in_features]
+        coarse, fine = torch._int_mm(integers, self._integers.t()).float().chunk(2)
+        product = fine.mul_(1 / FINER).add_(coarse).mul_(self._scales).mul_(scales)
         if bias is not None:
             product.add_(bias)
         return product.to(inputs.dtype).view(*inputs.shape[:-1], -1)
@@ -53,11 +66,9 @@ class Int8:
         return self._integers * self._scales[:, None]
 
 
-def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [R, N] as int8 with scales, float32 [R, 1]."""
-    rows = rows.float()
-    scales = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
-    return (rows / scales).round_().to(torch.int8), scales
+def _scales_of(rows: Tensor) -> Tensor:
+    """What 1 stands for in each row [R, N] of numbers up to 127, float32 [R, 1]."""
+    return torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
 
 
 class Int4:
