@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,9 @@ def check_adapter(folder: Path, outline: PreTrainedModel) -> None:
     config = _read(folder, lambda: PeftConfig.from_pretrained(str(folder)))
     said = f"{folder} (for {config.base_model_name_or_path})"
     try:
-        with torch.device("meta"), silence():
+        with torch.device("meta"), _quiet():
             adapted = get_peft_model(outline, config)
-    except ValueError as error:  # no layer of the model has a name that it asks for
+    except (ValueError, KeyError) as error:  # no layer of the model has a name that it asks for
         raise ModelError(f"adapter: {said} does not fit the target: {error}") from error
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise UnsupportedModelError(f"adapter: {said} is {config.peft_type.value}, which cannot be merged into weights")
@@ -111,10 +113,18 @@ def _read(folder: Path, read: Callable[[], Any]) -> Any:
         raise ModelError(f"adapter: cannot read {folder}: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither progress nor what peft is warned of that it uses in transformers."""
+    with silence(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model with an adapter's changes in its weights, in place."""
     from peft import PeftModel
 
-    with silence():
+    with _quiet():
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     return merged

@@ -68,7 +68,8 @@ class Int8:
 
 def _scales_of(rows: Tensor) -> Tensor:
     """What 1 stands for in each row [R, N] of numbers up to 127, float32 [R, 1]."""
-    return torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
+    scales: Tensor = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
+    return scales
 
 
 class Int4:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,10 @@ def test_the_text_is_that_of_peft(target: str, adapter: str) -> None:
     )
     config = EngineConfig(target=target, draft=target, adapter=adapter, dtype="float32", device="cpu", max_num_seqs=1)
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    texts = []
-    for each in (config, replace(config, method="ar"), replace(config, adapter=None)):
-        with engine(each, "memory") as generate:
-            texts.append(generate([prompt], params)[0])
-    assert list(texts[0]) == list(texts[1]) == want.tolist()
-    assert texts[2] != texts[0]
+    with engine(config, "memory") as generate:
+        assert list(generate([prompt], params)[0][0]) == want.tolist()
+    plain = AutoModelForCausalLM.from_pretrained(target)(torch.tensor([prompt])).logits[0]
+    assert (runner.append([0], [prompt], [0])[0] - plain).norm() > 0.1 * plain.norm()
 
 
 def test_what_fits_passes_and_is_known_elsewhere(target: str, adapter: str, tmp_path: Path) -> None:
@@ -106,7 +103,9 @@ def test_what_does_not_fit_is_refused(target: str, adapter: str, tmp_path: Path)
 
 
 def test_what_cannot_be_merged_is_refused(target: str, tmp_path: Path) -> None:
-    peft.PromptTuningConfig(num_virtual_tokens=4, base_model_name_or_path=target).save_pretrained(tmp_path)
+    peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, base_model_name_or_path=target
+    ).save_pretrained(tmp_path)
     save_file({}, tmp_path / WEIGHTS)
     with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING, which cannot be merged"):
         check_adapter_of(str(tmp_path), target)

@@ -61,8 +61,8 @@ def test_int8_is_what_its_integers_say() -> None:
     inputs[:, 0] = 100.0  # beside which one number of 8 bits has little left for the others
     want = inputs @ Int8(weight).whole().t()
     torch.testing.assert_close(Int8(weight).of(inputs, None), want, rtol=0.0, atol=0.02)
-    scales = weight.abs().amax(1, keepdim=True) / 127
-    assert torch.equal(Int8(weight).whole(), (weight / scales).round() * scales)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((Int8(weight).whole() - weight).abs() < 0.501 * step).all()
 
 
 @needs_vnni
@@ -84,14 +84,14 @@ def test_what_is_replaced_and_what_it_takes(kind: Any) -> None:
 
 
 @needs_vnni
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_ar_sd_and_ssd_write_the_same(plain: str, kind: Any) -> None:
     config = EngineConfig(target=plain, draft=plain, quantize=kind, dtype="float32", device="cpu", max_num_seqs=2)
-    params = SamplingParams(temperature=1.0, seed=2, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=1.0, seed=2, max_tokens=16, ignore_eos=True)
     texts = []
     for method in ("ar", "sd", "ssd"):
         with engine(replace(config, method=method), "memory") as generate:
-            texts.append(generate([[5, 6, 7], [9]], params))
+            texts.append(generate([[5, 6, 7], [9]], params)[0])
     assert texts[0] == texts[1] == texts[2]
 
 
