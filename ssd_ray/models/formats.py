@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from ssd_ray.errors import UnsupportedModelError
+from ssd_ray.models.packing import is_quantised
 
 PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "accelerate"),
@@ -89,8 +90,10 @@ def refuse_company(model: nn.Module, role: str) -> None:
     seen: set[tuple[type, int]] = set()
     like = next(each for each in model.parameters() if each.is_floating_point())
     for layer in model.modules():
-        inputs, name = getattr(layer, "in_features", None), type(layer).__name__
-        if not isinstance(inputs, int) or (type(layer), inputs) in seen:
+        if not is_quantised(layer):
+            continue
+        inputs, name = int(layer.in_features), type(layer).__name__  # type: ignore[arg-type]
+        if (type(layer), inputs) in seen:
             continue
         seen.add((type(layer), inputs))
         rows = torch.randn(2, inputs, generator=random).to(like.device, like.dtype)

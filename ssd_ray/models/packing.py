@@ -167,6 +167,14 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether it is a linear layer of a quantised checkpoint: its weight is none of plain numbers of 16 bits or more."""
+    if isinstance(layer, PackedLinear) or not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is None or type(weight) not in (nn.Parameter, Tensor) or weight.dtype.itemsize < 2
+
+
 def _packing_pays(packing: Packing, sample: Sequence[nn.Linear]) -> bool:
     """Whether products are faster packed. Kept from start to start: in single precision they round otherwise."""
     shapes = [tuple(linear.weight.shape) for linear in sample]

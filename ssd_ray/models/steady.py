@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import PERIOD, find_heads, steady_extents, steady_queries
 from ssd_ray.models.experts import routers
-from ssd_ray.models.packing import PackedLinear
+from ssd_ray.models.packing import PackedLinear, is_quantised
 
 MOST_QUERIES = 32
 """Tokens of one row in a line at most."""
@@ -103,7 +103,7 @@ def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor
         elif isinstance(layer, PackedLinear):
             product = layer.product
             found.setdefault((layer.in_features, product.out_features), (product.of, product.like))
-        elif hasattr(layer, "in_features") and hasattr(layer, "out_features"):  # of whoever quantised the checkpoint
+        elif is_quantised(layer):
             like = next(each for each in module.parameters() if each.is_floating_point())
             shape = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
             found.setdefault(shape, (partial(_called, layer), like))

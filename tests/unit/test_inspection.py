@@ -59,7 +59,7 @@ def test_states_are_part_of_what_has_to_fit(family: str, tmp_path: Path, monkeyp
     states = bytes_of_states(info.state_bytes, 3, 80)
     assert states == 3 * 80 * info.state_bytes  # few tokens: fewer states than there is room for
     assert bytes_of_states(1 << 30, 3, 80) == 3 * 8 << 30
-    enough = info.parameter_bytes + runner.num_pages * runner.page_bytes + states
+    enough = info.parameter_bytes + runner.num_pages * 64 * info.kv_bytes_per_slot + states
     monkeypatch.setattr(loader, "free_bytes", lambda device: enough)
     load_runner(folder, **sizes)
     monkeypatch.setattr(loader, "free_bytes", lambda device: enough - 1)

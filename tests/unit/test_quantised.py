@@ -198,12 +198,17 @@ def test_a_checkpoint_of_torchao_with_int8_activations(plain: str, tmp_path: Pat
 
 
 def test_layers_that_look_at_their_neighbours_are_refused() -> None:
-    class Together(nn.Linear):
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            scale = inputs.abs().max() / 127
-            return super().forward((inputs / scale).round() * scale)
+    class Apart(nn.Module):
+        in_features = out_features = 32
+        dim: int | None = -1
 
-    random = nn.Sequential(nn.Linear(32, 8))
-    formats.refuse_company(random, "target")
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            scale = inputs.abs().amax() if self.dim is None else inputs.abs().amax(self.dim, keepdim=True)
+            return (inputs / scale * 127).round() * scale
+
+    class Together(Apart):
+        dim = None
+
+    formats.refuse_company(nn.Sequential(nn.Linear(32, 8), Apart()), "target")
     with pytest.raises(UnsupportedModelError, match="Together, round a token by what is beside it"):
-        formats.refuse_company(nn.Sequential(Together(32, 8)), "target")
+        formats.refuse_company(nn.Sequential(nn.Linear(32, 8), Together()), "target")
