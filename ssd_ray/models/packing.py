@@ -168,7 +168,7 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether it is a linear layer of a quantised checkpoint: its weight is none of plain numbers of 16 bits or more."""
+    """Whether it is a linear layer of a quantised checkpoint: its weight is none of plain numbers of 16 bits."""
     if isinstance(layer, PackedLinear) or not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
         return False
     weight = layer._parameters.get("weight")
