@@ -88,6 +88,8 @@ def load_model(config: EngineConfig, role: str, scratch: int) -> Runner:
         kv_memory=config.kv_memory,
         device=config.device,
         dtype=config.dtype,
+        quantize=config.quantised,
+        adapter=config.adapter_of(role),
         compile=config.compile,
         prefill_chunk=config.prefill_chunk,
         calibrated=True,

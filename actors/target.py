@@ -39,7 +39,8 @@ class TargetActor:
         tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
         runner = load_model(config, "target", MOST_TOKENS)
         drafts = config.method, config.draft, config.num_drafts, config.max_num_seqs
-        self._experience = cache_path(machine_name("learned", config.target, config.dtype, config.device, *drafts))
+        how = config.dtype, config.quantize, config.device
+        self._experience = cache_path(machine_name("learned", config.target, config.adapter, *how, *drafts))
         self._target = Target(
             runner,
             self._channel,

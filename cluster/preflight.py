@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingPara
 from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError, shown
 from ssd_ray.models.info import (
     ModelInfo,
+    check_adapter_of,
     check_files,
     check_pair,
     end_tokens,
     load_tokenizer,
     model_fingerprint,
     model_info,
+    refuse_weights,
     sampling_defaults,
     translation_between,
 )
-from ssd_ray.models.loader import count_pages, free_bytes, kv_size
+from ssd_ray.models.loader import count_pages, find_device, free_bytes, kv_size
+from ssd_ray.models.recurrent import bytes_of_states
 from ssd_ray.models.sources import Role
 from ssd_ray.prompts import Prompt, plain
 from ssd_ray.speculation.draft import SCRATCH
@@ -135,14 +139,16 @@ def check(config: EngineConfig) -> Checked:
         ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
     trust = config.trust_remote_code
-    infos: dict[Role, ModelInfo] = {"target": model_info(config.target, role="target", trust_remote_code=trust)}
+    look = partial(model_info, quantize=config.quantised, trust_remote_code=trust)
+    infos: dict[Role, ModelInfo] = {"target": look(config.target, role="target")}
     shared = 1.0
     if config.method != "ar":
         config, shared = _with_draft(config)
         if not config.drafts_from_text:
-            infos["draft"] = model_info(config.draft, role="draft", trust_remote_code=trust)
+            infos["draft"] = look(config.draft, role="draft")
     for role in infos:
         check_files(getattr(config, role), role=role)
+    check_adapter_of(config.adapter, config.target, trust_remote_code=trust)
     max_length = _max_length(config, infos["target"])
     config = replace(config, max_model_len=max_length)
     if is_private():
@@ -150,7 +156,9 @@ def check(config: EngineConfig) -> Checked:
     tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
     return Checked(
         config=config,
-        fingerprints={role: model_fingerprint(getattr(config, role), role=role) for role in infos},
+        fingerprints={
+            role: model_fingerprint(getattr(config, role), role=role, adapter=config.adapter_of(role)) for role in infos
+        },
         tokenizer=tokenizer,
         vocab_size=infos["target"].vocab_size,
         max_length=max_length,
@@ -222,11 +230,19 @@ def _max_length(config: EngineConfig, info: ModelInfo) -> int:
 
 def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
     """Check that models which will run on this machine find there what they need."""
-    if torch.cuda.is_available() and config.device != "cpu":
-        return  # whether a GPU's memory suffices is seen where it is used
-    if config.device.startswith("cuda"):
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    if config.device.startswith("cuda") and not on_gpu:
         raise ResourceError(f"device: {config.device!r} needs a GPU, and PyTorch sees none here; use device='cpu'")
-    _require_memory(config, infos, max_length)
+    for role in infos:
+        refuse_weights(
+            getattr(config, role),
+            role=role,
+            quantize=config.quantised,
+            device=find_device(config.device),
+            trust_remote_code=config.trust_remote_code,
+        )
+    if not on_gpu:  # whether a GPU's memory suffices is seen where it is used
+        _require_memory(config, infos, max_length)
 
 
 def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
@@ -234,14 +250,16 @@ def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_leng
     weights = sum(copies[role] * info.parameter_bytes for role, info in infos.items())
     scratch = {"target": MAX_LOOKAHEAD + 1, "draft": SCRATCH}
     rows = 1 if config.kv_memory == "auto" else config.max_num_seqs
-    kv = 0
+    kv = states = 0
     for role, info in infos.items():
         slots = min(max_length, info.max_length or max_length) + scratch[role]
         room = rows, slots, config.prefill_chunk + scratch[role]
         kv += copies[role] * kv_size(info.kept, count_pages(config.kv_memory, info.kept, *room, 0))
+        states += copies[role] * bytes_of_states(info.state_bytes, config.max_num_seqs, slots)
     free = SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))
-    if weights + kv > free:
+    if weights + kv + states > free:
+        of_states = f", {states / 2**30:.2f} GiB of states" if states else ""
         raise ResourceError(
-            f"memory: {weights / 2**30:.2f} GiB of weights and {kv / 2**30:.2f} GiB of KV do not fit the "
+            f"memory: {weights / 2**30:.2f} GiB of weights{of_states} and {kv / 2**30:.2f} GiB of KV do not fit the "
             f"{free / 2**30:.2f} GiB that are free; lower kv_memory, max_model_len or num_drafts"
         )

@@ -154,7 +154,7 @@ def require_same(config: EngineConfig, fingerprints: Fingerprints, roles: Sequen
     for role in set(roles) & set(fingerprints):
         path = getattr(config, role)
         try:
-            found = model_fingerprint(path, role=role)
+            found = model_fingerprint(path, role=role, adapter=config.adapter_of(role))
         except ModelError as error:
             raise ModelError(f"{error}, on {socket.gethostname()}, where the {role} is to run") from None
         if not same_model(fingerprints[role], found):

@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperGroup
 
 from ssd_ray import __version__
-from ssd_ray.config import EngineConfig, OnError, SamplingParams, check_timeout, is_text
+from ssd_ray.config import EngineConfig, OnError, Quantize, SamplingParams, check_timeout, is_text
 from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, said, with_flags
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
@@ -281,6 +281,8 @@ def inspect(
     draft: Annotated[str | None, typer.Argument(help="Draft model, or ngram.", show_default="the bundled one")] = None,
     *,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together at most.")] = None,
+    quantize: Annotated[Quantize, typer.Option(help="In how many bits weights are kept.", metavar="<choice>")] = "none",
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the target.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes along.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
@@ -290,7 +292,14 @@ def inspect(
 
     `ssd-ray inspect DIR` describes a target with the draft that would be taken; `ssd-ray inspect DIR DRAFT` a pair.
     """
-    config = EngineConfig(target=target, draft=draft, max_model_len=max_model_len, trust_remote_code=trust_remote_code)
+    config = EngineConfig(
+        target=target,
+        draft=draft,
+        max_model_len=max_model_len,
+        quantize=quantize,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+    )
     with _stderr().status("loading libraries"):
         from ssd_ray.inspection import inspect_pair
 

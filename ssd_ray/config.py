@@ -28,6 +28,7 @@ Backup = Literal["auto", "draft", "ngram", "none"]
 Sampler = Literal["coupled", "rejection"]
 Transport = Literal["auto", "zmq", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8", "int4", "fp8"]
 GenerationConfig = Literal["auto", "none"]
 OnError = Literal["continue", "stop"]
 """What becomes of a prompt that cannot be served: its error is its result, or ends everything."""
@@ -351,6 +352,10 @@ class EngineConfig:
         inline_max_bytes: prompts and frames above it ride on Ray object refs.
         device: "auto", "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16"; "auto" is the checkpoint's.
+        quantize: "int8", "int4" or "fp8" (on a GPU): linear layers of both models are quantised when they are loaded;
+            other weights and KV have ``dtype``. "none" leaves them as they are, as a checkpoint that is quantised
+            already always is.
+        adapter: folder or hub id of a PEFT adapter that is merged into the target's weights.
         compile: compile the forwards at their fixed shapes with torch.compile.
         max_num_seqs: sequences that decode at the same time at most.
         max_queue: requests that wait or run at most; a further one is refused at once.
@@ -382,6 +387,8 @@ class EngineConfig:
     inline_max_bytes: int = 1 << 20
     device: str = "auto"
     dtype: Dtype = "auto"
+    quantize: Quantize = "none"
+    adapter: str | None = None
     compile: bool = False
     max_num_seqs: int = 16
     max_queue: int = 1024
@@ -395,7 +402,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, literal in _CHOICES.items():
             _choice(name, getattr(self, name), literal)
-        for name in ("target", "draft"):
+        for name in ("target", "draft", "adapter"):
             object.__setattr__(self, name, _model(name, getattr(self, name)))
         _integer("num_drafts", self.num_drafts, 0, 1024)
         if self.lookahead != "auto":
@@ -429,6 +436,15 @@ class EngineConfig:
         return self.draft == TEXT_DRAFT and self.method != "ar"
 
     @property
+    def quantised(self) -> Literal["int8", "int4", "fp8"] | None:
+        """How linear layers are quantised; None if they are not."""
+        return None if self.quantize == "none" else self.quantize
+
+    def adapter_of(self, role: str) -> str | None:
+        """The adapter of the target, and none of the draft."""
+        return self.adapter if role == "target" else None
+
+    @property
     def draft_actors(self) -> int:
         """How many draft actors there are at the start."""
         return self.num_drafts if self.method == "ssd" and not self.drafts_from_text else 0
@@ -447,5 +463,6 @@ _CHOICES: dict[str, Any] = {
     "sampler": Sampler,
     "transport": Transport,
     "dtype": Dtype,
+    "quantize": Quantize,
     "generation_config": GenerationConfig,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -27,12 +28,14 @@ class Pair:
         models: by role.
         max_length: tokens of the longest sequence.
         draft: what drafts: a model, or "ngram".
+        rows: sequences that decode at the same time at most.
         problem: why it cannot be served here.
     """
 
     models: dict[str, Description]
     max_length: int | None
     draft: str | None
+    rows: int
     problem: SsdRayError | None = None
 
     @property
@@ -78,6 +81,19 @@ class Pair:
         if self.problem is None:
             console.print("`ssd-ray bench machine` measures what it comes to on this machine.")
 
+    def _states(self) -> list[list[str]]:
+        """What recurrent layers keep, if there are some."""
+        models = self.models.values()
+        if not any(model.info.state_bytes for model in models):
+            return []
+        return [
+            ["a state", *(_bytes(model.info.state_bytes) for model in models)],
+            [
+                f"states of {self.rows} texts",
+                *(_bytes(model.state_bytes(self.rows, self.max_length or LENGTHS[0])) for model in models),
+            ],
+        ]
+
     def _rows(self) -> list[list[str]]:
         models = self.models.values()
         lengths = sorted({*(each for each in LENGTHS if each < (self.max_length or 0)), self.max_length or LENGTHS[0]})
@@ -85,7 +101,7 @@ class Pair:
             ["model", *(model.source for model in models)],
             ["architecture", *(f"{model.kind}, {model.layers} layers" for model in models)],
             ["parameters", *(_count(model.parameters) for model in models)],
-            ["weights", *(f"{_bytes(model.weight_bytes)} in {model.dtype}" for model in models)],
+            ["weights", *(_weights(model) for model in models)],
             ["experts", *(model.experts or "none" for model in models)],
             ["a token sees", *(model.sees for model in models)],
             ["context", *(f"{model.info.max_length:,}" if model.info.max_length else "any" for model in models)],
@@ -94,8 +110,14 @@ class Pair:
                 [f"KV of {length:,} tokens", *(_bytes(model.kv_bytes(length)) for model in models)]
                 for length in lengths
             ),
+            *self._states(),
             ["sampling", *(", ".join(f"{k} {v:g}" for k, v in model.sampling.items()) or "ours" for model in models)],
         ]
+
+
+def _weights(model: Description) -> str:
+    how = f"{model.quantised}, other weights " if model.quantised else ""
+    return f"{_bytes(model.weight_bytes)} in {how}{model.dtype}"
 
 
 def inspect_pair(config: EngineConfig) -> Pair:
@@ -104,18 +126,18 @@ def inspect_pair(config: EngineConfig) -> Pair:
     Raises:
         ModelError: the target, or the draft that is named, is not there or cannot work.
     """
-    trust = config.trust_remote_code
-    models = {"target": describe(config.target, trust_remote_code=trust)}
+    look = partial(describe, quantize=config.quantised, trust_remote_code=config.trust_remote_code)
+    models = {"target": look(config.target)}
     if config.draft is not None and not config.drafts_from_text:
-        models["draft"] = describe(config.draft, role="draft", trust_remote_code=trust)
+        models["draft"] = look(config.draft, role="draft")
     limit = config.max_model_len or models["target"].info.max_length
     try:
         checked = check(config)
     except SsdRayError as error:
-        return Pair(models, limit, config.draft, error)
+        return Pair(models, limit, config.draft, config.max_num_seqs, error)
     if not checked.config.drafts_from_text:
-        models.setdefault("draft", describe(checked.config.draft, role="draft", trust_remote_code=trust))
-    return Pair(models, checked.max_length, checked.config.draft)
+        models.setdefault("draft", look(checked.config.draft, role="draft"))
+    return Pair(models, checked.max_length, checked.config.draft, config.max_num_seqs)
 
 
 def _count(number: int) -> str:

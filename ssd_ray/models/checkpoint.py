@@ -97,15 +97,25 @@ def check_weights(folder: Path, *, complete: bool = True) -> None:
 def fingerprint(folder: Path) -> tuple[str, str]:
     """Digests of a model's config and of its weights, by the index of these and a few places of each file; of weights
     that are not all there it is empty. Equal ones are the same model, on whichever machine."""
-    config = "" if is_gguf(folder) else sha256((folder / "config.json").read_bytes()).hexdigest()
+    config = "" if is_gguf(folder) else digest(folder / "config.json")
     files = weight_files(folder)
     if not files or not all(file.is_file() for file in files):
         return config, ""
+    return config, sampled(*files)
+
+
+def digest(file: Path) -> str:
+    """That of a file's bytes."""
+    return sha256(file.read_bytes()).hexdigest()
+
+
+def sampled(*files: Path) -> str:
+    """A digest of files' names and sizes, and of a few places of each."""
     weights = sha256()
     for file in files:
         weights.update(f"{file.name} {file.stat().st_size} ".encode())
         _sample(file, weights.update)
-    return config, weights.hexdigest()
+    return weights.hexdigest()
 
 
 def same_model(one: tuple[str, str], other: tuple[str, str]) -> bool:

@@ -9,7 +9,9 @@ from transformers import PreTrainedConfig
 
 from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.models.info import UNLIMITED, ModelInfo, count_parameters, model_info, sampling_defaults
+from ssd_ray.models.quantize import Kind
 from ssd_ray.models.reach import Sight
+from ssd_ray.models.recurrent import bytes_of_states
 from ssd_ray.models.sources import Role, checkpoint_dtype, find_source, in_our_words, read_config
 from ssd_ray.saguaro.factors import expected_tokens
 
@@ -23,8 +25,9 @@ class Description:
         kind: what transformers calls the architecture.
         info: what its config says.
         parameters: numbers in its weights.
-        weight_bytes: what they take in the checkpoint's dtype.
+        weight_bytes: what they take in the checkpoint's dtype, or quantised.
         dtype: that dtype.
+        quantised: how they are quantised, by the checkpoint or when they are loaded; None if they are not.
         layers: how many there are.
         sees: how far back layers see.
         experts: how many a token gets of how many; empty if there are none.
@@ -37,24 +40,31 @@ class Description:
     parameters: int
     weight_bytes: int
     dtype: str
+    quantised: str | None
     layers: int
     sees: str
     experts: str
     sampling: dict[str, float | int]
+
+    def state_bytes(self, rows: int, tokens: int) -> int:
+        """States of so many sequences of so many tokens, all that are kept."""
+        return bytes_of_states(self.info.state_bytes, rows, tokens)
 
     def kv_bytes(self, tokens: int) -> int:
         """KV of a sequence of so many tokens, without what lies behind windows."""
         return sum(each.slot_bytes * min(tokens, each.reach.size or tokens) for each in self.info.kept)
 
 
-def describe(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> Description:
+def describe(
+    path: str | None, *, role: Role = "target", quantize: Kind | None = None, trust_remote_code: bool = False
+) -> Description:
     """Describe a model from its config; arguments as in :func:`~ssd_ray.models.loader.load_runner`.
 
     Raises:
         ModelError: no such model.
         UnsupportedModelError: its architecture cannot work here.
     """
-    info = model_info(path, role=role, trust_remote_code=trust_remote_code)
+    info = model_info(path, role=role, quantize=quantize, trust_remote_code=trust_remote_code)
     source = find_source(path, role)
     with in_our_words(role, source):
         config = read_config(source, trust_remote_code)
@@ -67,6 +77,7 @@ def describe(path: str | None, *, role: Role = "target", trust_remote_code: bool
             parameters=parameters,
             weight_bytes=info.parameter_bytes or parameters * dtype.itemsize,
             dtype=str(dtype).removeprefix("torch."),
+            quantised=info.quantised,
             layers=text.num_hidden_layers,
             sees=_sees(Sight.of(config, info.max_length or UNLIMITED)),
             experts=_experts(text),

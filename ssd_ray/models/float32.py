@@ -44,6 +44,8 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if hasattr(weight, "dequantize") and type(weight) not in (Tensor, torch.nn.Parameter):  # of torchao
+        weight = weight.dequantize()
     parts = [F.linear(_widened(inputs), _widened(part)) for part in weight.split(PART)]  # type: ignore[no-untyped-call]
     output = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     return output if bias is None else output + _widened(bias)

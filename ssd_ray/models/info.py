@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
+from ssd_ray.models.adapters import adapter_fingerprint, adapter_folder, check_adapter
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
+from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_format
 from ssd_ray.models.probe import probe_layers
+from ssd_ray.models.quantize import Kind, quantised_bytes, refuse_kind
 from ssd_ray.models.reach import Reach, Sight
-from ssd_ray.models.recurrent import shape_kept, what_is_kept
+from ssd_ray.models.recurrent import shape_kept, states_of, what_is_kept
 from ssd_ray.models.slots import ALL
 from ssd_ray.models.sources import (
     Role,
@@ -31,6 +35,8 @@ from ssd_ray.models.sources import (
 )
 from ssd_ray.models.support import is_recurrent, max_positions, refuse_unsupported
 from ssd_ray.models.translation import LEAST_SHARED, Translation
+
+CPU = torch.device("cpu")
 
 UNLIMITED = 1 << 30
 """Tokens of a text where a config sets no limit."""
@@ -67,9 +73,11 @@ class ModelInfo:
         vocab_size: entries of the embedding; padding beyond the tokenizer's included.
         max_length: positions that the model can take, or None if its config sets no limit.
         eos_token_ids: tokens that end a text; see also :func:`end_tokens`.
-        parameter_bytes: weight files on this machine's disk; 0 if they are not here yet.
+        parameter_bytes: what the weights take; 0 if their files are not on this machine yet.
         kv_bytes_per_slot: K and V of one token over all layers, in the checkpoint's dtype.
         kept: the same for each reach that layers have.
+        state_bytes: states of all recurrent layers after a token; 0 if there are none.
+        quantised: how the weights are, by the checkpoint or when they are loaded; None if they are not.
     """
 
     vocab_size: int
@@ -78,9 +86,18 @@ class ModelInfo:
     parameter_bytes: int
     kv_bytes_per_slot: int
     kept: tuple[Kept, ...] = ()
+    state_bytes: int = 0
+    quantised: str | None = None
 
 
-def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> ModelInfo:
+def model_info(
+    path: str | None,
+    *,
+    role: Role = "target",
+    quantize: Kind | None = None,
+    device: torch.device = CPU,
+    trust_remote_code: bool = False,
+) -> ModelInfo:
     """Describe a model from its config.json alone; arguments as in :func:`load_runner`.
 
     Raises:
@@ -91,15 +108,17 @@ def model_info(path: str | None, *, role: Role = "target", trust_remote_code: bo
     with in_our_words(role, source):
         config = read_config(source, trust_remote_code)
         refuse_unsupported(config, role, trusted=trust_remote_code)
-        length, dtype = max_positions(config), checkpoint_dtype(config)
+        length, dtype, how = max_positions(config), checkpoint_dtype(config), kind_for(config, quantize)
         kept = tuple(what_layers_keep(config, dtype, length or UNLIMITED, trusted=trust_remote_code))
         return ModelInfo(
             vocab_size=config.get_text_config().vocab_size,
             max_length=length,
             eos_token_ids=_eos_token_ids(source, config),
-            parameter_bytes=weight_bytes(source, config, dtype, trusted=trust_remote_code),
+            parameter_bytes=weight_bytes(source, config, dtype, quantize=how, device=device, trusted=trust_remote_code),
             kv_bytes_per_slot=sum(each.slot_bytes for each in kept),
             kept=kept,
+            state_bytes=state_bytes(config, dtype, trusted=trust_remote_code),
+            quantised=how or checkpoint_format(config),
         )
 
 
@@ -114,9 +133,9 @@ def check_files(path: str | None, *, role: Role = "target") -> None:
         check_source(source)
 
 
-def model_fingerprint(path: str | None, *, role: Role = "target") -> tuple[str, str]:
-    """Digests of a model's config and weights, by which two machines see whether theirs is the same; empty for what is
-    not on this one; see :func:`~ssd_ray.models.checkpoint.fingerprint`.
+def model_fingerprint(path: str | None, *, role: Role = "target", adapter: str | None = None) -> tuple[str, str]:
+    """Digests of a model's config and weights, its adapter's included, by which two machines see whether theirs is the
+    same; empty for what is not on this one; see :func:`~ssd_ray.models.checkpoint.fingerprint`.
 
     Raises:
         ModelError: no such folder.
@@ -124,7 +143,11 @@ def model_fingerprint(path: str | None, *, role: Role = "target") -> tuple[str, 
     source = find_source(path, role)
     with in_our_words(role, source):
         folder = checkpoint_folder(source)
-        return fingerprint(folder) if folder else ("", "")
+        found = fingerprint(folder) if folder else ("", "")
+    if adapter is None:
+        return found
+    config, weights = adapter_fingerprint(adapter_folder(adapter))
+    return found[0] and found[0] + config, found[1] and found[1] + weights
 
 
 def load_tokenizer(path: str | None, *, role: Role = "target", trust_remote_code: bool = False) -> Any:
@@ -252,11 +275,68 @@ def _eos_token_ids(source: str, config: PreTrainedConfig) -> tuple[int, ...]:
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def weight_bytes(source: str, config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
-    """What a model's weights take in a dtype, by its files; 0 if these are not here."""
-    if is_gguf(source):  # whose numbers are widened
+def kind_for(config: PreTrainedConfig, quantize: Kind | None) -> Kind | None:
+    """How the weights of a checkpoint are quantised when they are loaded: not those that are already."""
+    return None if checkpoint_format(config) else quantize
+
+
+def refuse_weights(
+    path: str | None,
+    *,
+    role: Role = "target",
+    quantize: Kind | None = None,
+    device: torch.device = CPU,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a checkpoint, or a way to quantise it, for which this device or installation lacks something.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is quantised in a way that needs it.
+        ConfigError: ``quantize`` does.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        config = read_config(source, trust_remote_code)
+        refuse_format(config, role, device)
+        if (how := kind_for(config, quantize)) is not None:
+            refuse_kind(how, device)
+
+
+def check_adapter_of(adapter: str | None, path: str | None, *, trust_remote_code: bool = False) -> None:
+    """Look whether an adapter can be merged into the target's weights, without reading these.
+
+    Raises:
+        ModelError: there is none, or it is for another model.
+        UnsupportedModelError: it cannot be merged, or not into weights that are quantised.
+        ConfigError: the package that does it is not installed.
+    """
+    if adapter is None:
+        return
+    source, folder = find_source(path, "target"), adapter_folder(adapter)
+    with in_our_words("target", source):
+        config = read_config(source, trust_remote_code)
+        if (method := checkpoint_format(config)) is not None:
+            raise UnsupportedModelError(f"adapter: it cannot be merged into weights that are quantised by {method}")
+        check_adapter(folder, _outline(config, trust_remote_code))
+
+
+def weight_bytes(
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    quantize: Kind | None = None,
+    device: torch.device = CPU,
+    trusted: bool = False,
+) -> int:
+    """What a model's weights take in a dtype, or quantised, by its files; 0 if these are not here."""
+    size = source_bytes(source)
+    if quantize is not None:
+        return quantised_bytes(_outline(config, trusted), quantize, dtype) if size else 0
+    if is_gguf(source) or is_widened(config, device):
         return count_parameters(config, trusted=trusted) * dtype.itemsize
-    return source_bytes(source) * dtype.itemsize // checkpoint_dtype(config).itemsize
+    # In a checkpoint that is quantised, what has a dtype is the smaller part.
+    return size if checkpoint_format(config) else size * dtype.itemsize // checkpoint_dtype(config).itemsize
 
 
 def count_parameters(config: PreTrainedConfig, *, trusted: bool = False) -> int:
@@ -279,14 +359,15 @@ def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = Fa
     return sum(each.slot_bytes for each in what_layers_keep(config, dtype, UNLIMITED, trusted=trusted))
 
 
+def state_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
+    """Bytes of all recurrent layers' states after a token; 0 if there are none."""
+    return _what_is_kept(config, dtype, trusted).state
+
+
 def what_layers_keep(config: PreTrainedConfig, dtype: torch.dtype, length: int, *, trusted: bool = False) -> list[Kept]:
     """What a model without weights keeps of a token, for each reach that its layers have in texts of ``length`` tokens.
     ``trusted`` says whether code that comes with a model may run."""
-    path = cache_path(machine_name("kept of a token by each layer", config.to_json_string(), trusted))
-    numbers = read(path, list[int])
-    if numbers is None:
-        numbers = _numbers_kept(config, trusted)
-        keep(path, numbers)
+    numbers = _what_is_kept(config, dtype, trusted).numbers
     # States cannot be taken up anywhere, so all must be there from which they are computed again.
     sight = ALL if is_recurrent(config) else Sight.of(config, length)
     reaches = [*sight.of_layers, *[0] * len(numbers)]
@@ -296,19 +377,39 @@ def what_layers_keep(config: PreTrainedConfig, dtype: torch.dtype, length: int, 
     return [Kept(reach, number) for reach, number in zip(sight.reaches, sums, strict=True)]
 
 
-def _numbers_kept(config: PreTrainedConfig, trusted: bool) -> list[int]:
-    """Numbers that each layer keeps of a token."""
-    outline = _outline(config, trusted)
+class _Outlined(msgspec.Struct, frozen=True):
+    """Numbers that each layer keeps of a token, and bytes of all states after one."""
+
+    numbers: list[int]
+    state: int
+
+
+def _what_is_kept(config: PreTrainedConfig, dtype: torch.dtype, trusted: bool) -> _Outlined:
+    path = cache_path(machine_name("what is kept", config.to_json_string(), str(dtype), trusted))
+    found = read(path, _Outlined)
+    if found is None:
+        found = _outlined(config, dtype, trusted)
+        keep(path, found)
+    return found
+
+
+def _outlined(config: PreTrainedConfig, dtype: torch.dtype, trusted: bool) -> _Outlined:
+    outline, state = _outline(config, trusted), 0
     try:
         if is_recurrent(config):
-            shapes = [shape for layer in what_is_kept(outline) if (shape := shape_kept(layer)) is not None]
+            layers = what_is_kept(outline)
+            state = sum(
+                tensor.numel() * (dtype if tensor.dtype == outline.dtype else tensor.dtype).itemsize
+                for tensor in states_of(layers)
+            )
+            shapes = [shape for layer in layers if (shape := shape_kept(layer)) is not None]
         else:
             shapes = probe_layers(outline)
     except UnsupportedModelError as error:
         if error.__cause__ is None:  # it ran, and keeps something else
             raise
-        return _usual_numbers_kept(config)  # it looks at values, which are not there
-    return [shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes] or [1]
+        return _Outlined(_usual_numbers_kept(config), 0)  # it looks at values, which are not there
+    return _Outlined([shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes] or [1], state)
 
 
 def _usual_numbers_kept(config: PreTrainedConfig) -> list[int]:

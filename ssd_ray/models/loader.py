@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ssd_ray.errors import ConfigError, ModelError, ResourceError
+from ssd_ray.models.adapters import adapter_folder, merge_adapter
 from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made, machine_name
 from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
-from ssd_ray.models.dtypes import faster_dtype
-from ssd_ray.models.info import Kept, weight_bytes, what_layers_keep
+from ssd_ray.models.dtypes import faster_dtype, has_instructions
+from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_company, refuse_format
+from ssd_ray.models.info import Kept, kind_for, state_bytes, weight_bytes, what_layers_keep
+from ssd_ray.models.quantize import Kind, quantize_linears, refuse_kind
+from ssd_ray.models.recurrent import bytes_of_states
 from ssd_ray.models.runners import Runner, make_runner
 from ssd_ray.models.sources import (
     Role,
@@ -50,6 +57,8 @@ def load_runner(
     kv_memory: float | Literal["auto"] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Kind | None = None,
+    adapter: str | None = None,
     compile: bool = False,
     prefill_chunk: int = 256,
     vocab_size: int | None = None,
@@ -68,6 +77,8 @@ def load_runner(
         device: "cpu", "cuda", "cuda:1" .., or "auto": CUDA where there is a device.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, or float32 on a CPU where that is faster
             and fits the memory.
+        quantize: in how many bits linear layers are kept, if the checkpoint is not quantised already.
+        adapter: a folder or hub id of a PEFT adapter that is merged into the weights.
         compile, prefill_chunk, vocab_size: see there.
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
         calibrated: find out what its verifications, or its steps, cost here, and which of the former leave a token's
@@ -76,7 +87,8 @@ def load_runner(
     Raises:
         ModelError: no such model, or it cannot be read, or it lacks weights.
         UnsupportedModelError: its architecture cannot work here, or not at this length.
-        ConfigError: ``max_length`` is above the model's limit, or ``kv_memory`` does not hold one row.
+        ConfigError: ``max_length`` is above the model's limit, or ``kv_memory`` does not hold one row, or what
+            ``quantize`` or ``adapter`` asks for needs another device or package.
         ResourceError: weights and KV do not fit the memory that is free.
     """
     source = find_source(path, role)
@@ -86,18 +98,20 @@ def load_runner(
         refuse_unsupported(config, role, length, trusted=trust_remote_code)
         check_source(source)
         where = find_device(device)
-
-        def load(kind: torch.dtype) -> PreTrainedModel:
-            return _load_model(source, kind, role, trust_remote_code)
-
-        kind = _dtype(source, config, where, load) if dtype == "auto" else getattr(torch, dtype)
-        weights = weight_bytes(source, config, kind, trusted=trust_remote_code)
+        refuse_format(config, role, where)
+        merged = None if adapter is None else adapter_folder(adapter)
+        loading = _Loading(source, config, role, where, merged, trust_remote_code)
+        if (how := kind_for(config, quantize)) is not None:
+            refuse_kind(how, where)
+        kind = loading.dtype(how) if dtype == "auto" else getattr(torch, dtype)
+        weights = weight_bytes(source, config, kind, quantize=how, device=where, trusted=trust_remote_code)
         kept = what_layers_keep(config, kind, length, trusted=trust_remote_code)
         room = length + scratch, prefill_chunk + scratch
-        pages = count_pages(kv_memory, kept, rows, *room, free_bytes(where) - weights)
-        _require_memory(role, weights, kv_size(kept, pages), where)
+        states = bytes_of_states(state_bytes(config, kind, trusted=trust_remote_code), rows, length + scratch)
+        pages = count_pages(kv_memory, kept, rows, *room, free_bytes(where) - weights - states)
+        _require_memory(role, weights, kv_size(kept, pages), where, states)
         runner = make_runner(
-            load(kind).to(where),
+            loading.model(checkpoint_dtype(config) if how else kind),
             rows=rows,
             max_length=length,
             scratch=scratch,
@@ -105,9 +119,11 @@ def load_runner(
             prefill_chunk=prefill_chunk,
             compile=compile,
             vocab_size=vocab_size,
+            quantize=partial(quantize_linears, kind=how, dtype=kind, siblings=not compile) if how else None,
         )
         if calibrated:
-            _calibrate(runner, role, (config.to_json_string(), str(kind), str(where), rows, compile), kv_memory is None)
+            parts = config.to_json_string(), str(kind), how, str(where), rows, compile
+            _calibrate(runner, role, parts, kv_memory is None)
         return runner
 
 
@@ -120,15 +136,39 @@ def _calibrate(runner: Runner, role: Role, parts: Sequence[object], bound: bool)
     logger.info("%s in %s on %s%s: %s", role, kind, runner.device, packed, runner.calibration)
 
 
-def _dtype(
-    source: str, config: PreTrainedConfig, device: torch.device, load: Callable[[torch.dtype], PreTrainedModel]
-) -> torch.dtype:
-    """The dtype that suits a checkpoint on a device."""
-    own = checkpoint_dtype(config)
-    # Both copies are there for a moment, and then one of them beside its KV.
-    if device.type != "cpu" or 2 * weight_bytes(source, config, torch.float32) > free_bytes(device):
-        return own
-    return faster_dtype(own, load, config.to_json_string())
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """How a model is loaded: all but its dtype."""
+
+    source: str
+    config: PreTrainedConfig
+    role: Role
+    device: torch.device
+    adapter: Path | None
+    trusted: bool
+
+    def dtype(self, quantize: Kind | None) -> torch.dtype:
+        """The dtype that suits a checkpoint on a device."""
+        own = checkpoint_dtype(self.config)
+        if quantize is not None and self.device.type == "cpu":  # what is not quantised takes little
+            return own if has_instructions(own) else torch.float32
+        if self.device.type != "cpu":
+            return own
+        # Both copies are there for a moment, and then one of them beside its KV.
+        wide = weight_bytes(self.source, self.config, torch.float32, trusted=self.trusted)
+        if 2 * wide > free_bytes(self.device):
+            return own
+        return faster_dtype(own, self.model, self.config.to_json_string())
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on its device, with its adapter in its weights."""
+        packed = checkpoint_format(self.config) is not None and not is_widened(self.config, self.device)
+        model = _load_model(self.source, dtype, self.role, self.trusted, self.device if packed else None)
+        if not packed:
+            model = model.to(self.device, dtype) if checkpoint_format(self.config) else model.to(self.device)
+        if packed:
+            refuse_company(model, self.role)
+        return model if self.adapter is None else merge_adapter(model, self.adapter)
 
 
 def kv_size(kept: Sequence[Kept], pages: Sequence[int]) -> int:
@@ -171,11 +211,16 @@ def _dealt(memory: float, kept: Sequence[Kept], pages: Sequence[int], most: Sequ
     return dealt
 
 
-def _load_model(source: str, dtype: torch.dtype, role: Role, trust_remote_code: bool) -> PreTrainedModel:
-    """Load weights, all that the model has: transformers draws at random what is not there."""
+def _load_model(
+    source: str, dtype: torch.dtype, role: Role, trust_remote_code: bool, device: torch.device | None
+) -> PreTrainedModel:
+    """Load weights, all that the model has: transformers draws at random what is not there. Those that are quantised
+    are laid out for a ``device``."""
+    placed = {} if device is None else {"device_map": {"": device}}
     with silence():
         model, found = AutoModelForCausalLM.from_pretrained(
             **place(source),
+            **placed,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # so that they are told, too
@@ -216,12 +261,13 @@ def find_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _require_memory(role: Role, weight_bytes: int, kv_bytes: int, device: torch.device) -> None:
-    needed, free = weight_bytes + kv_bytes, free_bytes(device)
+def _require_memory(role: Role, weight_bytes: int, kv_bytes: int, device: torch.device, state_bytes: int = 0) -> None:
+    needed, free = weight_bytes + kv_bytes + state_bytes, free_bytes(device)
     if needed > free:
+        of_states = f", {state_bytes / 2**30:.2f} GiB of states" if state_bytes else ""
         raise ResourceError(
-            f"{role}: {weight_bytes / 2**30:.2f} GiB of weights and {kv_bytes / 2**30:.2f} GiB of KV do not fit the "
-            f"{free / 2**30:.2f} GiB that are free on {device}; lower max_num_seqs or max_model_len"
+            f"{role}: {weight_bytes / 2**30:.2f} GiB of weights{of_states} and {kv_bytes / 2**30:.2f} GiB of KV do not "
+            f"fit the {free / 2**30:.2f} GiB that are free on {device}; lower max_num_seqs or max_model_len"
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import cast
+from typing import Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,53 @@ CLEARLY = 0.97
 """Part of the time that packed products must not exceed."""
 
 
-class Product:
-    """The packed weights of layers that read the same input; whichever asks first computes it for all."""
+class Matrix(Protocol):
+    """A weight [out_features, in_features], kept in some way."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, weight: Tensor) -> None: ...
+
+    def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with inputs, [.., in_features] to [.., out_features], with a bias."""
+
+    def whole(self) -> Tensor:
+        """The weight itself, or what it stands for."""
+
+
+class Packed:
+    """A matrix in oneDNN's order."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW_TOKENS)
+
+    def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """See :class:`Matrix`."""
+        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")
+        return outputs
+
+    def whole(self) -> Tensor:
+        """A copy in the usual order."""
+        whole: Tensor = self._packed.to_dense()
+        return whole
+
+
+class Product:
+    """The weights of layers that read the same input, as one matrix; whichever asks first computes it for all.
+
+    Args:
+        linears: these layers.
+        matrix: how their weights are kept.
+        dtype: of inputs and outputs; None is that of the weights.
+    """
+
+    def __init__(
+        self, linears: Sequence[nn.Linear], matrix: type[Matrix] = Packed, dtype: torch.dtype | None = None
+    ) -> None:
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         weights: list[Tensor] = [linear.weight for linear in linears]
-        self._bias = torch.cat(biases) if biases else None
-        self.like = weights[0].new_empty(0)
+        self.like = weights[0].new_empty(0, dtype=dtype)
+        self._bias = torch.cat(biases).to(self.like.dtype) if biases else None
         self.out_features = sum(linear.out_features for linear in linears)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), _FEW_TOKENS)
+        self._matrix = matrix(torch.cat(weights))
         sizes = [linear.out_features for linear in linears]
         self._parts = [(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         self._inputs: Tensor | None = None
@@ -49,13 +86,11 @@ class Product:
 
     def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """All layers' outputs, [.., in_features] to [.., sum of out_features], with a bias."""
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")
-        return outputs
+        return self._matrix.of(inputs, bias)
 
     def weight(self, index: int) -> Tensor:
         """A layer's weight in the usual order, a copy."""
-        whole: Tensor = self._packed.to_dense()
-        return whole.narrow(0, *self._parts[index])
+        return self._matrix.whole().narrow(0, *self._parts[index]).to(self.like.dtype)
 
     def output(self, index: int, inputs: Tensor) -> Tensor:
         """A layer's output, [.., in_features] to [.., out_features]."""
@@ -77,8 +112,8 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, product: Product | None = None, index: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
         self.product, self._index = product or Product([linear]), index
+        self.bias = linear.bias
 
     @property
     def weight(self) -> Tensor:
@@ -105,13 +140,8 @@ def pack_linears(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ())
     Args:
         siblings: layers that read the same input, as :func:`find_siblings` has them.
     """
-    places = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) is nn.Linear
-    ]
-    packing = _Packing(siblings)
+    places = plain_linears(model)
+    packing = Packing(siblings)
     sample = list(_sample([linear for _, _, linear in places]))
     if not sample or not _packing_pays(packing, sample):
         return False
@@ -120,7 +150,32 @@ def pack_linears(model: nn.Module, siblings: Sequence[Sequence[nn.Linear]] = ())
     return True
 
 
-def _packing_pays(packing: _Packing, sample: Sequence[nn.Linear]) -> bool:
+def plain_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers of a model whose weights are plain tensors, and where they are."""
+    return [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if is_plain(child)
+    ]
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer, and neither its class nor that of its weight is another one's."""
+    return (
+        type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.is_floating_point()
+    )
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether it is a linear layer of a quantised checkpoint: its weight is none of plain numbers of 16 bits."""
+    if isinstance(layer, PackedLinear) or not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is None or type(weight) not in (nn.Parameter, Tensor) or weight.dtype.itemsize < 2
+
+
+def _packing_pays(packing: Packing, sample: Sequence[nn.Linear]) -> bool:
     """Whether products are faster packed. Kept from start to start: in single precision they round otherwise."""
     shapes = [tuple(linear.weight.shape) for linear in sample]
     path = cache_path(machine_name("packing", str(sample[0].weight.dtype), shapes))
@@ -132,18 +187,24 @@ def _packing_pays(packing: _Packing, sample: Sequence[nn.Linear]) -> bool:
     return packed <= CLEARLY * plain
 
 
-class _Packing:
-    """Packed layers, made when they are asked for, siblings together."""
+class Packing:
+    """Packed layers, made when they are asked for, siblings together. Arguments as of :class:`Product`."""
 
-    def __init__(self, siblings: Sequence[Sequence[nn.Linear]]) -> None:
+    def __init__(
+        self,
+        siblings: Sequence[Sequence[nn.Linear]],
+        matrix: type[Matrix] = Packed,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._siblings = {linear: group for group in siblings for linear in group}
+        self._matrix, self._dtype = matrix, dtype
         self._made: dict[nn.Linear, PackedLinear] = {}
 
     def packed(self, linear: nn.Linear) -> PackedLinear:
         """The layer in place of another."""
         if linear not in self._made:
             group = self._siblings.get(linear, [linear])
-            product = Product(group)
+            product = Product(group, self._matrix, self._dtype)
             self._made.update({each: PackedLinear(each, product, index) for index, each in enumerate(group)})
         return self._made[linear]
 
@@ -183,7 +244,7 @@ def find_siblings(model: PreTrainedModel) -> list[list[nn.Linear]]:
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         calls.append((cast(nn.Linear, module), args[0]))
 
-    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if type(each) is nn.Linear]
+    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if is_plain(each)]
     model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()

@@ -13,7 +13,7 @@ by level, a batch each.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -28,6 +28,7 @@ from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.calibration import Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.float32 import InFloat32
+from ssd_ray.models.formats import weights_alone
 from ssd_ray.models.graphs import cache_name
 from ssd_ray.models.reach import Sight
 from ssd_ray.models.rotary import fix_frequencies
@@ -102,7 +103,7 @@ class RecurrentRunner(ModelRunner):
     Tokens give the same logits up to rounding, not to the last bit, in whatever company they come.
 
     Args:
-        model, rows, max_length, scratch, prefill_chunk, page_slots, pages, vocab_size: as of
+        model, rows, max_length, scratch, prefill_chunk, page_slots, pages, vocab_size, quantize: as of
             :class:`~ssd_ray.models.runner.HFRunner`.
         checked: whether the model is prepared, and its logits over states that were taken and rolled back are compared
             with those of a plain forward.
@@ -127,9 +128,13 @@ class RecurrentRunner(ModelRunner):
         vocab_size: int | None = None,
         checked: bool = True,
         stepwise: bool = False,
+        quantize: Callable[[PreTrainedModel], None] | None = None,
     ) -> None:
         if checked:
             prepare(model, max_length)
+            stepwise = takes_steps_alone(model)
+        if quantize is not None:
+            quantize(model)
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
         self.max_length, self.page_slots, self.rows = max_length, page_slots, rows
         self.slots = self.extent(max_length + scratch)
@@ -138,7 +143,7 @@ class RecurrentRunner(ModelRunner):
         self._chunk = prefill_chunk
         self._model, self._call = model, _caller(model)
         kept = what_is_kept(model)
-        self._begin: State = [torch.zeros_like(tensor) for tensor in _tensors(kept)]
+        self._begin: State = [torch.zeros_like(tensor) for tensor in states_of(kept)]
         self._kv = SlotCache(
             [shape for layer in kept if (shape := shape_kept(layer)) is not None],
             rows=rows,
@@ -153,15 +158,13 @@ class RecurrentRunner(ModelRunner):
         pool = self._kv.pools[0].described
         self.pools = [replace(pool, page_bytes=pool.page_bytes or page_slots)]
         state_bytes = sum(tensor.nbytes for tensor in self._begin)
-        self._most = max(FEWEST * rows, STATE_BYTES // max(1, state_bytes))
+        self._most = most_states(state_bytes, rows)
         self._states: OrderedDict[int, State] = OrderedDict()  # by address; the first one is that of longest ago
         size = self._kv.table.size
         self._tokens, self._positions = [0] * size, [0] * size  # by address
         self._hidden = torch.full((), torch.finfo(self.dtype).min / 2, dtype=self.dtype, device=self.device)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
         self._stepwise = stepwise
-        if checked:
-            self._stepwise = takes_steps_alone(model)
 
     def _layers(self, kept: Sequence[Any]) -> Iterator[Any]:
         """The layers of our cache: where a model's have K and V, those are slots."""
@@ -326,7 +329,7 @@ class RecurrentRunner(ModelRunner):
 
     def _states_of(self, count: int) -> list[State]:
         """The states of a batch of so many, each on its own: most are not kept for long."""
-        tensors = list(_tensors(self._stateful))
+        tensors = list(states_of(self._stateful))
         if count == 1:
             return [tensors]
         return [[tensor[index : index + 1].clone() for tensor in tensors] for index in range(count)]
@@ -415,13 +418,23 @@ def shape_kept(layer: Any) -> LayerShape | None:
     return LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
 
 
+def most_states(state_bytes: int, rows: int) -> int:
+    """How many states of so many bytes are kept for so many rows."""
+    return max(FEWEST * rows, STATE_BYTES // max(1, state_bytes))
+
+
+def bytes_of_states(state_bytes: int, rows: int, slots: int) -> int:
+    """Bytes of all states of so many bytes each that are kept at most for rows of so many slots."""
+    return state_bytes * min(rows * slots, most_states(state_bytes, rows))
+
+
 def _kept(layer: Any) -> list[dict[int, Tensor]]:
     """The states of a layer, those of its convolution first, without those that it does not have."""
     both = layer.conv_states, layer.recurrent_states
     return [states for states in both if all(state is not None for state in states.values())]
 
 
-def _tensors(layers: Sequence[Any]) -> Iterator[Tensor]:
+def states_of(layers: Sequence[Any]) -> Iterator[Tensor]:
     """The states of recurrent layers, [B, ..] each."""
     stateful = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
     return chain.from_iterable(states.values() for layer in stateful for states in _kept(layer))
@@ -469,7 +482,7 @@ def takes_steps_alone(model: PreTrainedModel) -> bool:
     """
     last = model.config.get_text_config().vocab_size - 1
     tokens = torch.linspace(1, last, CHECKED_ROWS * (BEFORE + AFTER), device=model.device).long().view(CHECKED_ROWS, -1)
-    with InFloat32():  # type: ignore[no-untyped-call]
+    with InFloat32(), weights_alone(model):  # type: ignore[no-untyped-call]
         with torch.inference_mode():
             plain = model(input_ids=tokens, use_cache=False).logits[:, BEFORE:].float()
         at_once, one_by_one = (_rolled_back(model, tokens.tolist(), stepwise) for stepwise in (False, True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 
 import torch
@@ -38,6 +38,7 @@ class HFRunner(ModelRunner):
             number that leaves their bits alone.
         compile: compile the decoding forwards with torch.compile, once for each shape.
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
+        quantize: quantises the model's linear layers once it is found to work, and may change its dtype.
 
     Raises:
         UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given, or does not
@@ -56,6 +57,7 @@ class HFRunner(ModelRunner):
         pages: Sequence[int] | int | None = None,
         compile: bool = False,
         vocab_size: int | None = None,
+        quantize: Callable[[PreTrainedModel], None] | None = None,
     ) -> None:
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
@@ -64,7 +66,6 @@ class HFRunner(ModelRunner):
         self.max_length = max_length
         self.page_slots = page_slots
         self.rows, self.slots = rows, self.extent(max_length + scratch)
-        self.dtype, self.device = model.dtype, model.device
         self._chunk = prefill_chunk
         self.calibration: Calibration | None = None
         body = model.get_decoder()
@@ -73,6 +74,9 @@ class HFRunner(ModelRunner):
         fix_frequencies(model, max_length)
         shapes = probe_layers(model)
         check_addressing(model, shapes, max_length)
+        if quantize is not None:
+            quantize(model)
+        self.dtype, self.device = model.dtype, model.device
         packing = packable(model.device, model.dtype) and not compile
         self.packed = packing and pack_linears(model, find_siblings(model))
         self._steady = steadiness(model, page_slots)

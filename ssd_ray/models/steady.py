@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ssd_ray.models.attention import PERIOD, find_heads, steady_beginning, steady_extents, steady_queries
 from ssd_ray.models.experts import routers
-from ssd_ray.models.packing import PackedLinear
+from ssd_ray.models.packing import PackedLinear, is_quantised
 
 MOST_QUERIES = 32
 """Tokens of one row in a line at most."""
@@ -110,6 +110,10 @@ def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor
         elif isinstance(layer, PackedLinear):
             product = layer.product
             found.setdefault((layer.in_features, product.out_features), (product.of, product.like))
+        elif is_quantised(layer):
+            like = next(each for each in module.parameters() if each.is_floating_point())
+            shape = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+            found.setdefault(shape, (partial(_called, layer), like))
     for weight in routers(module):
         found.setdefault((weight.shape[1], weight.shape[0]), (partial(_plain, weight), weight))
     return found
@@ -117,6 +121,11 @@ def _products(module: nn.Module) -> dict[tuple[int, int], tuple[_Product, Tensor
 
 def _plain(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(inputs, weight, bias)
+
+
+def _called(layer: nn.Module, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    outputs: Tensor = layer(inputs)
+    return outputs if bias is None else outputs + bias
 
 
 def _one(rows: Tensor) -> bytes:

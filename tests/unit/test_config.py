@@ -41,6 +41,8 @@ BAD_SAMPLING = {
 }
 BAD_ENGINE = {
     "target": ["", 3],
+    "adapter": ["", 3],
+    "quantize": ["int3", None, 8],
     "method": ["fast", None],
     "num_drafts": [-1, 1025, 1.0],
     "lookahead": [0, 16, "many"],

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from ssd_ray.cli import app
+from ssd_ray.errors import ResourceError
+from ssd_ray.models import loader
 from ssd_ray.models.describe import at_best, describe
+from ssd_ray.models.info import model_info
+from ssd_ray.models.loader import load_runner
+from ssd_ray.models.recurrent import RecurrentRunner, bytes_of_states
 from tests.support.tiny import WINDOW, save_model, tiny_model, tiny_pair
 
 
@@ -40,6 +46,34 @@ def test_a_pair_as_json(pair: tuple[str, str]) -> None:
     assert target["parameters"] == sum(weight.numel() for weight in tiny_model().parameters())
     assert target["weight_bytes"] >= 4 * target["parameters"]
     assert target["info"]["kv_bytes_per_slot"] == 256
+
+
+@pytest.mark.parametrize("family", ["mamba", "qwen3_5_text"])
+def test_states_are_part_of_what_has_to_fit(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(save_model(tmp_path, tiny_model(family)))
+    sizes: dict[str, Any] = {"role": "target", "rows": 3, "max_length": 64, "scratch": 16, "device": "cpu"}
+    runner = load_runner(folder, **sizes)
+    assert isinstance(runner, RecurrentRunner)
+    info = model_info(folder)
+    assert info.state_bytes == sum(tensor.nbytes for tensor in runner._begin) > 0
+    states = bytes_of_states(info.state_bytes, 3, 80)
+    assert states == 3 * 80 * info.state_bytes  # few tokens: fewer states than there is room for
+    assert bytes_of_states(1 << 30, 3, 80) == 3 * 8 << 30
+    enough = info.parameter_bytes + runner.num_pages * 64 * info.kv_bytes_per_slot + states
+    monkeypatch.setattr(loader, "free_bytes", lambda device: enough)
+    load_runner(folder, **sizes)
+    monkeypatch.setattr(loader, "free_bytes", lambda device: enough - 1)
+    with pytest.raises(ResourceError, match="GiB of states and"):
+        load_runner(folder, **sizes)
+    code, said = inspect(folder, "ngram", "--max-model-len", "64")
+    assert code == 0, said
+    assert "states of 16 texts" in said
+
+
+def test_weights_in_few_bits_in_words(pair: tuple[str, str]) -> None:
+    code, said = inspect(*pair, "--quantize", "int8")
+    assert code == 0, said
+    assert "in int8, other weights float32" in said
 
 
 def test_without_a_draft_the_text_is_one(pair: tuple[str, str]) -> None:

@@ -22,7 +22,15 @@ from ssd_ray.errors import (
 )
 from ssd_ray.models import loader, sources
 from ssd_ray.models.describe import describe
-from ssd_ray.models.info import Kept, check_pair, count_parameters, end_tokens, kv_bytes, load_tokenizer, model_info
+from ssd_ray.models.info import (
+    Kept,
+    check_pair,
+    count_parameters,
+    end_tokens,
+    kv_bytes,
+    load_tokenizer,
+    model_info,
+)
 from ssd_ray.models.loader import count_pages, kv_size, load_runner
 from ssd_ray.models.reach import EVERYTHING, Reach
 from tests.support.tiny import WINDOW, save_model, tiny_config, tiny_model, tiny_pair
