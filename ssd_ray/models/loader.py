@@ -83,9 +83,7 @@ def load_runner(
         check_source(source)
         where = find_device(device)
 
-        def load(kind: torch.dtype) -> PreTrainedModel:
-            return _load_model(source, kind, role, trust_remote_code)
-
+        load = _loading(source, role, trust_remote_code)
         kind = _dtype(source, config, where, load) if dtype == "auto" else getattr(torch, dtype)
         weights = weight_bytes(source, config, kind, trusted=trust_remote_code)
         page_bytes = kv_bytes(config, kind, trusted=trust_remote_code) * PAGE_SLOTS
@@ -104,6 +102,27 @@ def load_runner(
         if calibrated:
             _calibrate(runner, role, (config.to_json_string(), str(kind), str(where), rows, compile), kv_memory is None)
         return runner
+
+
+def load_model(
+    path: str | None, *, role: Role, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model as transformers has it, without a KV cache of ours; arguments as in :func:`load_runner`.
+
+    Raises:
+        ModelError: no such model, or it cannot be read, or it lacks weights.
+        ResourceError: it does not fit the memory.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        load = _loading(source, role, trust_remote_code)
+        config = read_config(source, trust_remote_code)
+        kind = _dtype(source, config, device, load) if dtype == "auto" else getattr(torch, dtype)
+        return load(kind).to(device)
+
+
+def _loading(source: str, role: Role, trust_remote_code: bool) -> Callable[[torch.dtype], PreTrainedModel]:
+    return lambda kind: _load_model(source, kind, role, trust_remote_code)
 
 
 def _calibrate(runner: Runner, role: Role, parts: Sequence[object], bound: bool) -> None:
