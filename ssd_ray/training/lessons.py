@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ssd_ray.errors import EngineError
 from ssd_ray.sampling.noise import gumbel
 from ssd_ray.training.runs import StoppedError, progress_bar, stop_asked
 from ssd_ray.training.texts import windows
+from ssd_ray.training.workers import begin_work
 
 HEATS = (0.0, 1.0)
 """Temperatures at which rows are written, by turns: drafts are asked for both."""
@@ -173,20 +175,22 @@ def _write_beside(
     for writer in writers:
         writer.start()
     left = set(parts)
-    while not stop() and any(writer.is_alive() for writer in writers):
-        time.sleep(0.2)
-        for part in [part for part in left if writing.path(part).exists()]:
-            left.discard(part)
-            advance()
-    for writer in writers:
-        writer.terminate() if stop() else None
-        writer.join()
+    try:
+        while not stop() and any(writer.is_alive() for writer in writers):
+            time.sleep(0.2)
+            for part in [part for part in left if writing.path(part).exists()]:
+                left.discard(part)
+                advance()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
     if not stop() and any(writer.exitcode for writer in writers):
-        raise RuntimeError("a process that writes text ended early")
+        raise EngineError("a process in which the target wrote text ended early; it may have run out of memory")
 
 
 def _writer(writing: Writing, model: Any, parts: list[int]) -> None:
-    torch.set_num_threads(1)
+    begin_work()
     for part in parts:
         writing.write(model, part)
 

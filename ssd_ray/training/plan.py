@@ -55,12 +55,12 @@ class Checked:
     @property
     def rows(self) -> int:
         """Texts that are written at once."""
-        return 64 if self.device.type == "cpu" else 256
+        return 32 if self.device.type == "cpu" else 256
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a batch of training."""
-        return 1536 if self.device.type == "cpu" else 16_384
+        return 640 if self.device.type == "cpu" else 16_384
 
     @property
     def ends(self) -> tuple[int, ...]:

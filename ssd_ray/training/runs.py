@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,8 @@ def train(
     last = schedule.steps if until is None else until
     saved = time.monotonic()
     recent: list[float] = []
-    workers = employ(run.model, batches, processes)
     run.model.train()
-    with stop_asked() as stop, progress_bar() as progress:
+    with stop_asked() as stop, progress_bar() as progress, closing(employ(run.model, batches, processes)) as workers:
         task = progress.add_task(name, total=schedule.steps, completed=run.step, figures="")
         while run.step < last and not stop():
             recent = [*recent[-49:], train_step(run, schedule, workers)]
@@ -121,12 +120,11 @@ def train(
             if checkpoint and time.monotonic() - saved > SAVE_EVERY:
                 run.save(checkpoint)
                 saved = time.monotonic()
-        workers.close()
-        if checkpoint:
-            run.save(checkpoint)
-        run.model.eval()
-        if stop() and run.step < last:
-            raise StoppedError(f"{name}: stopped at step {run.step} of {schedule.steps}")
+    run.model.eval()
+    if checkpoint:
+        run.save(checkpoint)
+    if run.step < last:
+        raise StoppedError(f"{name}: stopped at step {run.step} of {schedule.steps}")
     return run
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +50,7 @@ class Desk:
             yield first
 
 
-GRADIENTS, ORTHOGONALISE, STOP = range(3)
+GRADIENTS, ORTHOGONALISE = range(2)
 
 
 class Workers:
@@ -79,8 +83,7 @@ class Workers:
         self.desk.job[: len(job)] = torch.tensor(job)
         self.desk.taken.value = 0
         self.desk.begin.wait()
-        if job[0] != STOP:
-            self.desk.end.wait()
+        self.desk.end.wait()
 
     def gradients(self, model: Any, first: int, rows: int, length: int) -> float:
         """Fill the gradients of ``model`` from a batch; returns the mean loss."""
@@ -98,21 +101,33 @@ class Workers:
 
     def close(self) -> None:
         """Let them go."""
-        self.do(STOP)
         for process in self.processes:
+            process.kill()
             process.join()
+
+
+def begin_work() -> None:
+    """Make this process a worker: one thread, no ear for signals, which are for its parent, and no life without it."""
+    torch.set_num_threads(1)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+    os._exit(1)
 
 
 def work(index: int, desk: Desk) -> None:
     """A worker's life."""
-    torch.set_num_threads(1)
+    begin_work()
     for parameter, grad in zip(trained(desk.model).values(), desk.grads[index], strict=True):
         parameter.grad = grad
     while True:
         desk.begin.wait()
         kind, first, rows, length = desk.job.tolist()
-        if kind == STOP:
-            return
         if kind == GRADIENTS:
             accumulate(index, desk, first, rows, length)
         else:
