@@ -308,16 +308,16 @@ def train_draft(
 ) -> None:
     """Train a draft for any target, in a folder that `--draft` takes: from minutes on two cores to as long as you like.
 
-    The target writes texts, going on with pieces of your data, and the draft learns its choices. It begins as a few of
-    the target's own layers with the target's vocabulary and embeddings; how many, and how wide, is chosen by the cost of
-    a step and by a short trial of each shape. Killed and started again, the same command goes on.
+    The target writes texts, going on with pieces of your data, and the draft learns its choices. It begins as a few
+    of the target's own layers with the target's vocabulary and embeddings; how many, and how wide, is chosen by the
+    cost of a step and by a short trial of each shape. Killed and started again, the same command goes on.
 
     `ssd-ray train-draft --target DIR --data notes.txt --data code.py --out DRAFT --minutes 30` ends with a line that
     says what to expect of `ssd-ray generate --target DIR --draft DRAFT`.
 
     `ssd-ray train-draft --out DRAFT --minutes 5` trains one for the bundled target, from what that writes by itself.
 
-    `ssd-ray bench methods --target DIR --draft DRAFT` then measures, also against `--draft ngram`, which needs no model.
+    `ssd-ray bench methods --target DIR --draft DRAFT` then measures; also try `--draft ngram`, which needs no model.
     """
     config = from_flags(TrainingConfig, values)
     with _stderr().status("loading libraries"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from ssd_ray.models.describe import at_best
 
 COPIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Architectures whose layers are copied. A draft for any other begins with layers drawn at random, as Llama has them."""
+"""Architectures whose layers are copied. A draft for any other begins with layers drawn at random, as Llama's."""
 
 A_LAYER = 500_000
 """Numbers that could be read while the operations of one layer are started: what a narrow layer costs at least."""
@@ -153,7 +153,9 @@ def make_draft(target: Any, shape: Shape, basis: Tensor | None, seed: int = 0) -
 
 
 def _copy_layer(layer: Any, origin: Any, basis: Tensor | None) -> None:
-    layer.load_state_dict({name: weight.float() for name, weight in origin.state_dict().items()}) if basis is None else None
+    layer.load_state_dict(
+        {name: weight.float() for name, weight in origin.state_dict().items()}
+    ) if basis is None else None
     if basis is None:
         return
     scale = (len(basis) / basis.shape[1]) ** 0.5

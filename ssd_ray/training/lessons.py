@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ssd_ray.errors import EngineError
+from ssd_ray.errors import EngineError, StoppedError
 from ssd_ray.sampling.noise import gumbel
-from ssd_ray.training.runs import StoppedError, progress_bar, stop_asked
+from ssd_ray.training.runs import progress_bar, stop_asked
 from ssd_ray.training.texts import windows
 from ssd_ray.training.workers import begin_work
 
@@ -163,7 +163,9 @@ def write_parts(writing: Writing, model: Any, parts: list[int], processes: int) 
                 writing.write(model, part)
                 advance()
         if stop() and (left := [part for part in parts if not writing.path(part).exists()]):
-            raise StoppedError(f"writing: stopped with {len(left)} of {len(parts)} parts to do")
+            raise StoppedError(
+                f"writing: stopped with {len(left)} of {len(parts)} parts to do; the same command goes on"
+            )
 
 
 def _write_beside(
@@ -171,7 +173,9 @@ def _write_beside(
 ) -> None:
     context = torch.multiprocessing.get_context("spawn")
     model.share_memory()
-    writers = [context.Process(target=_writer, args=(writing, model, parts[i::count]), daemon=True) for i in range(count)]
+    writers = [
+        context.Process(target=_writer, args=(writing, model, parts[i::count]), daemon=True) for i in range(count)
+    ]
     for writer in writers:
         writer.start()
     left = set(parts)
@@ -276,8 +280,8 @@ class Law:
             share = torch.full((len(sample),), others / max(1, len(sample)), device=hidden.device).log()
             columns, log_weight = torch.cat([named, sample]), torch.cat([log_weight, share])
         elif others:
-            columns, log_weight = torch.arange(weight.shape[0], device=hidden.device), torch.zeros(1, device=hidden.device)
-            places = self.top
+            columns, places = torch.arange(weight.shape[0], device=hidden.device), self.top
+            log_weight = torch.zeros(1, device=hidden.device)
         logits = (hidden @ weight[columns].to(hidden.dtype).T).float()
         log_q = logits.gather(1, places) - (logits + log_weight).logsumexp(-1, keepdim=True)
         return _divergence(self.p, log_q)

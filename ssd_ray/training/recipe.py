@@ -76,7 +76,9 @@ class Trained:
         shape = f"{self.shape.layers} layers, width {self.shape.width}: a step takes {self.step:.0%} of a verification"
         rows = [
             f"{name.replace('_', ' ')}: {old['acceptance']:.0%} -> {new['acceptance']:.0%} accepted, tokens a round "
-            + ", ".join(f"{old['tokens_per_round'][k]:.2f} -> {each:.2f} of {k}" for k, each in new["tokens_per_round"].items())
+            + ", ".join(
+                f"{old['tokens_per_round'][k]:.2f} -> {each:.2f} of {k}" for k, each in new["tokens_per_round"].items()
+            )
             for name, old, new in ((name, self.before[name], self.after[name]) for name in self.after)
         ]
         return [shape, *rows, self.advice()]

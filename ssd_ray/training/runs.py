@@ -14,15 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ssd_ray.errors import StoppedError
 from ssd_ray.training.schedules import Schedule, optimizers, trained
 from ssd_ray.training.workers import Batches, Inline, Workers, employ
 
 SAVE_EVERY = 60.0
 """Seconds between two checkpoints."""
-
-
-class StoppedError(Exception):
-    """Somebody asked for an end; what was done is kept."""
 
 
 @dataclass
@@ -124,7 +121,7 @@ def train(
     if checkpoint:
         run.save(checkpoint)
     if run.step < last:
-        raise StoppedError(f"{name}: stopped at step {run.step} of {schedule.steps}")
+        raise StoppedError(f"{name}: stopped at step {run.step} of {schedule.steps}; the same command goes on")
     return run
 
 
