@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from ssd_ray.models.describe import at_best
+from ssd_ray.models.sources import silence
 
 COPIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Architectures whose layers are copied. A draft for any other begins with layers drawn at random, as Llama's."""
@@ -136,7 +137,7 @@ def make_draft(target: Any, shape: Shape, basis: Tensor | None, seed: int = 0) -
     if draft.config.model_type == target.config.get_text_config().model_type:
         norm = inner.norm.weight.float()
         for layer, origin in zip(draft.model.layers, shape.copied(len(inner.layers)), strict=True):
-            _copy_layer(layer, inner.layers[origin], basis)
+            layer.load_state_dict(_layer_weights(inner.layers[origin], basis))
     if basis is None:
         draft.model.embed_tokens.weight.copy_(table)
         draft.lm_head.weight.copy_(head)
@@ -146,34 +147,41 @@ def make_draft(target: Any, shape: Shape, basis: Tensor | None, seed: int = 0) -
         basis = basis.to(table.device)
         draft.model.embed_tokens.weight.copy_(table @ basis)
         draft.lm_head.weight.copy_((head if norm is None else head * norm) @ basis)
-        draft.model.norm.weight.fill_((len(basis) / basis.shape[1]) ** 0.5)
+        draft.model.norm.weight.fill_(_scale(basis))
     for weight in (draft.model.embed_tokens.weight, draft.lm_head.weight):
         weight.requires_grad_(False)
     return draft.eval()
 
 
-def _copy_layer(layer: Any, origin: Any, basis: Tensor | None) -> None:
-    layer.load_state_dict(
-        {name: weight.float() for name, weight in origin.state_dict().items()}
-    ) if basis is None else None
+READING = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
+"""What reads the residual stream, by the norm before it."""
+
+WRITING = ("o_proj", "down_proj")
+"""What writes it."""
+
+
+def _layer_weights(origin: Any, basis: Tensor | None) -> dict[str, Tensor]:
+    """The weights of a layer, in the directions of a basis if there is one."""
+    weights = {name: weight.float() for name, weight in origin.state_dict().items()}
     if basis is None:
-        return
-    scale = (len(basis) / basis.shape[1]) ** 0.5
-    reading = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
-    of = {name: each for name, each in origin.named_modules()}
-    ours = {name.rpartition(".")[2]: each for name, each in layer.named_modules()}
-    theirs = {name.rpartition(".")[2]: each for name, each in of.items()}
-    for norm, names in reading.items():
-        ours[norm].weight.fill_(scale)
-        for name in names:
-            ours[name].weight.copy_((theirs[name].weight.float() * theirs[norm].weight.float()) @ basis)
-    for name in ("o_proj", "down_proj"):
-        ours[name].weight.copy_(basis.T @ theirs[name].weight.float())
-    for name, each in theirs.items():
-        if name.endswith("_proj") and each.bias is not None:
-            ours[name].bias.copy_(basis.T @ each.bias.float() if name in ("o_proj", "down_proj") else each.bias)
-        if name in ("q_norm", "k_norm"):
-            ours[name].weight.copy_(each.weight)
+        return weights
+    basis = basis.to(next(iter(weights.values())).device)
+    norms = {name: weights[f"{norm}.weight"] for norm, names in READING.items() for name in names}
+    for full in weights:
+        name, _, kind = full.rpartition(".")
+        name = name.rpartition(".")[2]
+        if name in READING:
+            weights[full] = torch.full((basis.shape[1],), _scale(basis))
+        elif name in norms and kind == "weight":
+            weights[full] = (weights[full] * norms[name]) @ basis
+        elif name in WRITING:
+            weights[full] = basis.T @ weights[full]
+    return weights
+
+
+def _scale(basis: Tensor) -> float:
+    """Weights of a norm behind which a direction of fewer is as long as it was among all."""
+    return float((basis.shape[0] / basis.shape[1]) ** 0.5)
 
 
 def _decoder(target: Any) -> Any:
@@ -212,5 +220,6 @@ def export(draft: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None
     folder.mkdir(parents=True, exist_ok=True)
     copy = deepcopy(draft).to("cpu", dtype)
     copy.config.dtype = dtype
-    copy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with silence():
+        copy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

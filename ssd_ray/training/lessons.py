@@ -41,7 +41,7 @@ class Writing:
 
     Attributes:
         folder: of the parts, one file each.
-        prompts: a file of token ids that prompts are cut from, [tokens]; its first and last sixteenths are for the exam.
+        prompts: a file of token ids that prompts are cut from, [tokens]; its first sixteenth is for the exam.
         rows: texts of a part.
         prompt: tokens of a prompt. What it is short of, the target draws at temperature 1.
         length: tokens of a text.
@@ -200,7 +200,7 @@ def _writer(writing: Writing, model: Any, parts: list[int]) -> None:
 
 
 class Lessons:
-    """Parts that have been written, the exam aside, in an order of their own for each time that they are gone through."""
+    """Parts that have been written, in an order of its own for each time that they are gone through."""
 
     def __init__(self, paths: list[Path], seed: int = 0) -> None:
         self.paths, self.seed = paths, seed

@@ -16,6 +16,7 @@ from ssd_ray.errors import ConfigError, ModelError, ResourceError
 from ssd_ray.models.describe import Description, describe
 from ssd_ray.models.info import check_files, end_tokens, load_tokenizer, model_fingerprint
 from ssd_ray.models.loader import find_device, free_bytes
+from ssd_ray.models.sources import silence
 from ssd_ray.training.config import TrainingConfig
 
 LENGTH = 160
@@ -121,7 +122,8 @@ def _data(files: list[Path], tokenizer: Any, target: Description) -> np.ndarray:
         start = next((each for each in (tokenizer.bos_token_id, tokenizer.eos_token_id) if each is not None), 0)
         return np.array([start], dtype=np.int32)
     documents = [_read(file) for file in files]
-    ids = np.concatenate([np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in documents])
+    with silence():  # who tokenises a document is told that it is longer than the context
+        ids = np.concatenate([np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in documents])
     if len(ids) < LEAST_DATA:
         raise ConfigError("data", f"at least {LEAST_DATA} tokens of text", f"{len(ids)} in {len(files)} files")
     if ids.max() >= target.info.vocab_size:

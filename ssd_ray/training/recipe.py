@@ -63,29 +63,28 @@ class Trained:
         """How to serve it, and what to expect, in a line."""
         cases = []
         for name, words in (("greedy", "greedy"), ("temperature_1", "at temperature 1")):
-            acceptance = self.after[name]["acceptance"]
-            waiting, hidden = at_best(acceptance, self.step)
-            cases.append(
-                f"{words} {waiting:.1f} x plain decoding with sd, up to {hidden:.1f} x with ssd ({acceptance:.0%} accepted)"
-            )
+            waiting, hidden = at_best(self.after[name]["acceptance"], self.step)
+            cases.append(f"{words} {waiting:.1f} x with sd and at best {hidden:.1f} x with ssd")
         command = f"ssd-ray generate --target {self.target} --draft {self.folder}"
-        return f"serve with `{command}`: expect {'; '.join(cases)}"
+        return f"serve with `{command}`: expect, to plain decoding's 1 x, {'; '.join(cases)}"
 
     def lines(self) -> list[str]:
         """What it is, what it was and is worth, and the advice."""
         shape = f"{self.shape.layers} layers, width {self.shape.width}: a step takes {self.step:.0%} of a verification"
-        rows = [
-            f"{name.replace('_', ' ')}: {old['acceptance']:.0%} -> {new['acceptance']:.0%} accepted, tokens a round "
-            + ", ".join(
-                f"{old['tokens_per_round'][k]:.2f} -> {each:.2f} of {k}" for k, each in new["tokens_per_round"].items()
-            )
-            for name, old, new in ((name, self.before[name], self.after[name]) for name in self.after)
-        ]
+        rows = [f"{name.replace('_', ' ')}: {_gain(self.before[name], self.after[name])}" for name in self.after]
         return [shape, *rows, self.advice()]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it."""
         return asdict(self) | {"advice": self.advice()}
+
+
+def _gain(old: dict[str, Any], new: dict[str, Any]) -> str:
+    rounds = [
+        f"{old['tokens_per_round'][k]:.2f} -> {tokens:.2f} with {k} drafted"
+        for k, tokens in new["tokens_per_round"].items()
+    ]
+    return f"{old['acceptance']:.0%} -> {new['acceptance']:.0%} accepted, tokens a round {', '.join(rounds)}"
 
 
 def train_draft(config: TrainingConfig) -> Trained:

@@ -1,4 +1,4 @@
-"""How fast a model learns at which step, and what moves its weights: AdamW, and Muon for matrices that begin at random."""
+"""How fast a model learns at which step, and what moves its weights."""
 
 from __future__ import annotations
 
