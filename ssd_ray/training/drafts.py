@@ -20,11 +20,9 @@ COPIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 A_LAYER = 500_000
 """Numbers that could be read while the operations of one layer are started: what a narrow layer costs at least."""
 
-STEP = 0.25
-"""What a step of a draft may take of a verification."""
-
-WIDTHS = (0.5, 0.25)
-"""Of the target's, beside its own."""
+SHAPES = ((1.0, 0.25), (0.5, 0.15), (0.25, 0.08))
+"""Of the target's width, and of a verification's cost: how wide drafts are and what a step of them takes at most, but for
+the one layer that each has."""
 
 HEAD = 64
 """Numbers of an attention head, where they are free to choose."""
@@ -74,6 +72,12 @@ class Costs:
         draft = narrow * self.head + shape.layers * (narrow * self.a_layer + A_LAYER)
         return draft / (self.total + self.depth * A_LAYER)
 
+    def deepest(self, width: int, step: float) -> int:
+        """How many layers a draft has whose step takes at most so much; one at least."""
+        narrow = width / self.hidden
+        room = step * (self.total + self.depth * A_LAYER) - narrow * self.head
+        return max(1, int(room / (narrow * self.a_layer + A_LAYER)))
+
 
 def worth(acceptance: float, step: float) -> float:
     """How much faster than plain decoding a pair is, between what it reaches with its drafting hidden and with none of
@@ -83,15 +87,12 @@ def worth(acceptance: float, step: float) -> float:
 
 
 def candidates(costs: Costs) -> list[Shape]:
-    """Shapes that are worth a trial: in the target's width and in narrower ones, as deep as makes a step about
-    :data:`STEPS` of a verification, but for the least that a width asks for."""
-    widths = [width for share in WIDTHS if (width := int(costs.hidden * share) // HEAD * HEAD) >= HEAD]
+    """Shapes that are worth a trial: in the target's width and in narrower ones, as deep as :data:`SHAPES` allows."""
     shapes = []
-    for width in dict.fromkeys([costs.hidden, *widths]):
-        deepest = max(1, costs.depth // 2)
-        step = lambda layers, width=width: costs.step(Shape(layers, width))  # noqa: E731
-        layers = max((each for each in range(1, deepest + 1) if step(each) <= STEP), default=1)
-        shapes.append(Shape(layers, width))
+    for share, step in SHAPES:
+        width = costs.hidden if share == 1 else int(costs.hidden * share) // HEAD * HEAD
+        if width:
+            shapes.append(Shape(min(max(1, costs.depth // 2), costs.deepest(width, step)), width))
     return shapes
 
 
