@@ -21,8 +21,8 @@ A_LAYER = 500_000
 """Numbers that could be read while the operations of one layer are started: what a narrow layer costs at least."""
 
 SHAPES = ((1.0, 0.25), (0.5, 0.15), (0.25, 0.08))
-"""Of the target's width, and of a verification's cost: how wide drafts are and what a step of them takes at most, but for
-the one layer that each has."""
+"""How wide drafts are, of the target's width, and what a step of them takes at most, of a verification. One layer each
+has in any case."""
 
 HEAD = 64
 """Numbers of an attention head, where they are free to choose."""
