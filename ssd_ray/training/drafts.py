@@ -83,7 +83,7 @@ def worth(acceptance: float, step: float) -> float:
     """How much faster than plain decoding a pair is, between what it reaches with its drafting hidden and with none of
     it hidden; see :func:`~ssd_ray.models.describe.at_best`."""
     waiting, hidden = at_best(acceptance, step)
-    return (waiting * hidden) ** 0.5
+    return float((waiting * hidden) ** 0.5)
 
 
 def candidates(costs: Costs) -> list[Shape]:
@@ -207,7 +207,8 @@ def directions(target: Any, ids: Tensor, width: int) -> Tensor:
     tables = [target.get_input_embeddings().weight, target.get_output_embeddings().weight]
     moment = sum(_moment(each.flatten(0, -2).double()) for each in (*streams, *tables))
     _, vectors = torch.linalg.eigh(moment)
-    return vectors.flip(1)[:, :width].float().clone().contiguous()
+    chosen: Tensor = vectors.flip(1)[:, :width]
+    return chosen.float().clone().contiguous()
 
 
 def _moment(states: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def write(
     ids, position = prompts.to(device), 0
     over = torch.zeros(rows, dtype=torch.bool, device=device)
     while True:
-        for piece in ids.split(max(1, LOGITS_AT_ONCE // (rows * size)), dim=1):
+        for piece in torch.split(ids, max(1, LOGITS_AT_ONCE // (rows * size)), dim=1):
             # The cache by its place: what it is called depends on the version of transformers.
             logits = model(piece, None, None, cache, use_cache=True).logits.float()
             laws = logits.log_softmax(-1).topk(top)
@@ -153,7 +153,7 @@ def write_parts(writing: Writing, model: Any, parts: list[int], processes: int) 
     with stop_asked() as stop, progress_bar() as progress:
         total = len(parts) * writing.rows * writing.length
         task = progress.add_task("writing", total=total, figures="tokens")
-        advance = lambda: progress.advance(task, writing.rows * writing.length)  # noqa: E731
+        advance = partial(progress.advance, task, writing.rows * writing.length)
         if processes > 1 and len(parts) > 1 and model.device.type == "cpu":
             _write_beside(writing, model, parts, min(processes, len(parts)), stop, advance)
         else:
@@ -293,4 +293,5 @@ def _divergence(p: Tensor, log_q: Tensor) -> Tensor:
     rest_q = (1.0 - log_q.exp().sum(-1)).clamp(min=1e-6)
     named = torch.special.xlogy(p, p) - p * log_q
     rest = torch.special.xlogy(rest_p, rest_p) - rest_p * rest_q.log()
-    return (named.sum(-1) + rest).mean()
+    divergence: Tensor = (named.sum(-1) + rest).mean()
+    return divergence

@@ -148,7 +148,8 @@ class Training:
     @property
     def exam(self) -> np.ndarray:
         """Texts that are not learned from."""
-        return np.load(self.writing.path(0), mmap_mode="r")
+        lesson: np.ndarray = np.load(self.writing.path(0), mmap_mode="r")
+        return lesson
 
     @property
     def lessons(self) -> Lessons:
@@ -190,7 +191,7 @@ class Training:
         """Train a shape for a moment, and judge it."""
         name = f"trial of {shape.layers} layers, width {shape.width}"
         if name in self.plan:
-            return self.plan[name]
+            return dict(self.plan[name])
         draft = self.make(shape)
         before = self.judge(draft)
         a_step = self._seconds_of_a_step(draft)
@@ -203,7 +204,8 @@ class Training:
         gain = sum(worth(each["acceptance"], self.costs.step(shape)) for each in after.values()) / len(after)
         found = {"worth": gain, "before": before, "after": after, "seconds_of_a_step": a_step, "steps": steps}
         logger.info("%s: worth %.2f", name, gain)
-        return self.plan.keep(name, found)
+        self.plan.keep(name, found)
+        return found
 
     def _seconds_of_a_step(self, draft: Any) -> float:
         """What a step takes once processes run, on a copy."""

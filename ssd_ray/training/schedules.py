@@ -65,10 +65,11 @@ def matrices(model: Any) -> list[Tensor]:
 
 def optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
     """Muon, if the schedule has a rate for it, and AdamW."""
-    inner = matrices(model) if schedule.matrix_lr else []
+    rate = schedule.matrix_lr or 0.0
+    inner = matrices(model) if rate else []
     others = [p for p in trained(model).values() if all(p is not q for q in inner)]
     adam = torch.optim.AdamW(others, lr=schedule.vector_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [*([SharedMuon(inner, lr=schedule.matrix_lr, weight_decay=0.05, momentum=0.95)] if inner else []), adam]
+    return [*([SharedMuon(inner, lr=rate, weight_decay=0.05, momentum=0.95)] if inner else []), adam]
 
 
 class SharedMuon(torch.optim.Muon):
@@ -97,7 +98,8 @@ def orthogonal(update: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return (x if update.shape[0] <= update.shape[1] else x.T).to(update.dtype)
+    result: Tensor = x if update.shape[0] <= update.shape[1] else x.T
+    return result.to(update.dtype)
 
 
 def precision(device: torch.device) -> torch.dtype:

@@ -36,7 +36,8 @@ class Text:
     @cached_property
     def ids(self) -> np.ndarray:
         """All of them, [tokens]."""
-        return np.load(self.path, mmap_mode="r")
+        ids: np.ndarray = np.load(self.path, mmap_mode="r")
+        return ids
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

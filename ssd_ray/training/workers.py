@@ -66,10 +66,10 @@ class Workers:
         self.desk = Desk(
             model=model,
             batches=batches,
-            grads=[[torch.zeros_like(p).share_memory_() for p in trained(model).values()] for _ in range(count)],
-            updates=[torch.zeros_like(p).share_memory_() for p in matrices(model)],
-            losses=torch.zeros(count, dtype=torch.float64).share_memory_(),
-            job=torch.zeros(4, dtype=torch.int64).share_memory_(),
+            grads=[[_shared(torch.zeros_like(p)) for p in trained(model).values()] for _ in range(count)],
+            updates=[_shared(torch.zeros_like(p)) for p in matrices(model)],
+            losses=_shared(torch.zeros(count, dtype=torch.float64)),
+            job=_shared(torch.zeros(4, dtype=torch.int64)),
             begin=context.Barrier(count + 1),
             end=context.Barrier(count + 1),
             taken=context.Value("q", 0),
@@ -104,6 +104,11 @@ class Workers:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    shared: Tensor = tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return shared
 
 
 def begin_work() -> None:
