@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -190,42 +191,48 @@ class Training:
     def try_out(self, shape: Shape) -> dict[str, Any]:
         """Train a shape for a moment, and judge it."""
         name = f"trial of {shape.layers} layers, width {shape.width}"
-        if name in self.plan:
-            return dict(self.plan[name])
-        draft = self.make(shape)
-        before = self.judge(draft)
-        a_step = self._seconds_of_a_step(draft)
-        room = 60 * self.config.minutes * TRIAL_SHARE / len(candidates(self.costs)) / a_step
-        least, most = TRIAL_STEPS
-        steps = min(most, max(least, self.config.steps // 10 if self.config.steps else int(room)))
-        schedule = self.schedule(steps)
-        train(Run(draft, optimizers(draft, schedule)), schedule, self.lessons, None, self.checked.processes, name=name)
-        after = self.judge(draft)
-        gain = sum(worth(each["acceptance"], self.costs.step(shape)) for each in after.values()) / len(after)
-        found = {"worth": gain, "before": before, "after": after, "seconds_of_a_step": a_step, "steps": steps}
-        logger.info("%s: worth %.2f", name, gain)
-        self.plan.keep(name, found)
-        return found
+        if name not in self.plan:
+            begun = self.begin(f"{name}, begun", shape)
+            draft = self.train(name, shape, begun["steps"])
+            after = self.judge(draft)
+            gain = sum(worth(each["acceptance"], self.costs.step(shape)) for each in after.values()) / len(after)
+            logger.info("%s: worth %.2f", name, gain)
+            self.plan.keep(name, begun | {"after": after, "worth": gain})
+        return dict(self.plan[name])
+
+    def begin(self, name: str, shape: Shape) -> dict[str, Any]:
+        """What a shape is before it is trained, and how many steps of its trial there is time for."""
+        if name not in self.plan:
+            draft = self.make(shape)
+            a_step = self._seconds_of_a_step(draft)
+            least, most = TRIAL_STEPS
+            room = 60 * self.config.minutes * TRIAL_SHARE / len(candidates(self.costs)) / a_step
+            steps = min(most, max(least, self.config.steps // 10 if self.config.steps else int(room)))
+            self.plan.keep(name, {"before": self.judge(draft), "seconds_of_a_step": a_step, "steps": steps})
+        return dict(self.plan[name])
+
+    def train(self, name: str, shape: Shape, steps: int) -> Any:
+        """A draft after so many steps, of which a checkpoint of this name has some if it was begun before."""
+        schedule, checkpoint = self.schedule(steps), self.work / f"{name}.pt"
+        run = load_run(checkpoint, lambda _: self.make(shape), shape.layers, schedule)
+        return train(run, schedule, self.lessons, checkpoint, self.checked.processes, name=name).model
 
     def _seconds_of_a_step(self, draft: Any) -> float:
         """What a step takes once processes run, on a copy."""
         copy, schedule = deepcopy(draft), self.schedule(2)
-        run, workers = Run(copy, optimizers(copy, schedule)), employ(copy, self.lessons, self.checked.processes)
-        train_step(run, schedule, workers)
-        start = time.monotonic()
-        train_step(run, schedule, workers)
-        workers.close()
-        return time.monotonic() - start
+        run = Run(copy, optimizers(copy, schedule))
+        with closing(employ(copy, self.lessons, self.checked.processes)) as workers:
+            train_step(run, schedule, workers)
+            start = time.monotonic()
+            train_step(run, schedule, workers)
+            return time.monotonic() - start
 
     def learn(self, shape: Shape) -> None:
         """Train the draft, write it out and judge it."""
         if "training_steps" not in self.plan:
             room = 60 * self.config.minutes * (1 - WRITING_SHARE - TRIAL_SHARE) / self.plan["seconds_of_a_step"]
             self.plan.keep("training_steps", self.config.steps or max(TRIAL_STEPS[0], int(room)))
-        schedule = self.schedule(self.plan["training_steps"])
-        checkpoint = self.work / "draft.pt"
-        run = load_run(checkpoint, lambda _: self.make(shape), shape.layers, schedule)
-        train(run, schedule, self.lessons, checkpoint, self.checked.processes, name="training")
-        after = self.judge(run.model)
-        export(run.model, self.checked.tokenizer, self.config.folder, getattr(torch, self.checked.target.dtype))
+        draft = self.train("training", shape, self.plan["training_steps"])
+        after = self.judge(draft)
+        export(draft, self.checked.tokenizer, self.config.folder, getattr(torch, self.checked.target.dtype))
         self.plan.keep("after", after)
