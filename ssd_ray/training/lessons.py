@@ -18,7 +18,7 @@ from ssd_ray.errors import EngineError, StoppedError
 from ssd_ray.sampling.noise import gumbel
 from ssd_ray.training.runs import progress_bar, stop_asked
 from ssd_ray.training.texts import windows
-from ssd_ray.training.workers import begin_work
+from ssd_ray.training.workers import begin_work, start_deaf
 
 HEATS = (0.0, 1.0)
 """Temperatures at which rows are written, by turns: drafts are asked for both."""
@@ -176,8 +176,7 @@ def _write_beside(
     writers = [
         context.Process(target=_writer, args=(writing, model, parts[i::count]), daemon=True) for i in range(count)
     ]
-    for writer in writers:
-        writer.start()
+    start_deaf(writers)
     left = set(parts)
     try:
         while not stop() and any(writer.is_alive() for writer in writers):

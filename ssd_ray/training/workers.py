@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import parent_process
-from threading import Thread
+from multiprocessing import connection, parent_process
+from threading import BrokenBarrierError, Thread
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ssd_ray.errors import EngineError
 from ssd_ray.training.schedules import matrices, orthogonal, precision, trained
 
 PIECE = 1024
@@ -75,15 +76,24 @@ class Workers:
             taken=context.Value("q", 0),
         )
         self.processes = [context.Process(target=work, args=(i, self.desk), daemon=True) for i in range(count)]
-        for process in self.processes:
-            process.start()
+        start_deaf(self.processes)
+        Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Wait for the first that ends, and let nobody wait for it."""
+        connection.wait([process.sentinel for process in self.processes])
+        self.desk.begin.abort()
+        self.desk.end.abort()
 
     def do(self, *job: int) -> None:
         """Have a job done by all."""
         self.desk.job[: len(job)] = torch.tensor(job)
         self.desk.taken.value = 0
-        self.desk.begin.wait()
-        self.desk.end.wait()
+        try:
+            self.desk.begin.wait()
+            self.desk.end.wait()
+        except BrokenBarrierError:
+            raise EngineError("a process that trains ended early; it may have run out of memory") from None
 
     def gradients(self, model: Any, first: int, rows: int, length: int) -> float:
         """Fill the gradients of ``model`` from a batch; returns the mean loss."""
@@ -111,11 +121,21 @@ def _shared(tensor: Tensor) -> Tensor:
     return shared
 
 
+def start_deaf(processes: Iterable[Any]) -> None:
+    """Start processes that do not hear Ctrl-C and SIGTERM, which a terminal and others send to them, too: these are for
+    their parent, from the first moment on."""
+    kinds = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)  # which they inherit
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_work() -> None:
-    """Make this process a worker: one thread, no ear for signals, which are for its parent, and no life without it."""
+    """Make this process a worker: one thread, and no life without its parent."""
     torch.set_num_threads(1)
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
 
 

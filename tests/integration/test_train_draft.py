@@ -10,9 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ssd_ray import LLM, SamplingParams
+from ssd_ray.errors import EngineError
+from ssd_ray.training.texts import Text
+from ssd_ray.training.workers import Workers
 from tests.support.tiny import save_model, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -27,7 +31,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "data.txt").write_text("one text of many that the target goes on with\n" * 40, encoding="utf-8")
     options = {"target": "target", "data": "data.txt", "out": "draft"}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(folder / value))]
-    return [*COMMAND, *flags, "--texts", "128", "--steps", "200", "--device", "cpu", "--processes", "2", "--json"]
+    return [*COMMAND, *flags, "--texts", "64", "--steps", "80", "--device", "cpu", "--processes", "2", "--json"]
 
 
 def test_a_stopped_command_goes_on_and_its_draft_serves(command: list[str]) -> None:
@@ -54,3 +58,15 @@ def test_a_stopped_command_goes_on_and_its_draft_serves(command: list[str]) -> N
         (output,) = llm.generate(["one text"], params)
     assert output.token_ids == expected
     assert output.stats.tokens_per_round > 1
+
+
+def test_a_worker_that_dies_ends_the_training_with_an_error(tmp_path: Path) -> None:
+    target = tiny_model()
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(90, dtype=np.int32))
+    workers = Workers(2, target, Text(ids))
+    workers.gradients(target, 0, 2, 16)
+    workers.processes[0].kill()
+    with pytest.raises(EngineError, match="a process that trains ended early"):
+        workers.gradients(target, 0, 2, 16)
+    workers.close()
