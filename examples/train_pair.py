@@ -15,7 +15,8 @@ Six stages, each of which leaves files in `--out` and is skipped when they are t
               rest; the rate is constant and falls to zero at the end. Every eighth step has the full context length.
 4. draft      two layers, first on the corpus alone.
 5. distil     the draft then learns the target's whole distribution, on the corpus and on text that the target wrote.
-              This is what lifts acceptance: a draft need not know Python, it has to know the target.
+              This is what lifts acceptance: a draft need not know Python, it has to know the target. This stage alone,
+              for a target that is there, is `ssd-ray train-draft`.
 6. export     stock `transformers` folders in bfloat16, the held-out prompts, the figures and the model card.
 
 On a CPU with several cores the batch is dealt out over single-threaded processes; on a GPU everything runs in one
@@ -36,22 +37,17 @@ import torch
 import typer
 from pair_recipe.card import write_card
 from pair_recipe.corpus import HELD_OUT, Source, collect, load_sources, save_sources
-from pair_recipe.distil import Distillation, mix, write_text
 from pair_recipe.measure import measure
-from pair_recipe.models import DRAFT, TARGET, Shape, export, grow
-from pair_recipe.training import (
-    LossOf,
-    Phase,
-    Run,
-    Schedule,
-    employ,
-    load_run,
-    next_token_loss,
-    train,
-    train_step,
-)
+from pair_recipe.models import DRAFT, TARGET, Shape, grow, new_model
 from pair_recipe.vocabulary import pack, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ssd_ray.training.drafts import export
+from ssd_ray.training.lessons import Lessons, Writing, write_parts
+from ssd_ray.training.runs import Run, load_run, train, train_step
+from ssd_ray.training.schedules import Schedule, optimizers, precision
+from ssd_ray.training.texts import Text
+from ssd_ray.training.workers import Batches, employ
 
 PROMPT_TOKENS = 1500
 
@@ -76,21 +72,28 @@ class Plan:
     scan: int | None = None  # how many candidate files to read; None = all
     seed: int = 0
 
+    @property
+    def depths(self) -> list[tuple[int, int]]:
+        """How deep the target is until which step."""
+        return [(layers, round(share * self.steps)) for layers, share in self.growth]
+
     def target_schedule(self) -> Schedule:
-        phases = tuple(
-            Phase(layers, round(share * self.steps), self.length if share == 1.0 else self.length // 2)
-            for layers, share in self.growth
-        )
-        return self.schedule(phases, self.steps)
+        shares = [share for _, share in self.growth]
+        lengths = [(self.length if share == 1.0 else self.length // 2, round(share * self.steps)) for share in shares]
+        return self.schedule(tuple(lengths), self.steps)
 
-    def draft_schedule(self, steps: int, warm: bool) -> Schedule:
-        """`warm`: the draft is trained already, so the distillation goes gently."""
-        schedule = self.schedule((Phase(self.draft.layers, steps, self.length),), steps)
-        return replace(schedule, decay_from=steps // 3, matrix_lr=0.01, vector_lr=2e-3) if warm else schedule
+    def draft_schedule(self, steps: int) -> Schedule:
+        return self.schedule(((self.length, steps),), steps)
 
-    def schedule(self, phases: tuple[Phase, ...], steps: int) -> Schedule:
+    def distil_schedule(self) -> Schedule:
+        """The draft is trained already, so the distillation goes gently."""
+        steps = self.distil_steps
+        gentle = {"decay_from": steps // 3, "matrix_lr": 0.01, "vector_lr": 2e-3, "long_length": self.length}
+        return replace(self.draft_schedule(steps), **gentle)
+
+    def schedule(self, lengths: tuple[tuple[int, int], ...], steps: int) -> Schedule:
         decay_from = round(steps * (1 - self.decay_share))
-        return Schedule(phases, decay_from, self.tokens_per_step, long_length=self.long_length)
+        return Schedule(lengths, decay_from, self.tokens_per_step, long_length=self.long_length)
 
 
 SMOKE = Plan(
@@ -129,12 +132,16 @@ class Studio:
     def checkpoint(self, name: str) -> Path:
         return self.out / f"{name}.pt"
 
-    def load(self, name: str, shape: Shape, schedule: Schedule) -> Run:
+    def load(self, name: str, shape: Shape, layers: int, schedule: Schedule) -> Run:
         torch.manual_seed(self.plan.seed)
-        return load_run(self.checkpoint(name), shape, schedule, self.plan.vocab_size, self.device)
+        make = lambda depth: new_model(shape, depth, self.plan.vocab_size, self.plan.long_length).to(self.device)  # noqa: E731
+        return load_run(self.checkpoint(name), make, layers, schedule)
 
-    def train(self, name: str, run: Run, shape: Shape, schedule: Schedule, loss_of: LossOf, corpus: Path) -> Run:
-        return train(run, shape, schedule, loss_of, corpus, self.checkpoint(name), self.processes)
+    def load_target(self, name: str = "target") -> Run:
+        return self.load(name, self.plan.target, self.plan.depths[0][0], self.plan.target_schedule())
+
+    def train(self, name: str, run: Run, schedule: Schedule, batches: Batches, until: int | None = None) -> Run:
+        return train(run, schedule, batches, self.checkpoint(name), self.processes, name=name, until=until)
 
 
 def corpus_stage(studio: Studio) -> None:
@@ -158,48 +165,50 @@ def tokenizer_stage(studio: Studio) -> None:
 
 
 def target_stage(studio: Studio) -> Run:
-    schedule = studio.plan.target_schedule()
-    run = studio.load("target", studio.plan.target, schedule)
-    if run.step >= schedule.steps:
-        return run
-    return studio.train("target", run, studio.plan.target, schedule, next_token_loss, studio.corpus)
-
-
-def draft_stage(studio: Studio) -> Run:
-    """The draft learns the corpus, then the target."""
-    plan = studio.plan
-    schedule = plan.draft_schedule(plan.draft_steps, warm=False)
-    run = studio.load("draft", plan.draft, schedule)
-    if run.step < schedule.steps:
-        run = studio.train("draft", run, plan.draft, schedule, next_token_loss, studio.corpus)
+    """The target, grown when it is due."""
+    plan, run = studio.plan, studio.load_target()
+    schedule = plan.target_schedule()
+    for layers, until in plan.depths:
+        if run.step >= until:
+            continue
+        if layers != run.layers:
+            run.model = grow(run.model, plan.target, layers).to(studio.device)
+            run.optimizers, run.changed_at = optimizers(run.model, schedule), run.step
+        run = studio.train("target", run, schedule, Text(studio.corpus), until)
     return run
 
 
-def distil_stage(studio: Studio) -> Run:
+def draft_stage(studio: Studio) -> Run:
+    """The draft learns the corpus."""
     plan = studio.plan
-    schedule = plan.draft_schedule(plan.distil_steps, warm=True)
-    run = studio.load("distilled", plan.draft, schedule)
+    schedule = plan.draft_schedule(plan.draft_steps)
+    run = studio.load("draft", plan.draft, plan.draft.layers, schedule)
+    return studio.train("draft", run, schedule, Text(studio.corpus)) if run.step < schedule.steps else run
+
+
+def distil_stage(studio: Studio) -> Run:
+    """The draft learns the target."""
+    plan = studio.plan
+    schedule = plan.distil_schedule()
+    run = studio.load("distilled", plan.draft, plan.draft.layers, schedule)
     if run.step >= schedule.steps:
         return run
     if run.step == 0:
         run.model.load_state_dict(draft_stage(studio).model.state_dict())
-    teacher = target_stage(studio).model.bfloat16().eval().requires_grad_(False)
-    lesson = lesson_file(studio, teacher)
-    return studio.train("distilled", run, plan.draft, schedule, Distillation(teacher), lesson)
+    return studio.train("distilled", run, schedule, lessons(studio))
 
 
-def lesson_file(studio: Studio, teacher: Any) -> Path:
-    """What the draft is distilled on: the corpus and the target's own text, shuffled."""
-    path = studio.out / "lesson.npy"
-    if not path.exists():
-        plan = studio.plan
-        written = studio.out / "written.npy"
-        rows = 64 if plan.written_tokens > 64 * plan.length else 4
-        corpus = np.load(studio.corpus, mmap_mode="r")
-        write_text(teacher, corpus, written, plan.written_tokens, plan.seed, rows, plan.length // 5, plan.length)
-        tokens = plan.distil_steps * plan.tokens_per_step
-        np.save(path, mix(np.load(written), corpus, tokens, plan.written_share, plan.seed, plan.long_length))
-    return path
+def lessons(studio: Studio) -> Lessons:
+    """What the draft is distilled on: corpus that the target has read, and how it went on."""
+    plan = studio.plan
+    rows = 64 if plan.written_tokens > 64 * plan.length else 4
+    prompt = round(plan.length * (1 - plan.written_share))
+    writing = Writing(studio.out / "lessons", studio.corpus, rows, prompt, plan.length, plan.seed)
+    parts = range(1, 2 + plan.written_tokens // (rows * (plan.length - prompt)))
+    if missing := [part for part in parts if not writing.path(part).exists()]:
+        teacher = target_stage(studio).model.to(precision(studio.device)).eval().requires_grad_(False)
+        write_parts(writing, teacher, missing, studio.processes)
+    return Lessons([writing.path(part) for part in parts], plan.seed)
 
 
 def export_stage(studio: Studio) -> None:
@@ -208,8 +217,8 @@ def export_stage(studio: Studio) -> None:
     if len(target.model.layers) != studio.plan.target.layers:
         target = grow(target, studio.plan.target, studio.plan.target.layers)
     pair = studio.out / "pair"
-    export(target, studio.tokenizer, pair / "target")
-    export(draft, studio.tokenizer, pair / "draft")
+    export(target, studio.tokenizer, pair / "target", torch.bfloat16)
+    export(draft, studio.tokenizer, pair / "draft", torch.bfloat16)
     (pair / "prompts").mkdir(exist_ok=True)
     for index, source in enumerate(held_out_sources(studio)):
         name = source.name.removesuffix(".py").replace("/", "_")
@@ -261,7 +270,7 @@ def evaluate_stage(studio: Studio) -> dict[str, Any]:
 
 def training_text(studio: Studio) -> str:
     plan = studio.plan
-    depths = ", ".join(f"{phase.layers} layers until step {phase.until}" for phase in plan.target_schedule().phases)
+    depths = ", ".join(f"{layers} layers until step {until}" for layers, until in plan.depths)
     tokens = plan.tokens_per_step
     return (
         f"Target: {plan.steps} steps of {tokens} tokens ({depths}), Muon and AdamW, seed {plan.seed}. "
@@ -274,8 +283,8 @@ def steps_for(studio: Studio, minutes: float) -> Plan:
     """A plan whose target takes about `minutes`, from the time of a few steps at the first depth."""
     plan = replace(studio.plan, steps=10_000)
     schedule = plan.target_schedule()
-    run = studio.load("trial", plan.target, schedule)
-    workers = employ(run.model, next_token_loss, studio.corpus, studio.device, studio.processes)
+    run = replace(studio, plan=plan).load_target("trial")
+    workers = employ(run.model, Text(studio.corpus), studio.processes)
     train_step(run, schedule, workers)
     began = time.monotonic()
     for _ in range(8):
@@ -300,7 +309,7 @@ def read_plan(path: Path, default: Plan) -> Plan:
 def land(studio: Studio) -> Plan:
     """A plan in which the decay begins at the step that the target has reached."""
     plan = studio.plan
-    step = studio.load("target", plan.target, plan.target_schedule()).step
+    step = studio.load_target().step
     steps = min(plan.steps, max(step + 1, round(step / (1 - plan.decay_share))))
     deepest = plan.target.layers
     grown = tuple((n, s * plan.steps / steps) for n, s in plan.growth if n < deepest and s * plan.steps <= step)

@@ -29,6 +29,7 @@ from ssd_ray.config import EngineConfig, OnError, Quantize, SamplingParams, chec
 from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, said, with_flags
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
+from ssd_ray.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -307,6 +308,32 @@ def inspect(
     typer.echo(json.dumps(pair.as_dict())) if as_json else pair.show()
     if pair.problem is not None:
         raise pair.problem
+
+
+@app.command("train-draft")
+@with_flags(TrainingConfig)
+def train_draft(
+    *, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False, **values: Any
+) -> None:
+    """Train a draft for any target, in a folder that `--draft` takes: from minutes on two cores to as long as you like.
+
+    The target writes texts, going on with pieces of your data, and the draft learns its choices. It begins as a few
+    of the target's own layers with the target's vocabulary and embeddings; how many, and how wide, is chosen by the
+    cost of a step and by a short trial of each shape. Killed and started again, the same command goes on.
+
+    `ssd-ray train-draft --target DIR --data notes.txt --data code.py --out DRAFT --minutes 30` ends with a line that
+    says what to expect of `ssd-ray generate --target DIR --draft DRAFT`.
+
+    `ssd-ray train-draft --out DRAFT --minutes 5` trains one for the bundled target, from what that writes by itself.
+
+    `ssd-ray bench methods --target DIR --draft DRAFT` then measures; also try `--draft ngram`, which needs no model.
+    """
+    config = from_flags(TrainingConfig, values)
+    with _stderr().status("loading libraries"):
+        from ssd_ray.training.recipe import train_draft
+    with _follow(lambda text: typer.echo(f"ssd-ray: {text}", err=True)):
+        trained = train_draft(config)
+    typer.echo(json.dumps(trained.as_dict()) if as_json else "\n".join(trained.lines()))
 
 
 @app.command()

@@ -12,6 +12,7 @@
     ├── ResourceError          the machine or the cluster lacks what the engine needs (memory, cores, GPUs)
     ├── EngineError            the engine failed while it ran
     │   └── EngineClosedError       it was used after close()
+    ├── StoppedError           work was asked to end before it was done; what was done is kept
     └── ProtocolError          a frame is not a message of this protocol version
 
 The command line maps ConfigError, ModelError, ResourceError and RequestError, RequestFailedError aside, to exit code 2,
@@ -93,6 +94,10 @@ class EngineError(SsdRayError):
 
 class EngineClosedError(EngineError):
     """The engine was used after it was closed."""
+
+
+class StoppedError(SsdRayError):
+    """Work was asked to end before it was done; what was done is kept."""
 
 
 class ProtocolError(SsdRayError):

@@ -82,10 +82,10 @@ def figure_rows(figures: dict[str, Any]) -> str:
     ]
     lookaheads = list(figures["greedy"]["tokens_per_round"])
     rounds = [
-        (label, figures[key]["agreement"], *(figures[key]["tokens_per_round"][k] for k in lookaheads))
-        for label, key in (("greedy", "greedy"), ("temperature 1, coupled", "coupled_temperature_1"))
+        (label, figures[key]["acceptance"], *(figures[key]["tokens_per_round"][k] for k in lookaheads))
+        for label, key in (("greedy", "greedy"), ("temperature 1, coupled", "temperature_1"))
     ]
-    head = ("sampling", "agreement on the target's text", *(f"tokens a round, lookahead {k}" for k in lookaheads))
+    head = ("sampling", "accepted of the target's text", *(f"tokens a round, lookahead {k}" for k in lookaheads))
     return "\n".join(
         ["| figure | value |", "|---|---|", table(scores), "", table([head]), "|---" * len(head) + "|", table(rounds)]
     )

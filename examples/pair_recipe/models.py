@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,12 +48,3 @@ def grow(model: Any, shape: Shape, layers: int) -> Any:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     return deeper
-
-
-def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a stock transformers folder in bfloat16: config, generation config, weights, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = LlamaForCausalLM(model.config).bfloat16()
-    copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -127,6 +127,23 @@ def load_runner(
         return runner
 
 
+def load_model(
+    path: str | None, *, role: Role, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model as transformers has it, without a KV cache of ours; arguments as in :func:`load_runner`.
+
+    Raises:
+        ModelError: no such model, or it cannot be read, or it lacks weights.
+        ResourceError: it does not fit the memory.
+    """
+    source = find_source(path, role)
+    with in_our_words(role, source):
+        config = read_config(source, trust_remote_code)
+        refuse_format(config, role, device)
+        loading = _Loading(source, config, role, device, None, trust_remote_code)
+        return loading.model(loading.dtype(None) if dtype == "auto" else getattr(torch, dtype))
+
+
 def _calibrate(runner: Runner, role: Role, parts: Sequence[object], bound: bool) -> None:
     """Find out what a runner's forwards cost, or look it up under a name of these parts, and let the runner know."""
     calibration = calibrate if role == "target" else calibrate_steps

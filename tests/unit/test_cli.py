@@ -348,7 +348,7 @@ def test_every_command_takes_verbose():
         assert "-v" in flag.opts, words
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train-draft", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
     script = (
         "import sys\nfrom ssd_ray.cli import main\n"

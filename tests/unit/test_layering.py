@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("bench",),
+    ("training",),
     ("cluster.serve",),
     ("cluster.routes",),
     ("cluster.openai",),
@@ -42,11 +43,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ONLY_IN: dict[str, frozenset[str]] = {
     "ray": frozenset({"actors", "cluster", "cluster.serve", "llm", "cli", "bench"}),
     "zmq": frozenset({"transport"}),
-    "transformers": frozenset({"models", "actors", "cluster", "llm", "cli", "bench"}),
+    "transformers": frozenset({"models", "actors", "cluster", "llm", "cli", "bench", "training"}),
     "fastapi": frozenset({"cluster.routes", "cluster.serve"}),
     "pydantic": frozenset({"cluster.openai", "cluster.serve"}),
     "typer": frozenset({"cli", "bench", "flags"}),
-    "rich": frozenset({"cli", "bench", "inspection", "progress"}),
+    "rich": frozenset({"cli", "bench", "inspection", "progress", "training"}),
 }
 
 # Foreign packages that these units must do without: importing them has to stay cheap.
@@ -176,6 +177,8 @@ def test_imports_point_downward(module):
         ("ssd_ray.cluster.openai", "import fastapi", "cluster.openai imports fastapi"),
         ("ssd_ray.models.runner", "from ..actors import target", "a relative import"),
         ("ssd_ray.models.runner", "from . import slots", "a relative import"),
+        ("ssd_ray.llm", "from ssd_ray.training.recipe import train_draft", "not below it"),
+        ("ssd_ray.training.recipe", "import ray", "training imports ray"),
         ("ssd_ray.models.runner", "import ssd_ray.unheard_of", "has no row in LAYERS"),
         ("ssd_ray.unheard_of", "", "has no row in LAYERS"),
     ],
