@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from ssd_ray.actors.process import load_draft, pin
@@ -15,32 +16,41 @@ class DraftActor:
     Args:
         config: what to load.
         channel: a spoke whose name is the draft's; closed when :meth:`run` returns.
-        session: the engine's number on the wire.
+        session: the number on the wire of the target's frames.
         cores: where to run; None leaves that to the system.
     """
 
     def __init__(self, config: EngineConfig, channel: Channel, *, session: int, cores: Sequence[int] | None) -> None:
         pin(cores)
         self._cores = cores
-        self._channel = channel
         self._stopping = False
         self._draft = load_draft(config, channel, session)
+        self._targets: deque[tuple[Channel, int]] = deque()  # that are to be followed
 
     def run(self) -> None:
         """Draft until :meth:`stop`, from one thread."""
         pin(self._cores)
         try:
             while not self._stopping:
+                while self._targets:
+                    self._draft.follow(*self._targets.popleft())
                 self._draft.turn()
             self._draft.leave()
         finally:
-            self._channel.close()
+            self._draft.close()
+
+    # From any thread
+
+    def follow(self, channel: Channel, session: int) -> None:
+        """Work for another target; see :meth:`Draft.follow`."""
+        self._targets.append((channel, session))
+        self._draft.wake()
 
     def give(self, sequence: int, prompt: Sequence[int]) -> None:
-        """Have the prompt of a sequence, from any thread; see :meth:`Draft.give`."""
+        """Have the prompt of a sequence; see :meth:`Draft.give`."""
         self._draft.give(sequence, prompt)
 
     def stop(self) -> None:
-        """Let :meth:`run` return, from any thread."""
+        """Let :meth:`run` return."""
         self._stopping = True
-        self._channel.wake()
+        self._draft.wake()

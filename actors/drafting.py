@@ -166,9 +166,31 @@ class Draft:
         self._handover.give(sequence, prompt)
         self._channel.wake()
 
+    def follow(self, channel: Channel, session: int) -> None:
+        """Work for another target from now on, which is reached by this channel; the one before has gone.
+
+        Its sequences go with it. Their KV is kept for prompts that begin alike: they are most likely to come again.
+        """
+        for seat in self._seats.values():
+            seat.lease.release(seat.session.known if self._prefix_cache else ())
+        self._seats.clear()
+        self._asked.clear()
+        self._handover.forget()
+        self._channel.close()
+        self._channel, self._session = channel, session
+        self._hello_due = 0.0
+
     def leave(self) -> None:
         """Tell the target that this draft goes."""
         self._send(Goodbye(self._channel.name))
+
+    def wake(self) -> None:
+        """End the wait of :meth:`turn`, or of the next one; from any thread."""
+        self._channel.wake()
+
+    def close(self) -> None:
+        """Give the channel back."""
+        self._channel.close()
 
     # Messages
 

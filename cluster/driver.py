@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,11 +15,12 @@ import ray
 from ray.exceptions import RayError
 
 from ssd_ray.actors.links import DRIVER
+from ssd_ray.cluster.calls import call, own_error
 from ssd_ray.cluster.placement import Placer
 from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.refs import DrainChannel
 from ssd_ray.cluster.runtime import RayRuntime
-from ssd_ray.cluster.supervisor import Supervisor, call, own_error
+from ssd_ray.cluster.supervisor import Supervisor
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, QueueFullError, SsdRayError
 from ssd_ray.stats import EngineStats
@@ -53,7 +53,6 @@ class Driver:
     def __init__(self, config: EngineConfig, fingerprints: Fingerprints) -> None:
         self._config = config
         self._fingerprints = fingerprints
-        self._session = secrets.randbits(53)
         self._numbers = count()
         self._requests: dict[int, Deliver] = {}
         self._hopeful: list[Callable[[], None]] = []  # told when there is room
@@ -71,10 +70,11 @@ class Driver:
         runtime = RayRuntime()
         undo.callback(runtime.close)
         placer = Placer(config.device, drafts)
-        self._supervisor = Supervisor(config, self._fingerprints, self._session, placer, self._fail)
+        self._supervisor = Supervisor(config, self._fingerprints, placer, self._fail)
         undo.callback(self._supervisor.close)
-        self._target, address = self._supervisor.start(drafts)
-        self._pump = threading.Thread(target=self._pump_frames, args=(address,), name="ssd-ray-pump", daemon=True)
+        self._contact = self._supervisor.start(drafts)
+        self._target = self._contact.handle
+        self._pump = threading.Thread(target=self._pump_frames, name="ssd-ray-pump", daemon=True)
         self._pump.start()
         undo.callback(self._stop_pump)
 
@@ -131,7 +131,7 @@ class Driver:
         """Figures of all requests so far."""
         self._check()
         stats: EngineStats = self._call("stats")
-        return stats
+        return replace(stats, draft_restarts=self._supervisor.draft_restarts)
 
     @property
     def actors(self) -> dict[str, Any]:
@@ -165,7 +165,8 @@ class Driver:
 
     # The pump: the one thread that uses the channel
 
-    def _pump_frames(self, address: Any) -> None:
+    def _pump_frames(self) -> None:
+        address = self._contact.address
         channel: Channel = DrainChannel(DRIVER, self._target) if address is None else ZmqSpoke(address, DRIVER)
         try:
             with channel:
@@ -179,7 +180,7 @@ class Driver:
 
     def _dispatch(self, frame: Frame) -> None:
         try:
-            messages = decode(self._session, frame)
+            messages = decode(self._contact.session, frame)
         except ProtocolError as error:
             logger.debug("dropped a frame: %s", error)
             return

@@ -125,7 +125,7 @@ def watching():
     """What to do in a draft's process; local, so that it need not import this module."""
 
     def watch(process):
-        channel, handover = process._actor._channel, process._actor._draft._handover
+        channel, handover = process._actor._draft._channel, process._actor._draft._handover
         receive, give = channel.receive, handover.give
 
         def watched_receive(timeout=0.0):
@@ -414,14 +414,18 @@ def test_drafts_come_and_go_while_requests_run(llm, expected):
     assert llm.generate(PROMPT, PARAMS)[0].stats.misses["no_draft"] == 0
 
 
-def test_a_dead_draft_is_reported_and_forgotten(llm, expected, caplog):
+def test_a_dead_draft_is_reported_and_replaced(llm, expected, caplog):
     llm.scale_drafts(1)
     (name,) = llm.stats().drafts
+    before = llm.stats().draft_restarts
     with caplog.at_level(logging.WARNING, logger="ssd_ray"):
         os.kill(info(llm, name)["pid"], signal.SIGKILL)
-        wait_until(lambda: llm.stats().drafts == ())
+        wait_until(lambda: name not in llm.stats().drafts)
         wait_until(lambda: name in caplog.text)
     assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
+    wait_until(lambda: llm.stats().draft_restarts == before + 1, seconds=60.0)
+    assert len(llm.stats().drafts) == 1
+    in_time(lambda: llm.generate(PROMPT, PARAMS)[0], lambda output: output.stats.sums.tree_tokens > 0)
 
 
 def test_without_drafts_every_round_misses(llm, expected):

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from ssd_ray.cluster import calls
 from ssd_ray.cluster import supervisor as module
+from ssd_ray.cluster.calls import call
 from ssd_ray.cluster.processes import DraftProcess, TargetProcess
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS
-from ssd_ray.cluster.supervisor import Member, Supervisor, call
+from ssd_ray.cluster.supervisor import Member, Supervisor
+from ssd_ray.cluster.tries import FIRST_SECONDS, GOOD_SECONDS, MOST_SECONDS, Tries
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ModelError
 
@@ -43,14 +46,12 @@ def test_the_first_draft_that_fails_is_told_while_others_load(monkeypatch):
         assert ref is failed, "somebody waits for a draft that loads"
         raise ref.error
 
-    monkeypatch.setattr(module.ray, "get", get)
+    monkeypatch.setattr(calls.ray, "get", get)
     monkeypatch.setattr(module.ray, "wait", lambda refs: ([failed], [slow]))
-    supervisor = Supervisor(EngineConfig(), {}, 1, None, lambda _: None)
-    supervisor._target = object.__new__(Member)
-    supervisor._target.handle = None
+    supervisor = Supervisor(EngineConfig(), {}, None, lambda _: None)
     place = type("Place", (), {"cores": None})
     with pytest.raises(ModelError, match="no weights"):
-        supervisor._join([Member("draft-0", slow, place), Member("draft-1", failed, place)])
+        supervisor._join([Member("draft-0", slow, place, Tries(0)), Member("draft-1", failed, place, Tries(0))])
     supervisor.close()
 
 
@@ -61,3 +62,14 @@ def test_calls_are_apart_from_the_task_that_makes_them():
     method = SimpleNamespace(remote=lambda *args: (task.get(), args))
     assert call(method, 1, 2) == (None, (1, 2))
     assert task.get() == "a request"
+
+
+def test_tries_come_ever_later_and_a_good_run_gives_them_back():
+    tries = Tries(12)
+    waits = [tries.next(1.0) for _ in range(12)]
+    assert waits[:4] == [0.0, FIRST_SECONDS, 2 * FIRST_SECONDS, 4 * FIRST_SECONDS]
+    assert waits[-1] == MOST_SECONDS
+    assert tries.next(GOOD_SECONDS - 1.0) is None
+    assert tries.next(GOOD_SECONDS) == 0.0
+    assert tries.next(0.0) == FIRST_SECONDS
+    assert Tries(0).next(GOOD_SECONDS) is None
