@@ -81,9 +81,10 @@ class TargetActor:
         params: SamplingParams,
         timeout: float | None = None,
         holders: Sequence[str] = (),
+        text: Sequence[int] = (),
     ) -> None:
         """Queue a request; see :meth:`Target.submit`."""
-        self._target.submit(number, tokens, params, timeout, holders)
+        self._target.submit(number, tokens, params, timeout, holders, text)
 
     def cancel(self, number: int) -> None:
         """End a request early."""

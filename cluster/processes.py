@@ -96,10 +96,16 @@ class TargetProcess(_Process):
 
     @ray.method(concurrency_group="inbox")
     def submit(
-        self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None, holders: Sequence[str]
+        self,
+        number: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None,
+        holders: Sequence[str],
+        text: Sequence[int],
     ) -> None:
         """Queue a request."""
-        self._actor.submit(number, tokens, params, timeout, holders)
+        self._actor.submit(number, tokens, params, timeout, holders, text)
 
     @ray.method(concurrency_group="inbox")
     def cancel(self, number: int) -> None:

@@ -9,7 +9,7 @@ Drafts that join later take placement groups of their own. Where the cluster has
 processes, they share them.
 
 A replica's own queue is the engine's ``max_queue``; beyond it clients get status 429. Serve replaces a replica whose
-target has died.
+engine has failed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The actors of one engine: launched, watched, replaced and stopped.
 
 The ref of an actor's long ``run()`` call is its death sentinel: Ray resolves it within milliseconds when the process
-dies. A dead draft is taken out of the pool, the engine goes on without it, and another one takes its place; a dead
-target is the engine's end.
+dies. A dead draft is taken out of the pool, the engine goes on without it, and another one takes its place. Where a
+target dies requests wait for the next one, which all drafts follow; if there can be none, that is the engine's end.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class Supervisor:
         config: what the actors load.
         fingerprints: of the models that they may load.
         placer: where they may run.
-        on_failure: told why, from another thread, when the target dies.
+        on_target: told, from any thread, how the target is reached, and, when it has died, that there is none now.
+        on_failure: told why, from another thread, when a target has died and there will be no other.
 
     Attributes:
-        draft_restarts: drafts that have died and were replaced.
+        draft_restarts, target_restarts: drafts and targets that have died and were replaced.
     """
 
     def __init__(
@@ -84,18 +85,20 @@ class Supervisor:
         config: EngineConfig,
         fingerprints: Fingerprints,
         placer: Placer,
+        on_target: Callable[[Contact | None], None],
         on_failure: Callable[[EngineError], None],
     ) -> None:
         self._config = config
         self._fingerprints = fingerprints
         self._placer = placer
+        self._on_target = on_target
         self._on_failure = on_failure
         self._target: Member | None = None
         self._drafts: list[Member] = []
         self._loading: list[Member] = []
         self._wanted = 0  # drafts, those that are replaced now included
         self._launched = 0
-        self.draft_restarts = 0
+        self.draft_restarts = self.target_restarts = 0
         self._scaling = threading.Lock()  # one change of the pool at a time
         self._changing = threading.Lock()  # guards who is there
         self._closing = threading.Event()
@@ -120,8 +123,8 @@ class Supervisor:
     def _targets(self) -> list[Member]:
         return [] if self._target is None else [self._target]
 
-    def start(self, drafts: int) -> Contact:
-        """Launch the target and the first drafts; return how to reach the target.
+    def start(self, drafts: int) -> None:
+        """Launch the target and the first drafts.
 
         Raises:
             SsdRayError: what went wrong, in the actor's own words. :meth:`close` stops what has been started.
@@ -132,13 +135,11 @@ class Supervisor:
             # Their processes start, and import what they need, while the target loads.
             pending = self._launch_drafts(drafts)
             try:
-                contact = self._start_target(target)
-                self._install(target, contact)
+                self._install(target, self._start_target(target))
                 self._join(pending)
             except BaseException:
                 self._stop([target, *pending])
                 raise
-            return contact
 
     def scale_drafts(self, count: int) -> None:
         """Launch or stop drafts until there are ``count``, the youngest first; return when new ones are ready.
@@ -178,15 +179,15 @@ class Supervisor:
             loading = list(self._loading)
         for member in loading if here else ():  # who waits for it goes on
             ray.kill(member.handle)
+        self._events.put(None)
+        for thread in [self._thread, *self._replacing]:
+            if threading.current_thread() is not thread:  # a forgotten engine is closed by whichever thread notices
+                thread.join()
         with self._scaling:
             if here:
                 self._stop(self._drafts)
                 self._stop(self._targets)
             self._target = None
-        self._events.put(None)
-        for thread in [self._thread, *self._replacing]:
-            if threading.current_thread() is not thread:  # a forgotten engine is closed by whichever thread notices
-                thread.join()
 
     # Actors that start
 
@@ -230,6 +231,7 @@ class Supervisor:
             self._target = target
             for draft in self._drafts:
                 self._introduce(draft, contact)
+        self._on_target(contact)
 
     def _join(self, drafts: Sequence[Member]) -> None:
         """Load drafts, all at once, and let them take part."""
@@ -328,8 +330,7 @@ class Supervisor:
 
     def _handle_end(self, member: Member, error: SsdRayError) -> None:
         if member is self._target:
-            logger.error("%s", error)
-            self._on_failure(error if isinstance(error, EngineError) else EngineError(str(error)))
+            self._replace_target(member, error)
             return
         with self._changing:
             if member not in self._drafts:
@@ -338,7 +339,34 @@ class Supervisor:
         self._remove(member)
         self._replace_later(error, member.tries, member.ran)
 
-    # Drafts that take the places of others
+    # Those that take the places of others
+
+    def _replace_target(self, dead: Member, error: SsdRayError) -> None:
+        """Start a target in place of one that has died, as long as there are tries."""
+        first, ran = error, dead.ran
+        self._on_target(None)
+        with self._changing:
+            self._target = None
+        self._remove(dead)
+        while (delay := dead.tries.next(ran)) is not None:
+            logger.warning("%s; requests wait for another target", error)
+            self._closing.wait(delay)
+            target = None
+            try:
+                target = self._launch("target", "target", TargetProcess, dead.tries)
+                self._install(target, self._start_target(target))
+            except SsdRayError as again:
+                self._stop([target] if target else [])
+                error, ran = again, 0.0
+                if not self._closing.is_set():
+                    continue
+            else:
+                self.target_restarts += 1
+                logger.info("another target goes on with what was under way")
+            return
+        failure = in_vain(first, error, dead.tries)
+        logger.error("%s", failure)
+        self._on_failure(failure)
 
     def _replace_later(self, error: SsdRayError, tries: Tries, ran: float) -> None:
         """Start a draft in place of one that has died, or did not start, unless that has been tried often enough."""
@@ -375,3 +403,10 @@ class Supervisor:
                 return
         self.draft_restarts += 1
         logger.info("%s is there in place of one that died", launched[0].name)
+
+
+def in_vain(first: SsdRayError, last: SsdRayError, tries: Tries) -> EngineError:
+    """Why there is no target any more: what befell the one before, and why no other could take its place."""
+    if first is not last:
+        return EngineError(f"{first}; no other could take its place: {last}")
+    return EngineError(f"{first}; it is not started again, as max_restarts={tries.most} has it")

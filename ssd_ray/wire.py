@@ -218,6 +218,8 @@ class RequestStats(Struct, frozen=True, array_like=True):
             which at least one token was used.
         cached_tokens: tokens that were not prefilled, because their KV was there from an earlier request.
         preemptions: times that it had to give its memory back and wait again.
+        resumed_tokens: tokens, of those generated, that came from a target which then died. Its other figures are gone
+            with it.
     """
 
     rounds: int = 0
@@ -241,6 +243,7 @@ class RequestStats(Struct, frozen=True, array_like=True):
     draft_used_ms: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
+    resumed_tokens: int = 0
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

@@ -48,7 +48,7 @@ def test_the_first_draft_that_fails_is_told_while_others_load(monkeypatch):
 
     monkeypatch.setattr(calls.ray, "get", get)
     monkeypatch.setattr(module.ray, "wait", lambda refs: ([failed], [slow]))
-    supervisor = Supervisor(EngineConfig(), {}, None, lambda _: None)
+    supervisor = Supervisor(EngineConfig(), {}, None, lambda _: None, lambda _: None)
     place = type("Place", (), {"cores": None})
     with pytest.raises(ModelError, match="no weights"):
         supervisor._join([Member("draft-0", slow, place, Tries(0)), Member("draft-1", failed, place, Tries(0))])
