@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from ssd_ray.actors.process import load_draft, pin
+from ssd_ray.actors.pulse import Heart, Pulse
 from ssd_ray.config import EngineConfig
 from ssd_ray.transport.channel import Channel
 
@@ -25,21 +26,28 @@ class DraftActor:
         self._cores = cores
         self._stopping = False
         self._draft = load_draft(config, channel, session)
+        self._heart = Heart(1e-3 * self._draft.costs.alone_ms(config.prefill_chunk))
         self._targets: deque[tuple[Channel, int]] = deque()  # that are to be followed
 
     def run(self) -> None:
         """Draft until :meth:`stop`, from one thread."""
         pin(self._cores)
+        self._heart.begin()
         try:
             while not self._stopping:
                 while self._targets:
                     self._draft.follow(*self._targets.popleft())
-                self._draft.turn()
+                self._heart.beat(worked=self._draft.turn())
             self._draft.leave()
         finally:
             self._draft.close()
 
     # From any thread
+
+    @property
+    def pulse(self) -> Pulse:
+        """What the loop has done."""
+        return self._heart.pulse
 
     def follow(self, channel: Channel, session: int) -> None:
         """Work for another target; see :meth:`Draft.follow`."""

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from ssd_ray.actors.draft import DraftActor
+from ssd_ray.actors.pulse import Pulse
 from ssd_ray.actors.target import TargetActor
 from ssd_ray.cluster.placement import Role
 from ssd_ray.cluster.preflight import Fingerprints
@@ -52,6 +53,13 @@ class Contact:
 
 
 class _Process(RefEndpoint):
+    _actor: TargetActor | DraftActor
+
+    @ray.method(concurrency_group="inbox")
+    def pulse(self) -> Pulse:
+        """What the actor's loop has done."""
+        return self._actor.pulse
+
     @ray.method(concurrency_group="inbox")
     def info(self) -> dict[str, Any]:
         """Where the process runs: pid, node, cores and GPUs that it may use; the processor seconds that it has used."""
@@ -83,7 +91,7 @@ class TargetProcess(_Process):
         if config.transport != "ray":
             hub = ZmqHub() if one_node else ZmqHub("tcp", ray.util.get_node_ip_address())
             channel, self._address = HybridChannel(hub, self.refs, config.inline_max_bytes), hub.address
-        self._actor = TargetActor(config, channel, session=session, cores=cores)
+        self._actor: TargetActor = TargetActor(config, channel, session=session, cores=cores)
 
     @ray.method(concurrency_group="inbox")
     def address(self) -> ZmqAddress | None:
@@ -141,7 +149,7 @@ class DraftProcess(_Process):
         require_same(config, fingerprints, ("draft",))
         super().__init__(name, config.inline_max_bytes)
         self._inline_max_bytes = config.inline_max_bytes
-        self._actor = DraftActor(config, self.refs, session=NOBODY, cores=cores)
+        self._actor: DraftActor = DraftActor(config, self.refs, session=NOBODY, cores=cores)
 
     @ray.method(concurrency_group="inbox")
     def follow(self, target: Contact) -> None:

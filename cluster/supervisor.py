@@ -1,8 +1,10 @@
 """The actors of one engine: launched, watched, replaced and stopped.
 
 The ref of an actor's long ``run()`` call is its death sentinel: Ray resolves it within milliseconds when the process
-dies. A dead draft is taken out of the pool, the engine goes on without it, and another one takes its place. Where a
-target dies requests wait for the next one, which all drafts follow; if there can be none, that is the engine's end.
+dies. One that gets nothing done is as good as dead, and is ended: actors say what their loops have done, and are asked
+every second. A dead draft is taken out of the pool, the engine goes on without it, and another one takes its place.
+Where a target dies requests wait for the next one, which all drafts follow; if there can be none, that is the engine's
+end.
 """
 
 from __future__ import annotations
@@ -14,19 +16,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from ssd_ray.actors.pulse import Pulse
 from ssd_ray.cluster.calls import call, deferred, get, own_error, pass_on
 from ssd_ray.cluster.placement import Place, Placer, Role
 from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.processes import Contact, DraftProcess, TargetProcess
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS
 from ssd_ray.cluster.tries import Tries
+from ssd_ray.cluster.watch import LOOK_SECONDS, Watch
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import EngineClosedError, EngineError, SsdRayError
 
@@ -40,6 +44,10 @@ CONNECT_SECONDS = 5.0
 """How long to wait for the first message of a draft that is ready; only a warning follows."""
 
 
+COMPILING = 10.0
+"""How many times more patience loops are owed that may have to compile a shape in the middle of their work."""
+
+
 @dataclass(slots=True, eq=False)
 class Member:
     """One actor of an engine."""
@@ -48,6 +56,8 @@ class Member:
     handle: Any
     place: Place
     tries: Tries
+    watch: Watch
+    asked: Any = None  # ObjectRef of what it says of itself
     sentinel: Any = None  # ObjectRef of run()
     running_since: float = 0.0
     leaving: bool = False  # its end is expected
@@ -135,7 +145,8 @@ class Supervisor:
             # Their processes start, and import what they need, while the target loads.
             pending = self._launch_drafts(drafts)
             try:
-                self._install(target, self._start_target(target))
+                self._load_target(target)
+                self._install(target)
                 self._join(pending)
             except BaseException:
                 self._stop([target, *pending])
@@ -196,7 +207,8 @@ class Supervisor:
         place = self._placer.place(role)
         actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0)(deferred(kind))
         handle = actor.options(**place.options()).remote()
-        member = Member(name, handle, place, tries or Tries(self._config.max_restarts))
+        patience = self._config.stall_timeout * (COMPILING if self._config.compile else 1.0)
+        member = Member(name, handle, place, tries or Tries(self._config.max_restarts), Watch(patience))
         with self._changing:
             self._loading.append(member)
         if self._closing.is_set():  # close() may have looked before
@@ -215,23 +227,22 @@ class Supervisor:
             raise
         return launched
 
-    def _start_target(self, target: Member) -> Contact:
-        """Load a target and let it run; how to reach it."""
+    def _load_target(self, target: Member) -> None:
+        """Load a target, which can be reached then."""
         logger.info("loading the target")
         one_node = sum(node["Alive"] for node in ray.nodes()) == 1
         session = secrets.randbits(53)
         pass_on(get(self._load(target, session=session, one_node=one_node), target.name))
         target.contact = Contact(target.handle, get(target.handle.address.remote(), target.name), session)
-        self._run(target)
-        return target.contact
 
-    def _install(self, target: Member, contact: Contact) -> None:
-        """Let a target that runs be the engine's."""
+    def _install(self, target: Member) -> None:
+        """Let a target that is loaded be the engine's."""
         with self._changing:
             self._target = target
             for draft in self._drafts:
-                self._introduce(draft, contact)
-        self._on_target(contact)
+                self._introduce(draft, target)
+        self._run(target)
+        self._on_target(target.contact)
 
     def _join(self, drafts: Sequence[Member]) -> None:
         """Load drafts, all at once, and let them take part."""
@@ -244,17 +255,17 @@ class Supervisor:
         for draft in drafts:
             with self._changing:
                 self._drafts.append(draft)
-                followed = [self._introduce(draft, target.contact) for target in self._targets if target.contact]
+                followed = [self._introduce(draft, target) for target in self._targets]
             self._run(draft)
             for ref in followed:
                 get(ref, draft.name)
         self._wait_until_known({draft.name for draft in drafts})
 
     @staticmethod
-    def _introduce(draft: Member, contact: Contact) -> Any:
+    def _introduce(draft: Member, target: Member) -> Any:
         """Let a draft follow a target; the ref of its consent."""
-        contact.handle.attach.remote(draft.name, draft.handle)
-        return draft.handle.follow.remote(contact)
+        target.handle.attach.remote(draft.name, draft.handle)
+        return draft.handle.follow.remote(target.contact)
 
     def _wait_until_known(self, drafts: set[str]) -> None:
         """Wait for the drafts' first messages, so that the next request finds them at work."""
@@ -323,10 +334,39 @@ class Supervisor:
         self._events.put(_Ended(member, words))
 
     def _watch(self) -> None:
-        """Handle the ends of actors, one after the other, until close()."""
-        while (event := self._events.get()) is not None:
+        """Handle the ends of actors, one after the other, until close(); meanwhile look whether the others get on."""
+        while True:
+            try:
+                event = self._events.get(timeout=LOOK_SECONDS)
+            except Empty:
+                self._look()
+                continue
+            if event is None:
+                return
             if not event.member.leaving:
                 self._handle_end(event.member, event.error)
+
+    def _look(self) -> None:
+        """End actors that make no progress."""
+        with self._changing:
+            members = [*self._targets, *self._drafts]
+        if not members or not ray.is_initialized():
+            return
+        for member in members:
+            member.asked = member.asked or call(member.handle.pulse)
+        answered, _ = ray.wait([member.asked for member in members], num_returns=len(members), timeout=0)
+        for member in members:
+            silent_s = member.watch.look(self._pulse(member) if member.asked in answered else None)
+            if silent_s is not None:
+                member.leaving = True  # the end that comes of this needs no other words
+                self._handle_end(member, EngineError(f"{member.name} has made no progress for {silent_s:.0f} seconds"))
+
+    @staticmethod
+    def _pulse(member: Member) -> Pulse | None:
+        answer, member.asked = member.asked, None
+        with suppress(RayError):  # it has died, and the news of it are on their way
+            return ray.get(answer)  # type: ignore[no-any-return]
+        return None
 
     def _handle_end(self, member: Member, error: SsdRayError) -> None:
         if member is self._target:
@@ -354,7 +394,8 @@ class Supervisor:
             target = None
             try:
                 target = self._launch("target", "target", TargetProcess, dead.tries)
-                self._install(target, self._start_target(target))
+                self._load_target(target)
+                self._install(target)
             except SsdRayError as again:
                 self._stop([target] if target else [])
                 error, ran = again, 0.0

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ssd_ray.actors.pulse import FADING, Heart, Pulse
 from ssd_ray.cluster import calls
 from ssd_ray.cluster import supervisor as module
 from ssd_ray.cluster.calls import call
@@ -13,6 +14,7 @@ from ssd_ray.cluster.processes import DraftProcess, TargetProcess
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS
 from ssd_ray.cluster.supervisor import Member, Supervisor
 from ssd_ray.cluster.tries import FIRST_SECONDS, GOOD_SECONDS, MOST_SECONDS, Tries
+from ssd_ray.cluster.watch import TURNS, Watch
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ModelError
 
@@ -49,9 +51,10 @@ def test_the_first_draft_that_fails_is_told_while_others_load(monkeypatch):
     monkeypatch.setattr(calls.ray, "get", get)
     monkeypatch.setattr(module.ray, "wait", lambda refs: ([failed], [slow]))
     supervisor = Supervisor(EngineConfig(), {}, None, lambda _: None, lambda _: None)
+    handles = [("draft-0", slow), ("draft-1", failed)]
     place = type("Place", (), {"cores": None})
     with pytest.raises(ModelError, match="no weights"):
-        supervisor._join([Member("draft-0", slow, place, Tries(0)), Member("draft-1", failed, place, Tries(0))])
+        supervisor._join([Member(name, handle, place, Tries(0), Watch(1.0)) for name, handle in handles])
     supervisor.close()
 
 
@@ -73,3 +76,53 @@ def test_tries_come_ever_later_and_a_good_run_gives_them_back():
     assert tries.next(GOOD_SECONDS) == 0.0
     assert tries.next(0.0) == FIRST_SECONDS
     assert Tries(0).next(GOOD_SECONDS) is None
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_loop_that_makes_no_turn_is_found_by_the_measure_of_its_own():
+    clock = Clock()
+    heart, watch = Heart(2.0, clock), Watch(30.0, clock)
+
+    def silence(answers=True):
+        """Seconds after which the alarm is given, looked at every second."""
+        for _ in range(10_000):
+            clock.now += 1.0
+            if (silent := watch.look(heart.pulse if answers else None)) is not None:
+                return silent
+        return None
+
+    assert silence() == 2.0 * TURNS + 1.0  # by what was measured before the first turn
+    for _ in range(1000):
+        clock.now += 0.01
+        heart.beat(worked=True)
+    assert watch.look(heart.pulse) is None
+    assert silence() == 31.0
+    heart.begin()
+    clock.now += 5.0
+    heart.beat(worked=True)  # slow once, as a prompt's chunk may be
+    clock.now += 8.0
+    heart.beat(worked=False)  # a rest is no measure
+    assert watch.look(heart.pulse) is None
+    assert silence() == 5.0 * TURNS + 1.0
+    heart.begin()
+    for _ in range(500):
+        heart.beat(worked=True)
+    assert heart.pulse.longest_s == pytest.approx(5.0 * FADING**500)
+    assert watch.look(heart.pulse) is None
+    assert silence(answers=False) == 31.0
+
+
+def test_who_watches_may_stand_still_too():
+    clock = Clock()
+    watch = Watch(30.0, clock)
+    clock.now += 1000.0
+    assert watch.look(Pulse(0, 0.0)) is None
+    clock.now += 1000.0
+    assert watch.look(Pulse(0, 0.0)) is None
+    assert watch.limit_s == 30.0
