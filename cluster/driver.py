@@ -147,6 +147,7 @@ class Driver:
             stats,
             draft_restarts=keeper.draft_restarts,
             target_restarts=keeper.target_restarts,
+            spare_targets=keeper.spares,
         )
 
     def _targets_stats(self) -> EngineStats | None:

@@ -4,7 +4,7 @@ The ref of an actor's long ``run()`` call is its death sentinel: Ray resolves it
 dies. One that gets nothing done is as good as dead, and is ended: actors say what their loops have done, and are asked
 every second. A dead draft is taken out of the pool, the engine goes on without it, and another one takes its place.
 Where a target dies requests wait for the next one, which all drafts follow; if there can be none, that is the engine's
-end.
+end. A spare target is loaded, and rests until it takes over.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ COMPILING = 10.0
 """How many times more patience loops are owed that may have to compile a shape in the middle of their work."""
 
 
+FAILURES = (SsdRayError, RayError)
+"""What may keep an actor from starting."""
+
+
 @dataclass(slots=True, eq=False)
 class Member:
     """One actor of an engine."""
@@ -77,7 +81,7 @@ class _Ended:
 
 
 class Supervisor:
-    """Keeps the target and the pool of drafts.
+    """Keeps the target, its spares and the pool of drafts.
 
     Args:
         config: what the actors load.
@@ -105,15 +109,16 @@ class Supervisor:
         self._on_failure = on_failure
         self._target: Member | None = None
         self._drafts: list[Member] = []
+        self._spares: list[Member] = []
         self._loading: list[Member] = []
         self._wanted = 0  # drafts, those that are replaced now included
-        self._launched = 0
+        self._launched = self._launched_spares = 0
         self.draft_restarts = self.target_restarts = 0
         self._scaling = threading.Lock()  # one change of the pool at a time
         self._changing = threading.Lock()  # guards who is there
         self._closing = threading.Event()
         self._events: SimpleQueue[_Ended | None] = SimpleQueue()
-        self._replacing: list[threading.Thread] = []
+        self._background: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._watch, name="ssd-ray-supervisor", daemon=True)
         self._thread.start()
 
@@ -124,17 +129,26 @@ class Supervisor:
             return tuple(member.name for member in self._drafts)
 
     @property
+    def spares(self) -> int:
+        """Targets that are loaded and wait."""
+        return len(self._spares)
+
+    @property
     def members(self) -> dict[str, Any]:
-        """Actor handles by name, the target's included."""
+        """Actor handles by name: "target", "draft-0", "spare-0" and so on."""
         with self._changing:
-            return {member.name: member.handle for member in [*self._targets, *self._drafts]}
+            return {member.name: member.handle for member in self._running}
+
+    @property
+    def _running(self) -> list[Member]:
+        return [*self._targets, *self._drafts, *self._spares]
 
     @property
     def _targets(self) -> list[Member]:
         return [] if self._target is None else [self._target]
 
     def start(self, drafts: int) -> None:
-        """Launch the target and the first drafts.
+        """Launch the target and the first drafts; spares load later, while requests run.
 
         Raises:
             SsdRayError: what went wrong, in the actor's own words. :meth:`close` stops what has been started.
@@ -142,15 +156,18 @@ class Supervisor:
         with self._scaling:
             self._wanted = drafts
             target = self._launch("target", "target", TargetProcess)
-            # Their processes start, and import what they need, while the target loads.
-            pending = self._launch_drafts(drafts)
+            pending: list[Member] = []
             try:
+                # Their processes start, and import what they need, while the target loads.
+                pending = self._launch_drafts(drafts)
                 self._load_target(target)
                 self._install(target)
                 self._join(pending)
             except BaseException:
                 self._stop([target, *pending])
                 raise
+        for _ in range(self._config.spare_targets):
+            self._later(0.0, self._start_spare, Tries(self._config.max_restarts))
 
     def scale_drafts(self, count: int) -> None:
         """Launch or stop drafts until there are ``count``, the youngest first; return when new ones are ready.
@@ -191,13 +208,13 @@ class Supervisor:
         for member in loading if here else ():  # who waits for it goes on
             ray.kill(member.handle)
         self._events.put(None)
-        for thread in [self._thread, *self._replacing]:
+        for thread in [self._thread, *self._background]:
             if threading.current_thread() is not thread:  # a forgotten engine is closed by whichever thread notices
                 thread.join()
         with self._scaling:
             if here:
                 self._stop(self._drafts)
-                self._stop(self._targets)
+                self._stop([*self._targets, *self._spares])
             self._target = None
 
     # Actors that start
@@ -270,7 +287,7 @@ class Supervisor:
     def _wait_until_known(self, drafts: set[str]) -> None:
         """Wait for the drafts' first messages, so that the next request finds them at work."""
         deadline = monotonic() + CONNECT_SECONDS
-        while not drafts <= self._known():
+        while self._targets and not drafts <= self._known():
             if monotonic() > deadline:
                 logger.warning("not all of %s have reached the target yet", ", ".join(sorted(drafts)))
                 return
@@ -291,6 +308,9 @@ class Supervisor:
         )
 
     def _run(self, member: Member) -> None:
+        """Let an actor's loop begin, unless it runs already, as that of a spare does."""
+        if member.sentinel is not None:
+            return
         with self._changing:
             self._loading.remove(member)
         member.running_since = monotonic()
@@ -304,6 +324,7 @@ class Supervisor:
         with self._changing:
             members = list(members)
             self._drafts = [draft for draft in self._drafts if draft not in members]
+            self._spares = [spare for spare in self._spares if spare not in members]
         for member in members:
             member.leaving = True
         running = [member for member in members if member.sentinel is not None]
@@ -339,7 +360,8 @@ class Supervisor:
             try:
                 event = self._events.get(timeout=LOOK_SECONDS)
             except Empty:
-                self._look()
+                with suppress(RayError):  # Ray may end at any time, and the engine with it
+                    self._look()
                 continue
             if event is None:
                 return
@@ -349,7 +371,7 @@ class Supervisor:
     def _look(self) -> None:
         """End actors that make no progress."""
         with self._changing:
-            members = [*self._targets, *self._drafts]
+            members = self._running
         if not members or not ray.is_initialized():
             return
         for member in members:
@@ -373,11 +395,13 @@ class Supervisor:
             self._replace_target(member, error)
             return
         with self._changing:
-            if member not in self._drafts:
+            pool = next((pool for pool in (self._drafts, self._spares) if member in pool), None)
+            if pool is None:
                 return
-            self._drafts.remove(member)
+            pool.remove(member)
         self._remove(member)
-        self._replace_later(error, member.tries, member.ran)
+        replace = self._replace_draft if pool is self._drafts else self._replace_spare
+        replace(error, member.tries, member.ran)
 
     # Those that take the places of others
 
@@ -391,14 +415,15 @@ class Supervisor:
         while (delay := dead.tries.next(ran)) is not None:
             logger.warning("%s; requests wait for another target", error)
             self._closing.wait(delay)
-            target = None
+            target = self._take_spare(dead.tries)
             try:
-                target = self._launch("target", "target", TargetProcess, dead.tries)
-                self._load_target(target)
+                if target is None:
+                    target = self._launch("target", "target", TargetProcess, dead.tries)
+                    self._load_target(target)
                 self._install(target)
-            except SsdRayError as again:
+            except FAILURES as again:
                 self._stop([target] if target else [])
-                error, ran = again, 0.0
+                error, ran = own_error(again, "target"), 0.0
                 if not self._closing.is_set():
                     continue
             else:
@@ -409,8 +434,42 @@ class Supervisor:
         logger.error("%s", failure)
         self._on_failure(failure)
 
-    def _replace_later(self, error: SsdRayError, tries: Tries, ran: float) -> None:
-        """Start a draft in place of one that has died, or did not start, unless that has been tried often enough."""
+    def _take_spare(self, tries: Tries) -> Member | None:
+        """A target that is loaded, if there is one; another spare is started in its place."""
+        with self._changing:
+            target = self._spares.pop(0) if self._spares and not self._closing.is_set() else None
+        if target is not None:
+            self._later(0.0, self._start_spare, target.tries)
+            target.name, target.tries, target.running_since = "target", tries, monotonic()
+        return target
+
+    def _replace_spare(self, error: SsdRayError, tries: Tries, ran: float) -> None:
+        """Start a spare target in place of one that has died, or did not start, as long as there are tries."""
+        delay = tries.next(ran)
+        if delay is None:
+            logger.warning("%s; it is not started again, as max_restarts=%d has it", error, tries.most)
+            return
+        logger.warning("%s; it is replaced", error)
+        self._later(delay, self._start_spare, tries)
+
+    def _start_spare(self, tries: Tries) -> None:
+        spare = None
+        try:
+            spare = self._launch(f"spare-{self._launched_spares}", "target", TargetProcess, tries)
+            self._launched_spares += 1
+            self._load_target(spare)
+        except FAILURES as error:
+            self._stop([spare] if spare else [])
+            if not self._closing.is_set():
+                self._replace_spare(own_error(error, "a spare target"), tries, 0.0)
+            return
+        with self._changing:
+            self._spares.append(spare)
+        self._run(spare)
+        logger.info("%s is loaded", spare.name)
+
+    def _replace_draft(self, error: SsdRayError, tries: Tries, ran: float) -> None:
+        """Start a draft in place of one that has died, or did not start, as long as there are tries."""
         delay = tries.next(ran)
         left = len(self.drafts)
         if delay is None:
@@ -424,12 +483,9 @@ class Supervisor:
             )
             return
         logger.warning("%s; %d drafts are left until it is replaced: texts stay the same", error, left)
-        thread = threading.Thread(target=self._replace, args=(tries, delay), name="ssd-ray-replacing", daemon=True)
-        self._replacing = [*filter(threading.Thread.is_alive, self._replacing), thread]
-        thread.start()
+        self._later(delay, self._start_draft, tries)
 
-    def _replace(self, tries: Tries, delay: float) -> None:
-        self._closing.wait(delay)
+    def _start_draft(self, tries: Tries) -> None:
         with self._scaling:
             if self._closing.is_set() or len(self.drafts) >= self._wanted:
                 return
@@ -437,13 +493,25 @@ class Supervisor:
             try:
                 launched = self._launch_drafts(1, tries)
                 self._join(launched)
-            except SsdRayError as error:
+            except FAILURES as error:
                 self._stop(launched)
                 if not self._closing.is_set():
-                    self._replace_later(error, tries, 0.0)
+                    self._replace_draft(own_error(error, "a draft"), tries, 0.0)
                 return
         self.draft_restarts += 1
         logger.info("%s is there in place of one that died", launched[0].name)
+
+    def _later(self, delay: float, start: Callable[[Tries], None], tries: Tries) -> None:
+        """Start something after a while, in a thread of its own."""
+
+        def wait_and_start() -> None:
+            self._closing.wait(delay)
+            start(tries)
+
+        thread = threading.Thread(target=wait_and_start, name="ssd-ray-starting", daemon=True)
+        thread.start()
+        with self._changing:
+            self._background = [*filter(threading.Thread.is_alive, self._background), thread]
 
 
 def in_vain(first: SsdRayError, last: SsdRayError, tries: Tries) -> EngineError:

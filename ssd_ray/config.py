@@ -363,6 +363,8 @@ class EngineConfig:
         generation_config: "auto": where a request says nothing, it is sampled as the target's generation_config.json
             has it (temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens); "none" heeds its end tokens
             alone.
+        spare_targets: targets that are loaded beside the one at work, to take over at once should it die. Each takes a
+            target's memory, and a GPU of its own where there are several; without GPUs it has the target's cores.
         stall_timeout: seconds without progress after which a target or a draft counts as stuck and is replaced. It is
             more where single rounds, or chunks of a prompt, take more than a fiftieth of it, and ten times as long
             with ``compile``.
@@ -395,6 +397,7 @@ class EngineConfig:
     prefix_cache: bool = True
     prefill_chunk: int = 256
     generation_config: GenerationConfig = "auto"
+    spare_targets: int = 0
     stall_timeout: float = 30.0
     max_restarts: int = 3
     trust_remote_code: bool = False
@@ -417,6 +420,7 @@ class EngineConfig:
         _integer("max_num_seqs", self.max_num_seqs, 1, 4096)
         _integer("max_queue", self.max_queue, 1, 1 << 20)
         _integer("prefill_chunk", self.prefill_chunk, 8, 1 << 16)
+        _integer("spare_targets", self.spare_targets, 0, 64)
         _real("stall_timeout", self.stall_timeout, 0.0, 1e9, open_low=True)
         _integer("max_restarts", self.max_restarts, 0, MOST)
         if self.max_model_len is not None:

@@ -161,6 +161,7 @@ class EngineStats(Stats):
         running, waiting: requests that decode now, and that wait for their turn.
         drafts: names of the drafts that are connected now.
         draft_restarts, target_restarts: drafts and targets that died and were replaced.
+        spare_targets: targets that are loaded and wait for the end of the present one.
         kv_pages: pages of the target's KV memory, and ``kv_pages_free`` those that no running request holds; some of
             them keep what has ended for prompts that begin alike.
         plan: what a round is planned to be like now, and why.
@@ -173,6 +174,7 @@ class EngineStats(Stats):
     drafts: tuple[str, ...] = ()
     draft_restarts: int = 0
     target_restarts: int = 0
+    spare_targets: int = 0
     kv_pages: int = 0
     kv_pages_free: int = 0
     plan: str = ""

@@ -57,6 +57,7 @@ BAD_ENGINE = {
     "compile": [1],
     "max_num_seqs": [0],
     "max_queue": [0, True, 1 << 21],
+    "spare_targets": [-1, 65, 1.0, None],
     "stall_timeout": [0, -1.0, float("nan"), "30", None],
     "max_restarts": [-1, 0.5, "3", None],
     "max_model_len": [1],
