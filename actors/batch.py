@@ -28,13 +28,14 @@ REWRITING = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """A request as it waits for its turn."""
+    """A request as it waits for its turn. ``text`` has the tokens that another target has written of it."""
 
     number: int
     tokens: Sequence[int]
     params: SamplingParams
     deadline: float = inf
     holders: Sequence[str] = ()
+    text: Sequence[int] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +71,11 @@ class Row:
     def ready(self) -> bool:
         """Whether its whole prompt has KV, the last token aside, with which the first round begins."""
         return self.filled >= self.session.position
+
+    def resume(self, text: Sequence[int]) -> None:
+        """Go on behind tokens that another target has written; maybe they are the whole text."""
+        self.added = self.session.resume(text)
+        self.look_for_stop()
 
     def look_for_stop(self) -> None:
         """End the request behind the token that completes a stop string."""

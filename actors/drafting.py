@@ -136,7 +136,7 @@ class Draft:
         self._hello_due = 0.0
         self._outcomes = 0  # that have come, of all sequences
         self._last = Step()
-        self._costs = Costs(runner.measured)
+        self.costs = Costs(runner.measured)
         self._last_rate = 0.0  # value that the last step added, by the millisecond
         self._time_is_worth = 0.0  # the same of the last step of a round: what another millisecond would have brought
         self.malformed = 0
@@ -166,9 +166,31 @@ class Draft:
         self._handover.give(sequence, prompt)
         self._channel.wake()
 
+    def follow(self, channel: Channel, session: int) -> None:
+        """Work for another target from now on, which is reached by this channel; the one before has gone.
+
+        Its sequences go with it. Their KV is kept for prompts that begin alike: they are most likely to come again.
+        """
+        for seat in self._seats.values():
+            seat.lease.release(seat.session.known if self._prefix_cache else ())
+        self._seats.clear()
+        self._asked.clear()
+        self._handover.forget()
+        self._channel.close()
+        self._channel, self._session = channel, session
+        self._hello_due = 0.0
+
     def leave(self) -> None:
         """Tell the target that this draft goes."""
         self._send(Goodbye(self._channel.name))
+
+    def wake(self) -> None:
+        """End the wait of :meth:`turn`, or of the next one; from any thread."""
+        self._channel.wake()
+
+    def close(self) -> None:
+        """Give the channel back."""
+        self._channel.close()
 
     # Messages
 
@@ -378,14 +400,14 @@ class Draft:
         )
         self._push(work, dict(rankings))
         self._last = Step(1e3 * (self._clock() - start), len(work), sum(map(len, work.values())))
-        self._costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=0.0)
+        self.costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=0.0)
         self._last_rate = sum(seat.session.worth for seat in work) / max(self._last.step_ms, 1e-9)
         return True
 
     def _step_ms(self, sequences: int) -> Callable[[int], float]:
         """Milliseconds of a step by the tokens of each of some sequences."""
         load = Load(sequences)
-        return cache(lambda tokens: self._costs.alone_ms(tokens * sequences, load))
+        return cache(lambda tokens: self.costs.alone_ms(tokens * sequences, load))
 
     def _push(self, work: Mapping[Seat, Sequence[Item]], rankings: Mapping[Seat, list[Ranking]]) -> None:
         """Grow the trees by what the model has said, and send what is new."""

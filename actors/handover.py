@@ -52,6 +52,10 @@ class Handover:
             elif message.omitted == len(prompt):
                 yield replace(message, tokens=[*map(int, prompt), *message.tokens], omitted=0)
 
+    def forget(self) -> None:
+        """Forget all messages: who sent them has gone. Prompts are those of whoever comes next, too."""
+        self._messages.clear()
+
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""
         self._prompts.pop(sequence, None)

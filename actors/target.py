@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ssd_ray.actors.inline import INLINE, InlineChannel
 from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
+from ssd_ray.actors.pulse import Heart, Pulse
 from ssd_ray.actors.verifying import MOST_TOKENS, Target
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
@@ -59,21 +60,28 @@ class TargetActor:
             end_tokens=end_tokens(model_info(config.target, trust_remote_code=trust), tokenizer),
             tokenizer=tokenizer,
         )
+        self._heart = Heart(1e-3 * self._target.costs.alone_ms(config.prefill_chunk))
         if isinstance(self._channel, InlineChannel):
             self._channel.host(load_draft(config, MemorySpoke(self._channel.address, INLINE), session))
 
     def run(self) -> None:
         """Decode until :meth:`stop`, from one thread."""
         pin(self._cores)
+        self._heart.begin()
         try:
             while not self._stopping:
-                self._target.turn()
+                self._heart.beat(worked=self._target.turn())
         finally:
             if (learned := self._target.costs.learned) is not None:
                 keep(self._experience, learned)
             self._channel.close()
 
     # From any thread
+
+    @property
+    def pulse(self) -> Pulse:
+        """What the loop has done."""
+        return self._heart.pulse
 
     def submit(
         self,
@@ -82,9 +90,10 @@ class TargetActor:
         params: SamplingParams,
         timeout: float | None = None,
         holders: Sequence[str] = (),
+        text: Sequence[int] = (),
     ) -> None:
         """Queue a request; see :meth:`Target.submit`."""
-        self._target.submit(number, tokens, params, timeout, holders)
+        self._target.submit(number, tokens, params, timeout, holders, text)
 
     def cancel(self, number: int) -> None:
         """End a request early."""

@@ -120,14 +120,17 @@ class Target:
         params: SamplingParams,
         timeout: float | None = None,
         holders: Sequence[str] = (),
+        text: Sequence[int] = (),
     ) -> None:
         """Queue a request. Its tokens come as :class:`~ssd_ray.wire.Output` messages under this number.
 
         After ``timeout`` seconds, waiting included, it ends with the reason "timeout" and what has come so far.
         ``holders`` are the drafts that are given the prompt by somebody else: this target need not send it to them.
+        ``text`` has the tokens that another target has written of it, and handed out, before it died: the request goes
+        on behind them, as it would have there.
         """
         deadline = inf if timeout is None else self._clock() + timeout
-        self._command(Request(number, tokens, params, deadline, holders))
+        self._command(Request(number, tokens, params, deadline, holders, text))
 
     def cancel(self, number: int) -> None:
         """End a request early, with the reason "cancelled"."""
@@ -222,6 +225,8 @@ class Target:
             if isinstance(command, Request):
                 for _, row in self._isolation.each([command], self._row):
                     self.batch.add(row)
+                    if row.session.finish_reason is not None:  # the word of its end got lost
+                        self._end(row)
             elif isinstance(command, int):
                 self._end_early({command}, "cancelled")
             else:
@@ -255,8 +260,11 @@ class Target:
         sizes = session.prompt_tokens, self._runner.vocab_size
         verify = verifier(self._sampler, params, *sizes, device=self._runner.device, study=study)
         text = Detokenizer(self._tokenizer, params, tokens) if params.stop else None
-        ngrams = NgramIndex(tokens if self._rules.looks_up else ())
-        return Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
+        ngrams = NgramIndex([*tokens, *request.text] if self._rules.looks_up else ())
+        row = Row(session, verify, text, ngrams, deadline=request.deadline, holders=set(request.holders))
+        if request.text:
+            row.resume([int(token) for token in request.text])
+        return row
 
     def _study(self, p: torch.Tensor, proposal: Proposal) -> None:
         """Learn what other C's would have done at a position."""

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from ssd_ray.actors.links import DRIVER
+from ssd_ray.cluster.calls import call, own_error
 from ssd_ray.cluster.placement import Placer
 from ssd_ray.cluster.preflight import Fingerprints
+from ssd_ray.cluster.processes import Contact
 from ssd_ray.cluster.refs import DrainChannel
+from ssd_ray.cluster.requests import Deliver, Request, Requests
 from ssd_ray.cluster.runtime import RayRuntime
-from ssd_ray.cluster.supervisor import Supervisor, call, own_error
+from ssd_ray.cluster.supervisor import Supervisor
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, QueueFullError, SsdRayError
+from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, SsdRayError
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import Channel, Frame
 from ssd_ray.transport.zmq import ZmqSpoke
@@ -32,11 +33,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 """How long the pump waits for a frame before it looks whether it shall end."""
-
-
-Deliver = Callable[[Output | SsdRayError], None]
-"""Takes what comes of a request: its messages, the last one included, or the error that ends it. It is called from
-another thread, and returns at once."""
 
 
 class Driver:
@@ -53,14 +49,14 @@ class Driver:
     def __init__(self, config: EngineConfig, fingerprints: Fingerprints) -> None:
         self._config = config
         self._fingerprints = fingerprints
-        self._session = secrets.randbits(53)
-        self._numbers = count()
-        self._requests: dict[int, Deliver] = {}
+        self._requests = Requests(config.max_queue)
         self._hopeful: list[Callable[[], None]] = []  # told when there is room
-        # Guards these and _failure. Garbage collection may cancel a forgotten request wherever its thread is: hence R.
+        # Guards these and the next ones. Garbage collection may cancel a forgotten request in any thread: hence R.
         self._lock = threading.RLock()
         self._failure: EngineError | None = None
-        self._closing = threading.Event()
+        self._offered: Contact | None = None  # the target that there is now
+        self._contact: Contact | None = None  # the one that has all requests under way
+        self._begun, self._closing = threading.Event(), threading.Event()
         with ExitStack() as undo:
             self._start(undo)
             self._undo = undo.pop_all()
@@ -71,11 +67,12 @@ class Driver:
         runtime = RayRuntime()
         undo.callback(runtime.close)
         placer = Placer(config.device, drafts)
-        self._supervisor = Supervisor(config, self._fingerprints, self._session, placer, self._fail)
+        self._supervisor = Supervisor(config, self._fingerprints, placer, self._turn_to, self._fail)
         undo.callback(self._supervisor.close)
-        self._target, address = self._supervisor.start(drafts)
-        self._pump = threading.Thread(target=self._pump_frames, args=(address,), name="ssd-ray-pump", daemon=True)
+        self._supervisor.start(drafts)
+        self._pump = threading.Thread(target=self._pump_frames, name="ssd-ray-pump", daemon=True)
         self._pump.start()
+        self._begun.wait()
         undo.callback(self._stop_pump)
 
     def submit(
@@ -87,28 +84,35 @@ class Driver:
             QueueFullError: as many requests as the configuration allows are under way.
             EngineError: the engine has failed or is closed.
         """
-        payload = self._payload(tokens)
+        prompt = self._payload(tokens)
         with self._lock:
             self._check()
-            if len(self._requests) >= self._config.max_queue:
-                raise QueueFullError(f"{self._config.max_queue} requests are under way, as many as max_queue allows")
-            number = next(self._numbers)
-            self._requests[number] = deliver
-        holders = self._supervisor.hand_out(number, payload) if isinstance(payload, ray.ObjectRef) else []
-        call(self._target.submit, number, payload, params, timeout, holders)  # if it is lost, the target has died
-        return number
+            request = self._requests.add(prompt, len(tokens), params, deliver, timeout)
+            contact = self._contact
+        if contact is not None:  # else it waits for the next one
+            self._hand_over(request, contact)
+        return request.number
+
+    def _hand_over(self, request: Request, contact: Contact) -> None:
+        """Give a request to a target. If that is lost, the target has died, and the next one is given it."""
+        number, prompt = request.number, request.prompt
+        holders = self._supervisor.hand_out(number, prompt) if isinstance(prompt, ray.ObjectRef) else []
+        text = list(request.text)
+        call(contact.handle.submit, number, prompt, request.params, request.timeout, holders, text)
+        if request.cancelled:  # while no target, or another one, had it
+            call(contact.handle.cancel, number)
 
     def cancel(self, number: int) -> None:
         """End a request early, unless it has ended: its last message comes soon, with the reason "cancelled"."""
         with self._lock:
-            under_way = number in self._requests
-        if under_way:
-            call(self._target.cancel, number)
+            under_way, contact = self._requests.cancel(number), self._contact
+        if under_way and contact is not None:
+            call(contact.handle.cancel, number)
 
     def when_room(self, notify: Callable[[], None]) -> None:
         """Call ``notify`` once, from any thread, when :meth:`submit` is worth another try."""
         with self._lock:
-            if self._failure is None and len(self._requests) >= self._config.max_queue:
+            if self._failure is None and self._requests.full:
                 self._hopeful.append(notify)
                 return
         notify()
@@ -125,12 +129,38 @@ class Driver:
         if self._config.drafts_from_text:
             raise ConfigError("draft", "a model, of which there can be several", self._config.draft)
         self._check()
-        self._supervisor.scale_drafts(replace(self._config, num_drafts=count).num_drafts)
+        try:
+            self._supervisor.scale_drafts(replace(self._config, num_drafts=count).num_drafts)
+        except SsdRayError:
+            self._check()  # for the reason of it
+            raise
 
     def stats(self) -> EngineStats:
         """Figures of all requests so far."""
         self._check()
-        stats: EngineStats = self._call("stats")
+        target = self._targets_stats()
+        self._check()
+        with self._lock:
+            stats = self._requests.figures(target)
+        keeper = self._supervisor
+        return replace(
+            stats,
+            draft_restarts=keeper.draft_restarts,
+            target_restarts=keeper.target_restarts,
+            spare_targets=keeper.spares,
+        )
+
+    def _targets_stats(self) -> EngineStats | None:
+        """What the present target says; None if there is none."""
+        contact = self._contact
+        if contact is None:
+            return None
+        try:
+            stats: EngineStats = ray.get(call(contact.handle.stats))
+        except RayActorError:  # the news of it are on their way
+            return None
+        except RayError as error:
+            raise own_error(error, "target") from error
         return stats
 
     @property
@@ -139,9 +169,12 @@ class Driver:
         return self._supervisor.members
 
     def processor_seconds(self) -> float:
-        """What the processes of target and drafts have used so far."""
-        infos = ray.get([handle.info.remote() for handle in self.actors.values()])
-        return float(sum(info["processor_seconds"] for info in infos))
+        """What the processes of target and drafts have used so far; those that have died are not counted."""
+        total = 0.0
+        for info in [handle.info.remote() for handle in self.actors.values()]:
+            with suppress(RayActorError):
+                total += ray.get(info)["processor_seconds"]
+        return total
 
     def close(self) -> None:
         """Stop everything that was started; requests under way end with EngineClosedError. Idempotent."""
@@ -152,12 +185,6 @@ class Driver:
         if self._failure is not None:
             raise self._failure
 
-    def _call(self, method: str, *args: Any) -> Any:
-        try:
-            return ray.get(call(getattr(self._target, method), *args))
-        except RayError as error:
-            raise self._failure or own_error(error, "target") from error
-
     def _payload(self, tokens: Sequence[int]) -> Any:
         """Tokens as an argument: a long prompt goes into the object store, once for the target and all drafts."""
         array = np.asarray(tokens, np.int32)
@@ -165,21 +192,54 @@ class Driver:
 
     # The pump: the one thread that uses the channel
 
-    def _pump_frames(self, address: Any) -> None:
-        channel: Channel = DrainChannel(DRIVER, self._target) if address is None else ZmqSpoke(address, DRIVER)
+    def _turn_to(self, contact: Contact | None) -> None:
+        """Go on with this target, or, while there is none, keep what comes for the next one."""
+        with self._lock:
+            self._offered = contact
+            if contact is None:
+                self._contact = None
+
+    def _pump_frames(self) -> None:
         try:
-            with channel:
-                while not self._closing.is_set():
-                    received = channel.receive(_POLL_SECONDS)
-                    if received is not None:
-                        self._dispatch(received[1])
+            while not self._closing.is_set():
+                contact = self._offered
+                if contact is None:
+                    self._end_overdue()
+                    self._closing.wait(_POLL_SECONDS)
+                else:
+                    self._follow(contact)
         except Exception as error:
             logger.exception("the driver's channel failed")
             self._fail(EngineError(f"the driver's channel failed: {error}"))
+        finally:
+            self._begun.set()
 
-    def _dispatch(self, frame: Frame) -> None:
+    def _follow(self, contact: Contact) -> None:
+        """Give a target all that is under way, and deliver what it says, until there is another one."""
+        zmq = contact.address
+        channel: Channel = DrainChannel(DRIVER, contact.handle) if zmq is None else ZmqSpoke(zmq, DRIVER)
+        with channel:
+            with self._lock:
+                self._contact = contact if contact is self._offered else None
+                requests = self._requests.hand_over()
+            self._begun.set()
+            for request in requests:
+                self._hand_over(request, contact)
+            while contact is self._offered and not self._closing.is_set():
+                self._receive(channel, contact, _POLL_SECONDS)
+            while not self._closing.is_set() and self._receive(channel, contact, 0.0):
+                pass  # what it has said before its end
+
+    def _receive(self, channel: Channel, contact: Contact, timeout: float) -> bool:
+        """Deliver what a frame says; False if none has come."""
+        received = channel.receive(timeout)
+        if received is not None:
+            self._dispatch(contact, received[1])
+        return received is not None
+
+    def _dispatch(self, contact: Contact, frame: Frame) -> None:
         try:
-            messages = decode(self._session, frame)
+            messages = decode(contact.session, frame)
         except ProtocolError as error:
             logger.debug("dropped a frame: %s", error)
             return
@@ -187,14 +247,19 @@ class Driver:
             if isinstance(message, Output):
                 self._deliver(message)
 
+    def _end_overdue(self) -> None:
+        """End requests that are late or cancelled while no target is there to do so."""
+        with self._lock:
+            ends = self._requests.overdue()
+        for message in ends:
+            self._deliver(message)
+
     def _deliver(self, message: Output) -> None:
         with self._lock:
-            deliver = self._requests.get(message.request)
-            if message.finish_reason is not None:
-                self._requests.pop(message.request, None)
+            request = self._requests.take(message)
             hopeful = self._take_hopeful() if message.finish_reason is not None else []
-        if deliver is not None:
-            deliver(message)
+        if request is not None:
+            request.deliver(message)
         for notify in hopeful:
             notify()
 
@@ -212,9 +277,8 @@ class Driver:
         with self._lock:
             if self._failure is None or isinstance(error, EngineClosedError):
                 self._failure = error
-            requests, self._requests = list(self._requests.values()), {}
-            hopeful = self._take_hopeful()
-        for deliver in requests:
-            deliver(self._failure)
+            requests, hopeful = self._requests.give_up(), self._take_hopeful()
+        for request in requests:
+            request.deliver(self._failure)
         for notify in hopeful:
             notify()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Place:
 
 
 class Placer:
-    """Deals out places.
+    """Deals out places, to any thread.
 
     Args:
         device: as in :class:`~ssd_ray.config.EngineConfig`; "auto" takes GPUs if the cluster has any.
@@ -100,6 +101,7 @@ class Placer:
             logger.warning("there is one GPU: target and drafts share it and slow each other down")
         self._drafts = drafts
         self._cores: dict[str, Cores] = {}
+        self._dealing = threading.Lock()  # guards what has been dealt, not the wait for more
         self._given = [bundle for bundle in _given_bundles() if bundle.resources.get("GPU", 0.0) >= self._gpus]
 
     def place(self, role: Role) -> Place:
@@ -108,18 +110,22 @@ class Placer:
         Raises:
             ResourceError: there is none.
         """
-        bundle = self._given.pop(0) if self._given else self._reserve(role)
+        with self._dealing:
+            given = self._given.pop(0) if self._given else None
+        bundle = given or self._reserve(role)
         node = bundle.node()
-        cores = None if self._gpus else self._cores_of(node).take(role)
+        with self._dealing:
+            cores = None if self._gpus else self._cores_of(node).take(role)
         return Place(bundle=bundle, cores=cores, node=node)
 
     def release(self, place: Place) -> None:
         """Give a place back; an actor that is still there ends."""
-        if place.cores is not None:
-            self._cores_of(place.node).give_back(place.cores)
-        if place.bundle.given:
-            self._given.append(place.bundle)
-        else:
+        with self._dealing:
+            if place.cores is not None:
+                self._cores_of(place.node).give_back(place.cores)
+            if place.bundle.given:
+                self._given.append(place.bundle)
+        if not place.bundle.given:
             remove_placement_group(place.bundle.group)
 
     def _reserve(self, role: Role) -> Bundle:

@@ -246,7 +246,7 @@ def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_len
 
 
 def _require_memory(config: EngineConfig, infos: dict[Role, ModelInfo], max_length: int) -> None:
-    copies = {"target": 1, "draft": config.draft_actors if config.method == "ssd" else 1}
+    copies = {"target": 1 + config.spare_targets, "draft": config.draft_actors if config.method == "ssd" else 1}
     weights = sum(copies[role] * info.parameter_bytes for role, info in infos.items())
     scratch = {"target": MAX_LOOKAHEAD + 1, "draft": SCRATCH}
     rows = 1 if config.kv_memory == "auto" else config.max_num_seqs

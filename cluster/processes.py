@@ -10,15 +10,17 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from ssd_ray.actors.draft import DraftActor
+from ssd_ray.actors.pulse import Pulse
 from ssd_ray.actors.target import TargetActor
 from ssd_ray.cluster.placement import Role
 from ssd_ray.cluster.preflight import Fingerprints
-from ssd_ray.cluster.refs import RefEndpoint
+from ssd_ray.cluster.refs import RefChannel, RefEndpoint
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ModelError
 from ssd_ray.models.checkpoint import same_model
@@ -26,12 +28,38 @@ from ssd_ray.models.info import model_fingerprint
 from ssd_ray.stats import EngineStats
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.hybrid import HybridChannel
+from ssd_ray.transport.inbox import Inbox
 from ssd_ray.transport.zmq import ZmqAddress, ZmqHub, ZmqSpoke
 
 Cores = Sequence[int] | None
 
+NOBODY = 0
+"""The session of a draft that follows no target yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """How a target is reached.
+
+    Attributes:
+        handle: its actor.
+        address: where spokes connect; None if frames travel in actor calls.
+        session: the number of its frames on the wire, which no other target has.
+    """
+
+    handle: Any
+    address: ZmqAddress | None
+    session: int
+
 
 class _Process(RefEndpoint):
+    _actor: TargetActor | DraftActor
+
+    @ray.method(concurrency_group="inbox")
+    def pulse(self) -> Pulse:
+        """What the actor's loop has done."""
+        return self._actor.pulse
+
     @ray.method(concurrency_group="inbox")
     def info(self) -> dict[str, Any]:
         """Where the process runs: pid, node, cores and GPUs that it may use; the processor seconds that it has used."""
@@ -63,7 +91,7 @@ class TargetProcess(_Process):
         if config.transport != "ray":
             hub = ZmqHub() if one_node else ZmqHub("tcp", ray.util.get_node_ip_address())
             channel, self._address = HybridChannel(hub, self.refs, config.inline_max_bytes), hub.address
-        self._actor = TargetActor(config, channel, session=session, cores=cores)
+        self._actor: TargetActor = TargetActor(config, channel, session=session, cores=cores)
 
     @ray.method(concurrency_group="inbox")
     def address(self) -> ZmqAddress | None:
@@ -76,10 +104,16 @@ class TargetProcess(_Process):
 
     @ray.method(concurrency_group="inbox")
     def submit(
-        self, number: int, tokens: Sequence[int], params: SamplingParams, timeout: float | None, holders: Sequence[str]
+        self,
+        number: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None,
+        holders: Sequence[str],
+        text: Sequence[int],
     ) -> None:
         """Queue a request."""
-        self._actor.submit(number, tokens, params, timeout, holders)
+        self._actor.submit(number, tokens, params, timeout, holders, text)
 
     @ray.method(concurrency_group="inbox")
     def cancel(self, number: int) -> None:
@@ -109,26 +143,24 @@ class TargetProcess(_Process):
 
 
 class DraftProcess(_Process):
-    """A :class:`~ssd_ray.actors.draft.DraftActor` in a Ray actor."""
+    """A :class:`~ssd_ray.actors.draft.DraftActor` in a Ray actor. It follows no target until :meth:`follow`."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        fingerprints: Fingerprints,
-        session: int,
-        name: str,
-        address: ZmqAddress | None,
-        target: Any,
-        cores: Cores = None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, *, fingerprints: Fingerprints, name: str, cores: Cores = None) -> None:
         require_same(config, fingerprints, ("draft",))
         super().__init__(name, config.inline_max_bytes)
-        self.refs.add_peer(HUB, target)
+        self._inline_max_bytes = config.inline_max_bytes
+        self._actor: DraftActor = DraftActor(config, self.refs, session=NOBODY, cores=cores)
+
+    @ray.method(concurrency_group="inbox")
+    def follow(self, target: Contact) -> None:
+        """Work for this target from now on, and for no other."""
+        # A channel of its own: what the one before has sent, and may still send, goes with its channel.
+        self.refs = RefChannel(self.refs.name, Inbox(), inline_max_bytes=self._inline_max_bytes)
+        self.refs.add_peer(HUB, target.handle)
         channel: Channel = self.refs
-        if address is not None:
-            channel = HybridChannel(ZmqSpoke(address, name), self.refs, config.inline_max_bytes)
-        self._actor = DraftActor(config, channel, session=session, cores=cores)
+        if target.address is not None:
+            channel = HybridChannel(ZmqSpoke(target.address, self.refs.name), self.refs, self._inline_max_bytes)
+        self._actor.follow(channel, target.session)
 
     def run(self) -> None:
         """Draft until :meth:`stop`."""

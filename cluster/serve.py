@@ -9,7 +9,7 @@ Drafts that join later take placement groups of their own. Where the cluster has
 processes, they share them.
 
 A replica's own queue is the engine's ``max_queue``; beyond it clients get status 429. Serve replaces a replica whose
-target has died.
+engine has failed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def application(config: EngineConfig) -> Application:
 
 
 def bundles(config: EngineConfig, resources: Mapping[str, float]) -> list[dict[str, float]]:
-    """The placement group of a replica: its own bundle, the target's, and one for each draft.
+    """The placement group of a replica: its own bundle, the target's, and one for each draft and spare.
 
     Args:
         resources: of the cluster.
@@ -91,7 +91,7 @@ def bundles(config: EngineConfig, resources: Mapping[str, float]) -> list[dict[s
     Raises:
         ResourceError: ``device`` is "cuda" and the cluster has no GPU.
     """
-    actors = 1 + config.draft_actors
+    actors = 1 + config.draft_actors + config.spare_targets
     share = floor(100 * resources.get("CPU", 1.0) / (1 + actors)) / 100
     cpu = {"CPU": max(0.01, min(1.0, share))}
     gpus = gpus_of_an_actor(config.device, resources)

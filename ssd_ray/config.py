@@ -368,6 +368,13 @@ class EngineConfig:
         generation_config: "auto": where a request says nothing, it is sampled as the target's generation_config.json
             has it (temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens); "none" heeds its end tokens
             alone.
+        spare_targets: targets that are loaded beside the one at work, to take over at once should it die. Each takes a
+            target's memory, and a GPU of its own where there are several; without GPUs it has the target's cores.
+        stall_timeout: seconds without progress after which a target or a draft counts as stuck and is replaced. It is
+            more where single rounds, or chunks of a prompt, take more than a fiftieth of it, and ten times as long
+            with ``compile``.
+        max_restarts: how often in a row a target or a draft that dies is started again. A run of five minutes counts
+            as a good one, after which it is so often again. 0: never.
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
     """
 
@@ -397,6 +404,9 @@ class EngineConfig:
     prefix_cache: bool = True
     prefill_chunk: int = 256
     generation_config: GenerationConfig = "auto"
+    spare_targets: int = 0
+    stall_timeout: float = 30.0
+    max_restarts: int = 3
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -417,6 +427,9 @@ class EngineConfig:
         _integer("max_num_seqs", self.max_num_seqs, 1, 4096)
         _integer("max_queue", self.max_queue, 1, 1 << 20)
         _integer("prefill_chunk", self.prefill_chunk, 8, 1 << 16)
+        _integer("spare_targets", self.spare_targets, 0, 64)
+        _real("stall_timeout", self.stall_timeout, 0.0, 1e9, open_low=True)
+        _integer("max_restarts", self.max_restarts, 0, MOST)
         if self.max_model_len is not None:
             _integer("max_model_len", self.max_model_len, 2, 1 << 24)
         device = self.device if isinstance(self.device, str) else ""

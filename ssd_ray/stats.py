@@ -56,6 +56,11 @@ class Stats:
         return self.sums.tokens
 
     @property
+    def _counted(self) -> int:
+        """Tokens whose rounds are known."""
+        return self.sums.tokens - self.sums.resumed_tokens
+
+    @property
     def rounds(self) -> int:
         """Verifications."""
         return self.sums.rounds
@@ -63,7 +68,7 @@ class Stats:
     @property
     def tokens_per_round(self) -> float:
         """Tokens that a verification yields, from 1 to lookahead + 1."""
-        return _ratio(self.sums.tokens, self.sums.rounds)
+        return _ratio(self._counted, self.sums.rounds)
 
     @property
     def hit_rate(self) -> float:
@@ -118,12 +123,12 @@ class Stats:
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second of the rounds, prefill apart."""
-        return 1e3 * _ratio(self.tokens, self.verify_ms + self.wait_ms + self.host_ms)
+        return 1e3 * _ratio(self._counted, self.verify_ms + self.wait_ms + self.host_ms)
 
     @property
     def verified_per_token(self) -> float:
         """Tokens that verifications ran for each token of the texts. 1 is plain decoding; speculation needs more."""
-        return _ratio(self.sums.verified, self.sums.tokens)
+        return _ratio(self.sums.verified, self._counted)
 
     @property
     def partial_rate(self) -> float:
@@ -155,7 +160,8 @@ class EngineStats(Stats):
         requests: requests that have ended.
         running, waiting: requests that decode now, and that wait for their turn.
         drafts: names of the drafts that are connected now.
-        draft_restarts: drafts that died and were replaced.
+        draft_restarts, target_restarts: drafts and targets that died and were replaced.
+        spare_targets: targets that are loaded and wait for the end of the present one.
         kv_pages: pages of the target's KV memory, and ``kv_pages_free`` those that no running request holds; some of
             them keep what has ended for prompts that begin alike.
         plan: what a round is planned to be like now, and why.
@@ -167,6 +173,8 @@ class EngineStats(Stats):
     waiting: int = 0
     drafts: tuple[str, ...] = ()
     draft_restarts: int = 0
+    target_restarts: int = 0
+    spare_targets: int = 0
     kv_pages: int = 0
     kv_pages_free: int = 0
     plan: str = ""

@@ -1,9 +1,9 @@
 """Every message that travels between target, drafts and driver.
 
-A frame is msgpack: ``[version, session, [message, ..]]``. ``session`` is a random number that one engine's actors
-share, so that a frame of another engine is recognised and dropped. Messages are frozen structs with a tag and with
-limits on every length; nothing is ever unpickled. :func:`decode` raises :class:`~ssd_ray.errors.ProtocolError` for
-anything else, and the receivers count such frames and drop them.
+A frame is msgpack: ``[version, session, [message, ..]]``. ``session`` is a random number of one target, so that a
+frame of another engine, or of a target that has died, is recognised and dropped. Messages are frozen structs with a tag
+and with limits on every length; nothing is ever unpickled. :func:`decode` raises
+:class:`~ssd_ray.errors.ProtocolError` for anything else, and the receivers count such frames and drop them.
 
 Positions count from the first prompt token. *Round r* of a sequence is its r-th verification. The verification of round
 r runs over the *trunk* of that round: the bonus token (depth 0) and the speculated tokens (depths 1 to n).
@@ -218,6 +218,8 @@ class RequestStats(Struct, frozen=True, array_like=True):
             which at least one token was used.
         cached_tokens: tokens that were not prefilled, because their KV was there from an earlier request.
         preemptions: times that it had to give its memory back and wait again.
+        resumed_tokens: tokens, of those generated, that came from a target which then died. Its other figures are gone
+            with it.
     """
 
     rounds: int = 0
@@ -241,6 +243,7 @@ class RequestStats(Struct, frozen=True, array_like=True):
     draft_used_ms: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
+    resumed_tokens: int = 0
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

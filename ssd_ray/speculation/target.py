@@ -46,6 +46,7 @@ class Tally:
     draft_used_ms: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
+    resumed_tokens: int = 0
 
     def spent(self, verify_ms: float, wait_ms: float, host_ms: float) -> None:
         """Count the time of a round."""
@@ -182,6 +183,15 @@ class TargetSession:
     def back_up(self, kind: BackupKind) -> None:
         """Count what is done about a miss."""
         self.tally.backups[kind] = self.tally.backups.get(kind, 0) + 1
+
+    def resume(self, text: Sequence[int]) -> list[int]:
+        """Begin behind tokens that another target has generated, before the first round. They may have ended the
+        sequence: ``finish_reason`` is set then. Returns those that belong to it."""
+        added = self._until_end(text)
+        self.tokens += added
+        self.cache = SpeculationCache(self.tokens[-1], self._vocab_size, node=self._node)
+        self.tally.resumed_tokens = len(added)
+        return added
 
     def restart(self) -> None:
         """Forget what was drafted, as the sequence leaves its row; it may go on later. What drafts still say about its

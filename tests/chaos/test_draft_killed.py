@@ -131,7 +131,8 @@ def test_a_killed_draft(llm: LLM, calm: list[Recorded]) -> None:
     assert texts(requests) == texts(calm)
     after = llm.stats()
     check_gaps(calm, requests)
-    assert after.drafts == tuple(others)
+    assert victim not in after.drafts  # the one that takes its place may be there already
+    assert set(others) <= set(after.drafts)
     if others:
         assert after.misses["no_draft"] == before.misses["no_draft"]
         assert after.sums.hits > before.sums.hits

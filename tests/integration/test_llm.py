@@ -125,7 +125,7 @@ def watching():
     """What to do in a draft's process; local, so that it need not import this module."""
 
     def watch(process):
-        channel, handover = process._actor._channel, process._actor._draft._handover
+        channel, handover = process._actor._draft._channel, process._actor._draft._handover
         receive, give = channel.receive, handover.give
 
         def watched_receive(timeout=0.0):
@@ -414,14 +414,18 @@ def test_drafts_come_and_go_while_requests_run(llm, expected):
     assert llm.generate(PROMPT, PARAMS)[0].stats.misses["no_draft"] == 0
 
 
-def test_a_dead_draft_is_reported_and_forgotten(llm, expected, caplog):
+def test_a_dead_draft_is_reported_and_replaced(llm, expected, caplog):
     llm.scale_drafts(1)
     (name,) = llm.stats().drafts
+    before = llm.stats().draft_restarts
     with caplog.at_level(logging.WARNING, logger="ssd_ray"):
         os.kill(info(llm, name)["pid"], signal.SIGKILL)
-        wait_until(lambda: llm.stats().drafts == ())
+        wait_until(lambda: name not in llm.stats().drafts)
         wait_until(lambda: name in caplog.text)
     assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
+    wait_until(lambda: llm.stats().draft_restarts == before + 1, seconds=60.0)
+    assert len(llm.stats().drafts) == 1
+    in_time(lambda: llm.generate(PROMPT, PARAMS)[0], lambda output: output.stats.sums.tree_tokens > 0)
 
 
 def test_without_drafts_every_round_misses(llm, expected):
@@ -470,15 +474,52 @@ def test_the_text_itself_is_the_draft_where_none_fits(cluster, pair, expected, t
             engine.scale_drafts(1)
 
 
-def test_actor_calls_can_carry_everything_and_a_dead_target_ends_every_request(cluster, pair, expected):
-    engine = LLM(*pair, transport="ray")
+def outlived(engine, params):
+    """What comes of texts whose target is killed twice, the second time as soon as there is another one."""
+    before = engine.stats().target_restarts
+    streams = [engine.stream(PROMPT, each) for each in params[:-1]]
+    for stream in streams:
+        next(stream)
+    for kills in (1, 2):
+        os.kill(info(engine, "target")["pid"], signal.SIGKILL)
+        if kills == 1:  # while there is no target
+            streams.append(engine.stream(PROMPT, params[-1]))
+            (late,) = engine.generate(PROMPT, LONG, timeout=0.2)
+            assert late.finish_reason == "timeout"
+        wait_until(lambda kills=kills: engine.stats().target_restarts == before + kills, seconds=60.0)
+    return [stream.wait() for stream in streams]
+
+
+def test_texts_outlive_their_target(llm, expected):
+    texts = [replace(LONG, seed=seed, max_tokens=200 + 20 * seed) for seed in range(4)]
+    texts += [replace(LONG, repetition_penalty=1.1, logprobs=1), replace(LONG, temperature=0.0), PARAMS]
+    llm.scale_drafts(1)
+    calm = llm.generate([PROMPT] * len(texts), texts)
+    before = llm.stats()
+    again = outlived(llm, texts)
+    for one, other in zip(calm, again, strict=True):
+        assert (other.text, other.token_ids, other.finish_reason) == (one.text, one.token_ids, one.finish_reason)
+        assert other.stats.tokens == one.stats.tokens
+    assert again[-1].text == expected.text
+    assert again[-3].pieces == calm[-3].pieces
+    pairs = zip(again[-3].logprobs, calm[-3].logprobs, strict=True)
+    assert all(one.logprob == pytest.approx(other.logprob, abs=1e-5) for one, other in pairs)
+    after = llm.stats()
+    assert after.requests == before.requests + len(texts) + 1  # and the one that was late
+    assert after.sums.resumed_tokens > before.sums.resumed_tokens
+    wait_until(lambda: len(llm.stats().drafts) == 1)
+    in_time(lambda: llm.generate(PROMPT, PARAMS)[0], lambda output: output.stats.sums.tree_tokens > 0)
+
+
+def test_actor_calls_can_carry_everything_and_a_target_that_is_not_replaced_ends_every_request(cluster, pair, expected):
+    engine = LLM(*pair, transport="ray", max_restarts=0)
     assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
     assert engine.stats().misses["no_draft"] == 0
     target = info(engine, "target")["pid"]
     first, *_, last = [engine.stream(PROMPT, LONG) for _ in range(50)]
     next(first)
     os.kill(target, signal.SIGKILL)
-    with pytest.raises(EngineError, match="target died"):
+    with pytest.raises(EngineError, match=r"target died: .*; it is not started again, as max_restarts=0 has it$"):
         list(last)
     with pytest.raises(EngineError, match="target died"):
         engine.generate(PROMPT)

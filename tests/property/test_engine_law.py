@@ -23,10 +23,13 @@ VOCABULARY = 5
 REQUESTS, LENGTH, ROWS = 100, 210, 10
 
 
-def p_value(*, temperature: float, requests: int = REQUESTS, trouble: float = 0.0, **options: object) -> float:
+def p_value(
+    *, temperature: float, requests: int = REQUESTS, trouble: float = 0.0, lives: int = 0, **options: object
+) -> float:
     """Chi-square of requests * LENGTH tokens against the target's law, given the token before each.
 
-    The number of turns that a draft gets varies, so that speculations are whole, partial and missing.
+    The number of turns that a draft gets varies, so that speculations are whole, partial and missing. A target lives
+    for some number of turns, ``lives`` on an average, 0 for ever.
     """
     model = TableModel(VOCABULARY, contexts=64, order=1, max_length=224, rows=ROWS, scratch=SCRATCH, sharpness=1.0)
     dice = random.Random(0)
@@ -35,13 +38,23 @@ def p_value(*, temperature: float, requests: int = REQUESTS, trouble: float = 0.
     options |= {"concurrency": ROWS, "draft_turns": turns, "trouble": trouble}
     pump = Pump(model, [draft], width=2, **options)  # type: ignore[arg-type]
     params = [SamplingParams(temperature=temperature, max_tokens=LENGTH, seed=seed) for seed in range(requests)]
+    if lives:
+        turn = pump.turn
+
+        def mortal() -> None:
+            turn()
+            if dice.random() < 1.0 / lives:
+                pump.target.turn(0.0)  # of which nobody hears
+                pump.lose_target(model.perturbed(1.0))
+
+        pump.turn = mortal  # type: ignore[method-assign]
     texts = pump.run_all([([each.seed % VOCABULARY], each) for each in params])
     counts: dict[int, Counter[int]] = defaultdict(Counter)
     for each, text in zip(params, texts, strict=True):
         for before, token in pairwise([each.seed % VOCABULARY, *text.tokens]):
             counts[before][token] += 1
     assert sum(sum(row.values()) for row in counts.values()) == requests * LENGTH
-    assert trouble or pump.target.stats().tokens_per_round > 1.15
+    assert trouble or lives or pump.target.stats().tokens_per_round > 1.15
     statistic = sum(_statistic(model, before, row, temperature) for before, row in counts.items())
     return float(chi2.sf(statistic, len(counts) * (VOCABULARY - 1)))
 
@@ -62,6 +75,10 @@ def test_the_law_is_the_targets(temperature: float, requests: int) -> None:
 @pytest.mark.parametrize(("c", "most"), [pytest.param(1.0, 0, marks=pytest.mark.slow), ("auto", 4)])
 def test_the_law_is_the_targets_in_rejection_mode(c: float | str, most: int) -> None:
     assert p_value(temperature=1.0, requests=12, proposing=Proposing(most), saguaro_c=c) > 0.001
+
+
+def test_targets_that_die_do_not_change_the_law_in_rejection_mode() -> None:
+    assert p_value(temperature=1.0, requests=5, proposing=Proposing(4), lives=20) > 0.001
 
 
 @pytest.mark.slow

@@ -120,24 +120,49 @@ class Pump:
         clock: Callable[[], Callable[[], float]] = ticking,
         **options: object,
     ) -> None:
-        address = MemoryAddress()
-        target = Hooked(target, on_append=lambda rows, tokens: self._run_drafts())
-        hub = LossyHub(address, random.Random(seed), trouble, self._run_drafts)
-        self.driver = MemorySpoke(address, DRIVER)
+        self._hub = lambda address: LossyHub(address, random.Random(seed), trouble, self._run_drafts)
+        self._options = options
         if proposing is not None:
             options["sampler"] = "rejection"
         self._proposing = proposing
         self._clock = clock
-        self.target = Target(target, hub, SESSION, clock=clock(), **options)  # type: ignore[arg-type]
-        self.address, self._width, self._draft_turns = address, width, draft_turns
+        self._width, self._draft_turns = width, draft_turns
+        self.session = SESSION
+        self._start(target)
         self.drafts = [self._draft(f"draft-{number}", model) for number, model in enumerate(drafts)]
         self.texts: dict[int, Text] = {}
+        self._requests: dict[int, tuple[Sequence[int], SamplingParams]] = {}
+
+    def _start(self, model: ModelRunner) -> None:
+        """Make a target, and an address of its own."""
+        self.address = MemoryAddress()
+        self.driver = MemorySpoke(self.address, DRIVER)
+        runner = Hooked(model, on_append=lambda rows, tokens: self._run_drafts())
+        self.target = Target(runner, self._hub(self.address), self.session, clock=self._clock(), **self._options)  # type: ignore[arg-type]
+
+    def lose_target(self, model: ModelRunner) -> None:
+        """Throw the target away, with all that it has not handed out. Another one, of this model, goes on with what
+        the texts lack."""
+        self.session += 1
+        self._start(model)
+        for draft in self.drafts:
+            draft.follow(MemorySpoke(self.address, draft.name), self.session)
+        for number, (prompt, params) in self._requests.items():
+            text = self.texts.setdefault(number, Text())
+            if text.finish_reason is None:
+                self.target.submit(number, prompt, params, text=text.tokens)
+
+    def submit(self, number: int, prompt: Sequence[int], params: SamplingParams) -> Text:
+        """Hand a request to the target; what comes of it."""
+        self._requests[number] = prompt, params
+        self.target.submit(number, prompt, params)
+        return self.texts.setdefault(number, Text())
 
     def _draft(self, name: str, model: ModelRunner) -> Draft:
         return Draft(
             model,
             MemorySpoke(self.address, name),
-            SESSION,
+            self.session,
             Histogram,
             width=self._width,
             proposing=self._proposing,
@@ -153,8 +178,12 @@ class Pump:
         """One turn of the target. Whenever a text has ended, no page of KV is lost or has two owners."""
         if not self.target.turn(0.0):
             self._run_drafts()
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Take what the target has handed out."""
         while (received := self.driver.receive()) is not None:
-            for output in decode(SESSION, received[1]):
+            for output in decode(self.session, received[1]):
                 if isinstance(output, Output):
                     self._take(output)
 
@@ -187,9 +216,8 @@ class Pump:
         """Run requests, which get this number and the next ones, to their ends."""
         texts = []
         for each, (prompt, params) in enumerate(requests, number):
-            self.target.submit(each, prompt, params)
             self.texts[each] = Text()
-            texts.append(self.texts[each])
+            texts.append(self.submit(each, prompt, params))
         for _ in range(10_000):
             if all(text.finish_reason is not None for text in texts):
                 return texts

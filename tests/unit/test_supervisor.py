@@ -6,10 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from ssd_ray.actors.pulse import FADING, Heart, Pulse
+from ssd_ray.cluster import calls
 from ssd_ray.cluster import supervisor as module
+from ssd_ray.cluster.calls import call
 from ssd_ray.cluster.processes import DraftProcess, TargetProcess
 from ssd_ray.cluster.refs import CONCURRENCY_GROUPS
-from ssd_ray.cluster.supervisor import Member, Supervisor, call
+from ssd_ray.cluster.supervisor import Member, Supervisor
+from ssd_ray.cluster.tries import FIRST_SECONDS, GOOD_SECONDS, MOST_SECONDS, Tries
+from ssd_ray.cluster.watch import TURNS, Watch
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ModelError
 
@@ -43,14 +48,13 @@ def test_the_first_draft_that_fails_is_told_while_others_load(monkeypatch):
         assert ref is failed, "somebody waits for a draft that loads"
         raise ref.error
 
-    monkeypatch.setattr(module.ray, "get", get)
+    monkeypatch.setattr(calls.ray, "get", get)
     monkeypatch.setattr(module.ray, "wait", lambda refs: ([failed], [slow]))
-    supervisor = Supervisor(EngineConfig(), {}, 1, None, lambda _: None)
-    supervisor._target = object.__new__(Member)
-    supervisor._target.handle = None
+    supervisor = Supervisor(EngineConfig(), {}, None, lambda _: None, lambda _: None)
+    handles = [("draft-0", slow), ("draft-1", failed)]
     place = type("Place", (), {"cores": None})
     with pytest.raises(ModelError, match="no weights"):
-        supervisor._join([Member("draft-0", slow, place), Member("draft-1", failed, place)])
+        supervisor._join([Member(name, handle, place, Tries(0), Watch(1.0)) for name, handle in handles])
     supervisor.close()
 
 
@@ -61,3 +65,64 @@ def test_calls_are_apart_from_the_task_that_makes_them():
     method = SimpleNamespace(remote=lambda *args: (task.get(), args))
     assert call(method, 1, 2) == (None, (1, 2))
     assert task.get() == "a request"
+
+
+def test_tries_come_ever_later_and_a_good_run_gives_them_back():
+    tries = Tries(12)
+    waits = [tries.next(1.0) for _ in range(12)]
+    assert waits[:4] == [0.0, FIRST_SECONDS, 2 * FIRST_SECONDS, 4 * FIRST_SECONDS]
+    assert waits[-1] == MOST_SECONDS
+    assert tries.next(GOOD_SECONDS - 1.0) is None
+    assert tries.next(GOOD_SECONDS) == 0.0
+    assert tries.next(0.0) == FIRST_SECONDS
+    assert Tries(0).next(GOOD_SECONDS) is None
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_loop_that_makes_no_turn_is_found_by_the_measure_of_its_own():
+    clock = Clock()
+    heart, watch = Heart(2.0, clock), Watch(30.0, clock)
+
+    def silence(answers=True):
+        """Seconds after which the alarm is given, looked at every second."""
+        for _ in range(10_000):
+            clock.now += 1.0
+            if (silent := watch.look(heart.pulse if answers else None)) is not None:
+                return silent
+        return None
+
+    assert silence() == 2.0 * TURNS + 1.0  # by what was measured before the first turn
+    for _ in range(1000):
+        clock.now += 0.01
+        heart.beat(worked=True)
+    assert watch.look(heart.pulse) is None
+    assert silence() == 31.0
+    heart.begin()
+    clock.now += 5.0
+    heart.beat(worked=True)  # slow once, as a prompt's chunk may be
+    clock.now += 8.0
+    heart.beat(worked=False)  # a rest is no measure
+    assert watch.look(heart.pulse) is None
+    assert silence() == 5.0 * TURNS + 1.0
+    heart.begin()
+    for _ in range(500):
+        heart.beat(worked=True)
+    assert heart.pulse.longest_s == pytest.approx(5.0 * FADING**500)
+    assert watch.look(heart.pulse) is None
+    assert silence(answers=False) == 31.0
+
+
+def test_who_watches_may_stand_still_too():
+    clock = Clock()
+    watch = Watch(30.0, clock)
+    clock.now += 1000.0
+    assert watch.look(Pulse(0, 0.0)) is None
+    clock.now += 1000.0
+    assert watch.look(Pulse(0, 0.0)) is None
+    assert watch.limit_s == 30.0
