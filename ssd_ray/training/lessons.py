@@ -162,10 +162,9 @@ def write_parts(writing: Writing, model: Any, parts: list[int], processes: int) 
                     break
                 writing.write(model, part)
                 advance()
-        if stop() and (left := [part for part in parts if not writing.path(part).exists()]):
-            raise StoppedError(
-                f"writing: stopped with {len(left)} of {len(parts)} parts to do; the same command goes on"
-            )
+        if stop():
+            left = sum(not writing.path(part).exists() for part in parts)
+            raise StoppedError(f"writing: stopped with {left} of {len(parts)} parts to do; the same command goes on")
 
 
 def _write_beside(

@@ -120,7 +120,7 @@ def train(
     run.model.eval()
     if checkpoint:
         run.save(checkpoint)
-    if run.step < last:
+    if stop():  # also behind the last step: who asked for an end is not heard by what follows
         raise StoppedError(f"{name}: stopped at step {run.step} of {schedule.steps}; the same command goes on")
     return run
 

@@ -25,7 +25,7 @@ from ssd_ray.training import recipe
 from ssd_ray.training.acceptance import accepted, tokens_per_round
 from ssd_ray.training.config import TrainingConfig
 from ssd_ray.training.drafts import SHAPES, Costs, Shape, candidates, make_draft, worth
-from ssd_ray.training.lessons import HEATS, Law, Lessons, write
+from ssd_ray.training.lessons import HEATS, Law, Lessons, Writing, write, write_parts
 from ssd_ray.training.recipe import train_draft
 from ssd_ray.training.runs import Run, load_run, train
 from ssd_ray.training.schedules import Schedule, optimizers, trained
@@ -182,6 +182,20 @@ def test_a_signal_ends_a_run_with_what_was_done(tmp_path: Path) -> None:
     with pytest.raises(StoppedError, match="stopped at step 1 of 8"):
         train(run, SCHEDULE, Interrupted(lessons.paths), tmp_path / "run.pt")
     assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 1
+
+
+def test_a_signal_during_the_last_part_is_heard(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(40, dtype=np.int32))
+    writing = Writing(tmp_path, tmp_path / "ids.npy", rows=2, prompt=4, length=8, seed=0)
+
+    class Interrupted(Writing):
+        def write(self, model: Any, part: int) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            writing.write(model, part)
+
+    with pytest.raises(StoppedError, match="0 of 1 parts to do"):
+        write_parts(Interrupted(**vars(writing)), tiny_model(), [0], 1)
+    assert writing.missing(1) == []
 
 
 @pytest.fixture
