@@ -130,17 +130,18 @@ class TestTinyModels:
 class TestBundledPair:
     """Real parts: Ray actors, and each channel."""
 
-    @pytest.mark.parametrize(
-        "channel",
-        [
-            "memory",
-            *(
-                pytest.param(each, marks=[pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("cluster")])
-                for each in ("zmq", "ray")
-            ),
-        ],
-    )
-    def test_a_few_prompts(self, channel: str) -> None:
+    def test_a_few_prompts(self) -> None:
+        self.check_a_few_prompts("memory")
+
+    @pytest.mark.slow
+    @pytest.mark.ray
+    @pytest.mark.usefixtures("cluster")
+    @pytest.mark.parametrize("channel", ["zmq", "ray"])
+    def test_a_few_prompts_in_processes(self, channel: str) -> None:
+        self.check_a_few_prompts(channel)
+
+    @staticmethod
+    def check_a_few_prompts(channel: str) -> None:
         prompts = held_out_prompts(load_tokenizer(None), count=1, tokens=96)
         params = [replace(law, max_tokens=32) for law in LAWS[::2]]
         with engine(replace(BUNDLED, method="ar"), "memory") as generate:

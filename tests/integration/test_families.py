@@ -68,9 +68,9 @@ def test_sd_and_ssd_write_what_ar_writes(
 
 
 def test_eight_at_once_where_memory_is_scarce(pair: EngineConfig) -> None:
-    params = replace(GREEDY, max_tokens=70)
+    params = replace(GREEDY, max_tokens=100)
     expected = texts(replace(pair, method="ar", max_num_seqs=8), EIGHT, params)
-    rows = 1.75 * (CONTEXT // PAGE_SLOTS + 1) * PAGE_SLOTS
+    rows = 2 * (CONTEXT // PAGE_SLOTS + 1) * PAGE_SLOTS
     memory = rows * model_info(pair.target).kv_bytes_per_slot / 2**30
     with engine(replace(pair, method="ssd", max_num_seqs=8, kv_memory=memory), "memory") as generate:
         written, stats = generate(EIGHT, params)
