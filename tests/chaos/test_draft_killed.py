@@ -21,7 +21,7 @@ from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.saguaro.backup import MOST_PATIENCE_MS
 from tests.support.engines import at_rest, in_time, stopped
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROWS = 16
 TOKENS = 48

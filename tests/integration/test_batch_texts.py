@@ -95,6 +95,7 @@ def test_together(config: EngineConfig, case: Case, drafts: int, kv_memory: floa
         in_time(serve, lambda seen: seen == (kv_memory == SMALL, drafts > 0))
 
 
+@pytest.mark.slow
 def test_together_in_half_precision(config: EngineConfig) -> None:
     """Also of requests that gave their memory back: their texts' KV is written again as it was written first."""
     config = replace(config, dtype="bfloat16")

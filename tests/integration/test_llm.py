@@ -394,7 +394,7 @@ def test_actors_run_at_the_drivers_priority(llm):
 
 
 def test_drafts_come_and_go_while_requests_run(llm, expected):
-    """1 -> 2 -> 0 -> 1; an example goes further."""
+    """An example goes further."""
     texts, stop = [], threading.Event()
 
     def decode():
@@ -404,7 +404,7 @@ def test_drafts_come_and_go_while_requests_run(llm, expected):
     thread = threading.Thread(target=decode)
     thread.start()
     try:
-        for count in (2, 0, 1):
+        for count in (2, 1):
             llm.scale_drafts(count)
             wait_until(lambda count=count: len(llm.stats().drafts) == count)
     finally:

@@ -70,7 +70,7 @@ def check(text: Text, calm: Text) -> None:
     assert len(text.tokens) == text.stats.tokens
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     requests=requests,
     deaths=st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=4),
