@@ -54,11 +54,18 @@ SIDE_BY_SIDE = (
 """Where nothing but threads is started."""
 
 
+APART = ("tests/integration/test_job.py", "tests/integration/test_serve.py", "tests/integration/test_serve_command.py")
+"""Systems in processes and folders of their own, which are told from others by a mark: one of them may run beside
+another whole system."""
+
+
 class WholeSystemsTakeTurns(LoadFileScheduling):
     """Files side by side, but one after the other where they start processes: an engine fills a machine's cores."""
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
+        if nodeid.startswith(APART):
+            return "systems apart"
         return file if nodeid.startswith(SIDE_BY_SIDE) else "whole systems"
 
 
