@@ -124,14 +124,14 @@ class Batch:
     def _place(self, row: Row) -> bool:
         """Give a row its KV row and the pages for its tokens, if they are there."""
         tokens = row.session.tokens
-        row.number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
-        lease = self.pool.lease(row.number, tokens[:-1] if self._caching else ())
+        number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
+        lease = self.pool.lease(number, tokens[:-1] if self._caching else ())
         slots, filled = len(tokens) + self._shape, lease.shared * self.pool.slots
         # Those who run may soon need a page each. Looked at first, since taking pages would empty the cache.
         if not lease.fits(slots, spare=len(self.rows)) or not lease.cover(filled, slots):
             lease.release()
             return False
-        row.lease, row.filled = lease, filled
+        row.number, row.lease, row.filled = number, lease, filled
         row.session.tally.cached_tokens += row.filled
         self.rows.append(row)
         return True

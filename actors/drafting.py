@@ -280,11 +280,11 @@ class Draft:
         if not free:
             self._doubt()
             return
-        noise, penalties = self._noise(message.params), self._penalties(message)
-        lease = self.pool.lease(min(free), message.tokens[:-1] if self._prefix_cache else ())
+        noise, penalties, row = self._noise(message.params), self._penalties(message), min(free)
+        lease = self.pool.lease(row, message.tokens[:-1] if self._prefix_cache else ())
         try:
             session = self._new_session(message, lease)
-            seat = Seat(session, noise, penalties, min(free), lease, self._outcomes)
+            seat = Seat(session, noise, penalties, row, lease, self._outcomes)
         except Exception:
             lease.release()
             raise

@@ -336,6 +336,8 @@ _noted: ContextVar[set[Heads] | None] = ContextVar("noted", default=None)
 
 
 def _note(query: Tensor, key: Any, value: Any, terms: Terms) -> None:
+    if torch.compiler.is_compiling():  # which cannot look at the context, and is never asked for this
+        return
     noted = _noted.get()
     if noted is not None:
         groups, sinks = query.shape[1] // key.shape[1], terms.sinks is not None

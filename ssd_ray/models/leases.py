@@ -83,24 +83,23 @@ class PagePool:
         the page that the position is in, as somebody else may."""
         return self.reach.start(position - position % self.slots) // self.slots
 
-    def lease(self, tokens: Sequence[int] = (), pages: int | None = None) -> Lease:
-        """Begin a lease with the cached pages of the longest beginning of these tokens, or of so many pages of it."""
-        found = self._find(tokens)
-        if pages is None:
-            pages = max(self._usable(found), default=0)
-        lease = Lease(self, found[:pages])
+    def lease(self, tokens: Sequence[int] = ()) -> Lease:
+        """Begin a lease with the cached pages of the longest beginning of these tokens."""
+        found = self.find(tokens)
+        return self.begin(found[: max(self.usable(found), default=0)])
+
+    def begin(self, pages: Sequence[CachedPage]) -> Lease:
+        """Begin a lease with pages that were found."""
+        lease = Lease(self, pages)
         self._leases.add(lease)
         return lease
 
-    def usable(self, tokens: Sequence[int]) -> set[int]:
-        """The numbers of pages that :meth:`lease` can begin with."""
-        return self._usable(self._find(tokens))
-
     def cached(self, tokens: Sequence[int]) -> int:
         """How many pages :meth:`lease` would begin with."""
-        return max(self.usable(tokens), default=0)
+        return max(self.usable(self.find(tokens)), default=0)
 
-    def _find(self, tokens: Sequence[int]) -> list[CachedPage]:
+    def find(self, tokens: Sequence[int]) -> list[CachedPage]:
+        """The pages of the beginning of these tokens that were cached once, some of which may be gone."""
         found: list[CachedPage] = []
         node = self._root
         for start in range(0, len(tokens) - self.slots + 1, self.slots):
@@ -111,7 +110,7 @@ class PagePool:
             node = child
         return found
 
-    def _usable(self, found: Sequence[CachedPage]) -> set[int]:
+    def usable(self, found: Sequence[CachedPage]) -> set[int]:
         """After how many of these pages all are there that what follows sees."""
         usable, there = set(), 0  # pages in a row
         for place, page in enumerate(found, 1):
@@ -330,12 +329,22 @@ class KVMemory:
 
     def lease(self, row: int, tokens: Sequence[int] = ()) -> RowLease:
         """Begin a lease for a row with what is cached, in each pool, of the longest beginning of these tokens."""
-        pages = self.cached(tokens)
-        return RowLease(self._runner, row, self.pools, [pool.lease(tokens, pages) for pool in self.pools])
+        found = self._find(tokens)
+        pages = self._usable(found)
+        leases = [pool.begin(each[:pages]) for pool, each in zip(self.pools, found, strict=True)]
+        return RowLease(self._runner, row, self.pools, leases)
 
     def cached(self, tokens: Sequence[int]) -> int:
         """How many pages of its sequence :meth:`lease` would begin with."""
-        return max(set[int].intersection(*(pool.usable(tokens) for pool in self.pools)), default=0)
+        return self._usable(self._find(tokens))
+
+    def _find(self, tokens: Sequence[int]) -> list[list[CachedPage]]:
+        return [pool.find(tokens) for pool in self.pools]
+
+    def _usable(self, found: Sequence[Sequence[CachedPage]]) -> int:
+        """How many of the pages that each pool has found all of them can begin with."""
+        usable = [pool.usable(each) for pool, each in zip(self.pools, found, strict=True)]
+        return max(set[int].intersection(*usable), default=0)
 
     def validate(self) -> None:
         """See :meth:`PagePool.validate`."""

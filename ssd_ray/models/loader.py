@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -97,21 +97,11 @@ def load_runner(
         length = _length(config, max_length, role)
         refuse_unsupported(config, role, length, trusted=trust_remote_code)
         check_source(source)
-        where = find_device(device)
-        refuse_format(config, role, where)
-        merged = None if adapter is None else adapter_folder(adapter)
-        loading = _Loading(source, config, role, where, merged, trust_remote_code)
-        if (how := kind_for(config, quantize)) is not None:
-            refuse_kind(how, where)
-        kind = loading.dtype(how) if dtype == "auto" else getattr(torch, dtype)
-        weights = weight_bytes(source, config, kind, quantize=how, device=where, trusted=trust_remote_code)
-        kept = what_layers_keep(config, kind, length, trusted=trust_remote_code)
-        room = length + scratch, prefill_chunk + scratch
-        states = bytes_of_states(state_bytes(config, kind, trusted=trust_remote_code), rows, length + scratch)
-        pages = count_pages(kv_memory, kept, rows, *room, free_bytes(where) - weights - states)
-        _require_memory(role, weights, kv_size(kept, pages), where, states)
+        loading = _Loading.of(source, config, role, find_device(device), quantize, adapter, trusted=trust_remote_code)
+        kind = loading.dtype(dtype)
+        pages = loading.count_pages(kind, kv_memory, rows, length, scratch, prefill_chunk)
         runner = make_runner(
-            loading.model(checkpoint_dtype(config) if how else kind),
+            loading.model(kind),
             rows=rows,
             max_length=length,
             scratch=scratch,
@@ -119,10 +109,10 @@ def load_runner(
             prefill_chunk=prefill_chunk,
             compile=compile,
             vocab_size=vocab_size,
-            quantize=partial(quantize_linears, kind=how, dtype=kind, siblings=not compile) if how else None,
+            quantize=loading.quantizing(kind, siblings=not compile),
         )
         if calibrated:
-            parts = config.to_json_string(), str(kind), how, str(where), rows, compile
+            parts = config.to_json_string(), str(kind), loading.quantize, str(loading.device), rows, compile
             _calibrate(runner, role, parts, kv_memory is None)
         return runner
 
@@ -139,9 +129,8 @@ def load_model(
     source = find_source(path, role)
     with in_our_words(role, source):
         config = read_config(source, trust_remote_code)
-        refuse_format(config, role, device)
-        loading = _Loading(source, config, role, device, None, trust_remote_code)
-        return loading.model(loading.dtype(None) if dtype == "auto" else getattr(torch, dtype))
+        loading = _Loading.of(source, config, role, device, trusted=trust_remote_code)
+        return loading.model(loading.dtype(dtype))
 
 
 def _calibrate(runner: Runner, role: Role, parts: Sequence[object], bound: bool) -> None:
@@ -161,13 +150,36 @@ class _Loading:
     config: PreTrainedConfig
     role: Role
     device: torch.device
+    quantize: Kind | None
     adapter: Path | None
     trusted: bool
 
-    def dtype(self, quantize: Kind | None) -> torch.dtype:
-        """The dtype that suits a checkpoint on a device."""
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        config: PreTrainedConfig,
+        role: Role,
+        device: torch.device,
+        quantize: Kind | None = None,
+        adapter: str | None = None,
+        *,
+        trusted: bool,
+    ) -> Self:
+        """Refuse what cannot be loaded so; see :func:`load_runner`."""
+        refuse_format(config, role, device)
+        how = kind_for(config, quantize)
+        if how is not None:
+            refuse_kind(how, device)
+        merged = None if adapter is None else adapter_folder(adapter)
+        return cls(source, config, role, device, how, merged, trusted)
+
+    def dtype(self, wanted: str) -> torch.dtype:
+        """The dtype of this name, or, for "auto", the one that suits the checkpoint on the device."""
+        if wanted != "auto":
+            return getattr(torch, wanted)  # type: ignore[no-any-return]
         own = checkpoint_dtype(self.config)
-        if quantize is not None and self.device.type == "cpu":  # what is not quantised takes little
+        if self.quantize is not None and self.device.type == "cpu":  # what is not quantised takes little
             return own if has_instructions(own) else torch.float32
         if self.device.type != "cpu":
             return own
@@ -177,8 +189,42 @@ class _Loading:
             return own
         return faster_dtype(own, self.model, self.config.to_json_string())
 
+    def count_pages(
+        self,
+        dtype: torch.dtype,
+        kv_memory: float | Literal["auto"] | None,
+        rows: int,
+        length: int,
+        scratch: int,
+        chunk: int,
+    ) -> list[int]:
+        """See :func:`count_pages`.
+
+        Raises:
+            ResourceError: with them the model does not fit the memory that is free.
+        """
+        weights = weight_bytes(
+            self.source, self.config, dtype, quantize=self.quantize, device=self.device, trusted=self.trusted
+        )
+        kept = what_layers_keep(self.config, dtype, length, trusted=self.trusted)
+        slots = length + scratch
+        states = bytes_of_states(state_bytes(self.config, dtype, trusted=self.trusted), rows, slots)
+        free = free_bytes(self.device) - weights - states
+        pages = count_pages(kv_memory, kept, rows, slots, chunk + scratch, free)
+        _require_memory(self.role, weights, kv_size(kept, pages), self.device, states)
+        return pages
+
+    def quantizing(self, dtype: torch.dtype, *, siblings: bool) -> Callable[[PreTrainedModel], None] | None:
+        """What quantises the model once it is there; None if nothing does."""
+        if self.quantize is None:
+            return None
+        return partial(quantize_linears, kind=self.quantize, dtype=dtype, siblings=siblings)
+
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model on its device, with its adapter in its weights."""
+        """The model on its device, with its adapter in its weights; in the checkpoint's dtype if it is still to be
+        quantised."""
+        if self.quantize is not None:
+            dtype = checkpoint_dtype(self.config)
         packed = checkpoint_format(self.config) is not None and not is_widened(self.config, self.device)
         model = _load_model(self.source, dtype, self.role, self.trusted, self.device if packed else None)
         if not packed:

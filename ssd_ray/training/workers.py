@@ -6,8 +6,9 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, parent_process
-from threading import BrokenBarrierError, Thread
+from enum import IntEnum
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -36,9 +37,6 @@ class Desk:
     grads: list[list[Tensor]]  # one list a worker
     updates: list[Tensor]  # one for each of Muon's matrices
     losses: Tensor
-    job: Tensor  # kind, first, rows, length
-    begin: Any  # barriers
-    end: Any
     taken: Any  # the next piece that nobody has taken
 
     def pieces(self, total: int, size: int) -> Iterator[int]:
@@ -51,7 +49,11 @@ class Desk:
             yield first
 
 
-GRADIENTS, ORTHOGONALISE = range(2)
+class Job(IntEnum):
+    """What workers do."""
+
+    GRADIENTS = 0
+    ORTHOGONALISE = 1
 
 
 class Workers:
@@ -70,34 +72,36 @@ class Workers:
             grads=[[_shared(torch.zeros_like(p)) for p in trained(model).values()] for _ in range(count)],
             updates=[_shared(torch.zeros_like(p)) for p in matrices(model)],
             losses=_shared(torch.zeros(count, dtype=torch.float64)),
-            job=_shared(torch.zeros(4, dtype=torch.int64)),
-            begin=context.Barrier(count + 1),
-            end=context.Barrier(count + 1),
             taken=context.Value("q", 0),
         )
-        self.processes = [context.Process(target=work, args=(i, self.desk), daemon=True) for i in range(count)]
+        pipes = [context.Pipe() for _ in range(count)]
+        self.pipes = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=work, args=(index, self.desk, theirs), daemon=True)
+            for index, (_, theirs) in enumerate(pipes)
+        ]
         start_deaf(self.processes)
-        Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        """Wait for the first that ends, and let nobody wait for it."""
-        connection.wait([process.sentinel for process in self.processes])
-        self.desk.begin.abort()
-        self.desk.end.abort()
+        for _, theirs in pipes:
+            theirs.close()  # so that a worker's death is an end of file
 
     def do(self, *job: int) -> None:
-        """Have a job done by all."""
-        self.desk.job[: len(job)] = torch.tensor(job)
+        """Have a job done by all.
+
+        Raises:
+            EngineError: one of them is gone.
+        """
         self.desk.taken.value = 0
         try:
-            self.desk.begin.wait()
-            self.desk.end.wait()
-        except BrokenBarrierError:
+            for pipe in self.pipes:
+                pipe.send(job)
+            for pipe in self.pipes:
+                pipe.recv()
+        except (EOFError, OSError):
             raise EngineError("a process that trains ended early; it may have run out of memory") from None
 
     def gradients(self, model: Any, first: int, rows: int, length: int) -> float:
         """Fill the gradients of ``model`` from a batch; returns the mean loss."""
-        self.do(GRADIENTS, first, rows, length)
+        self.do(Job.GRADIENTS, first, rows, length)
         for parameter, *grads in zip(trained(model).values(), *self.desk.grads, strict=True):
             parameter.grad = torch.stack(grads).sum(0)
         return self.desk.losses.sum().item()
@@ -106,7 +110,7 @@ class Workers:
         """Muon's costly part."""
         for shared, update in zip(self.desk.updates, updates, strict=True):
             shared.copy_(update)
-        self.do(ORTHOGONALISE)
+        self.do(Job.ORTHOGONALISE)
         return self.desk.updates
 
     def close(self) -> None:
@@ -145,20 +149,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def work(index: int, desk: Desk) -> None:
-    """A worker's life."""
+def work(index: int, desk: Desk, jobs: Any) -> None:
+    """A worker's life: jobs come through a pipe, and each is answered when it is done."""
     begin_work()
     for parameter, grad in zip(trained(desk.model).values(), desk.grads[index], strict=True):
         parameter.grad = grad
     while True:
-        desk.begin.wait()
-        kind, first, rows, length = desk.job.tolist()
-        if kind == GRADIENTS:
-            accumulate(index, desk, first, rows, length)
-        else:
-            for i in desk.pieces(len(desk.updates), 1):
-                desk.updates[i].copy_(orthogonal(desk.updates[i]))
-        desk.end.wait()
+        match jobs.recv():
+            case [Job.GRADIENTS, first, rows, length]:
+                accumulate(index, desk, first, rows, length)
+            case [Job.ORTHOGONALISE]:
+                for i in desk.pieces(len(desk.updates), 1):
+                    desk.updates[i].copy_(orthogonal(desk.updates[i]))
+        jobs.send(None)
 
 
 def accumulate(index: int, desk: Desk, first: int, rows: int, length: int) -> None:
