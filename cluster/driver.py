@@ -75,10 +75,20 @@ class Driver:
         self._begun.wait()
         undo.callback(self._stop_pump)
 
+    def number(self) -> int:
+        """A number for a request that is to come. Who has it may cancel the request, however far its submission is."""
+        return self._requests.number()
+
     def submit(
-        self, tokens: Sequence[int], params: SamplingParams, deliver: Deliver, *, timeout: float | None = None
-    ) -> int:
-        """Hand a request to the target, without waiting for anything; its number.
+        self,
+        number: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        deliver: Deliver,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Hand a request to the target, without waiting for anything.
 
         Raises:
             QueueFullError: as many requests as the configuration allows are under way.
@@ -87,11 +97,10 @@ class Driver:
         prompt = self._payload(tokens)
         with self._lock:
             self._check()
-            request = self._requests.add(prompt, len(tokens), params, deliver, timeout)
+            request = self._requests.add(number, prompt, len(tokens), params, deliver, timeout)
             contact = self._contact
         if contact is not None:  # else it waits for the next one
             self._hand_over(request, contact)
-        return request.number
 
     def _hand_over(self, request: Request, contact: Contact) -> None:
         """Give a request to a target. If that is lost, the target has died, and the next one is given it."""
@@ -99,15 +108,19 @@ class Driver:
         holders = self._supervisor.hand_out(number, prompt) if isinstance(prompt, ray.ObjectRef) else []
         text = list(request.text)
         call(contact.handle.submit, number, prompt, request.params, request.timeout, holders, text)
+        request.submitted = True
         if request.cancelled:  # while no target, or another one, had it
             call(contact.handle.cancel, number)
 
     def cancel(self, number: int) -> None:
         """End a request early, unless it has ended: its last message comes soon, with the reason "cancelled"."""
         with self._lock:
-            under_way, contact = self._requests.cancel(number), self._contact
-        if under_way and contact is not None:
-            call(contact.handle.cancel, number)
+            request, contact = self._requests.cancel(number), self._contact
+        if request is None or contact is None:
+            return
+        call(contact.handle.cancel, number)
+        if not request.submitted and (end := request.end()) is not None:  # its submission has been interrupted
+            self._deliver(end)
 
     def when_room(self, notify: Callable[[], None]) -> None:
         """Call ``notify`` once, from any thread, when :meth:`submit` is worth another try."""

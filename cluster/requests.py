@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from math import inf
 from time import monotonic
 from typing import Any
@@ -35,6 +36,7 @@ class Request:
         deadline: when it ends, however far it has come.
         text: the tokens that have been delivered.
         cancelled: nobody wants it any more.
+        submitted: a target has been given it.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Request:
     deadline: float = inf
     text: list[int] = field(default_factory=list)
     cancelled: bool = False
+    submitted: bool = False
 
     @property
     def timeout(self) -> float | None:
@@ -69,7 +72,7 @@ class Requests:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._next = 0
+        self._numbers = count()
         self._under_way: dict[int, Request] = {}
         self._ended = EngineStats()  # under the present target, which knows it, too
         self._before = EngineStats()  # under those before it
@@ -82,8 +85,18 @@ class Requests:
         """Whether there is no room for another one."""
         return len(self) >= self._most
 
+    def number(self) -> int:
+        """A number for a request that is to come."""
+        return next(self._numbers)
+
     def add(
-        self, prompt: Any, prompt_tokens: int, params: SamplingParams, deliver: Deliver, timeout: float | None
+        self,
+        number: int,
+        prompt: Any,
+        prompt_tokens: int,
+        params: SamplingParams,
+        deliver: Deliver,
+        timeout: float | None,
     ) -> Request:
         """Take a request in.
 
@@ -93,17 +106,15 @@ class Requests:
         if self.full:
             raise QueueFullError(f"{self._most} requests are under way, as many as max_queue allows")
         deadline = inf if timeout is None else monotonic() + timeout
-        request = Request(self._next, prompt, prompt_tokens, params, deliver, deadline)
-        self._next += 1
-        self._under_way[request.number] = request
+        request = self._under_way[number] = Request(number, prompt, prompt_tokens, params, deliver, deadline)
         return request
 
-    def cancel(self, number: int) -> bool:
-        """Note that nobody wants a request any more; returns whether it is under way."""
+    def cancel(self, number: int) -> Request | None:
+        """Note that nobody wants a request any more; returns it if it is under way."""
         request = self._under_way.get(number)
         if request is not None:
             request.cancelled = True
-        return request is not None
+        return request
 
     def take(self, message: Output) -> Request | None:
         """Note what is delivered; returns whose it is, None if nobody's."""

@@ -139,9 +139,11 @@ class Generation:
         (params,) = task.params.texts()  # with a seed
         self._engine = engine
         self._transcript = _transcript(engine, task, params)
-        self._number = engine.driver.submit(task.tokens, params, deliver, timeout=task.timeout)
+        self._number = engine.driver.number()
         self._closed = False
+        # First, since Ctrl-C may come anywhere in what follows.
         weakref.finalize(self, engine.driver.cancel, self._number).atexit = False
+        engine.driver.submit(self._number, task.tokens, params, deliver, timeout=task.timeout)
 
     @property
     def output(self) -> RequestOutput | None:

@@ -171,7 +171,7 @@ def _server(config: EngineConfig) -> Iterator[Serve]:
         start, used = perf_counter(), engine.driver.processor_seconds()
         requests = [Arrivals() for _ in prompts]
         for number, (prompt, arrivals) in enumerate(zip(prompts, requests, strict=True)):
-            engine.driver.submit(prompt, replace(params, seed=number), arrivals)
+            engine.driver.submit(engine.driver.number(), prompt, replace(params, seed=number), arrivals)
         for arrivals in requests:
             arrivals.wait()
         seconds = perf_counter() - start

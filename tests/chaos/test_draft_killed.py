@@ -73,10 +73,10 @@ def llm(request, engine, calm) -> LLM:
 def start(llm: LLM) -> list[Recorded]:
     """16 different requests, half of them greedy, at once."""
     prompts = held_out_prompts(llm._engine.models.tokenizer, count=ROWS, tokens=48)
-    requests = [Recorded() for _ in prompts]
+    driver, requests = llm._engine.driver, [Recorded() for _ in prompts]
     for number, (prompt, recorded) in enumerate(zip(prompts, requests, strict=True)):
         params = SamplingParams(temperature=number % 2, seed=number, max_tokens=TOKENS, ignore_eos=True)
-        llm._engine.driver.submit(prompt[: 3 * (1 + number)], params, recorded)
+        driver.submit(driver.number(), prompt[: 3 * (1 + number)], params, recorded)
     return requests
 
 

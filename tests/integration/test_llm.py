@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from ssd_ray import LLM, SamplingParams
 from ssd_ray.cli import app
+from ssd_ray.cluster import driver
 from ssd_ray.errors import (
     ConfigError,
     EngineClosedError,
@@ -286,6 +287,23 @@ def test_control_c_cancels_all_requests(llm, expected):
     over.set()
     assert llm.generate(PROMPT, PARAMS)[0].text == expected.text
     assert llm.stats().tokens - before < 1000 * LONG.max_tokens / 2
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_control_c_may_come_while_a_request_is_submitted(llm, monkeypatch, submitted):
+    before = llm.stats()
+
+    def interrupted(method, *args):
+        monkeypatch.undo()
+        if submitted:
+            driver.call(method, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPT, LONG)
+    wait_until(lambda: not llm._engine.driver._requests)
+    assert at_rest(lambda: llm.stats().as_dict())["tokens"] - before.tokens < LONG.max_tokens / 2
 
 
 def test_figures_are_summed(llm):

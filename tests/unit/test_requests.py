@@ -17,7 +17,7 @@ PARAMS = SamplingParams()
 
 
 def add(requests: Requests, timeout: float | None = None) -> Request:
-    return requests.add([1, 2, 3], 3, PARAMS, lambda _: None, timeout)
+    return requests.add(requests.number(), [1, 2, 3], 3, PARAMS, lambda _: None, timeout)
 
 
 def test_the_next_target_is_given_what_has_not_ended_and_what_has_been_delivered() -> None:
@@ -71,6 +71,6 @@ def test_who_cannot_wait_for_the_next_target_ends_with_what_has_come(
     assert end == Output(request.number, [], reason, sums)
     requests.take(end)
     assert requests.hand_over() == [patient]
-    assert not requests.cancel(request.number)
+    assert requests.cancel(request.number) is None
     assert requests.give_up() == [patient]
     assert len(requests) == 0
