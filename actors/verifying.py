@@ -228,9 +228,13 @@ class Target:
                     if row.session.finish_reason is not None:  # the word of its end got lost
                         self._end(row)
             elif isinstance(command, int):
-                self._end_early({command}, "cancelled")
+                self._cancel(command)
             else:
                 self._links.remove(command)
+
+    def _cancel(self, number: int) -> None:
+        if not self._end_early({number}, "cancelled"):  # its submission was interrupted, and never came
+            self._links.put(Output(number, [], "cancelled"))
 
     def _end_late(self) -> None:
         now = self._clock()
@@ -238,12 +242,13 @@ class Target:
         if late:
             self._end_early(late, "timeout")
 
-    def _end_early(self, numbers: Collection[int], reason: FinishReason) -> None:
-        """End requests that run or wait, for a reason from outside."""
-        for row in self.batch.all:
-            if row.session.sequence in numbers:
-                row.session.finish(reason)
-                self._end(row)
+    def _end_early(self, numbers: Collection[int], reason: FinishReason) -> int:
+        """End requests that run or wait, for a reason from outside; returns how many there were."""
+        rows = [row for row in self.batch.all if row.session.sequence in numbers]
+        for row in rows:
+            row.session.finish(reason)
+            self._end(row)
+        return len(rows)
 
     def _row(self, request: Request) -> Row:
         tokens = [int(token) for token in request.tokens]
@@ -276,7 +281,7 @@ class Target:
         message = f"the target could not go on with it: {told(error)}"
         if isinstance(failed, Request):
             self._requests += 1
-            self._links.put(Output(failed.number, [], "error", error=message))
+            self._links.put(Output(failed.number, [], "error", RequestStats(), message))
             return
         failed.error = message
         failed.session.finish("error")

@@ -108,19 +108,15 @@ class Driver:
         holders = self._supervisor.hand_out(number, prompt) if isinstance(prompt, ray.ObjectRef) else []
         text = list(request.text)
         call(contact.handle.submit, number, prompt, request.params, request.timeout, holders, text)
-        request.submitted = True
         if request.cancelled:  # while no target, or another one, had it
             call(contact.handle.cancel, number)
 
     def cancel(self, number: int) -> None:
         """End a request early, unless it has ended: its last message comes soon, with the reason "cancelled"."""
         with self._lock:
-            request, contact = self._requests.cancel(number), self._contact
-        if request is None or contact is None:
-            return
-        call(contact.handle.cancel, number)
-        if not request.submitted and (end := request.end()) is not None:  # its submission has been interrupted
-            self._deliver(end)
+            under_way, contact = self._requests.cancel(number), self._contact
+        if under_way and contact is not None:
+            call(contact.handle.cancel, number)
 
     def when_room(self, notify: Callable[[], None]) -> None:
         """Call ``notify`` once, from any thread, when :meth:`submit` is worth another try."""

@@ -36,7 +36,6 @@ class Request:
         deadline: when it ends, however far it has come.
         text: the tokens that have been delivered.
         cancelled: nobody wants it any more.
-        submitted: a target has been given it.
     """
 
     number: int
@@ -47,7 +46,6 @@ class Request:
     deadline: float = inf
     text: list[int] = field(default_factory=list)
     cancelled: bool = False
-    submitted: bool = False
 
     @property
     def timeout(self) -> float | None:
@@ -109,12 +107,12 @@ class Requests:
         request = self._under_way[number] = Request(number, prompt, prompt_tokens, params, deliver, deadline)
         return request
 
-    def cancel(self, number: int) -> Request | None:
-        """Note that nobody wants a request any more; returns it if it is under way."""
+    def cancel(self, number: int) -> bool:
+        """Note that nobody wants a request any more; returns whether it is under way."""
         request = self._under_way.get(number)
         if request is not None:
             request.cancelled = True
-        return request
+        return request is not None
 
     def take(self, message: Output) -> Request | None:
         """Note what is delivered; returns whose it is, None if nobody's."""
@@ -124,7 +122,8 @@ class Requests:
         request.text += message.tokens
         if message.finish_reason is not None:
             del self._under_way[message.request]
-            self._ended = _sum(self._ended, EngineStats(sums=message.stats or RequestStats(), requests=1))
+            if message.stats is not None:
+                self._ended = _sum(self._ended, EngineStats(sums=message.stats, requests=1))
         return request
 
     def hand_over(self) -> list[Request]:

@@ -264,7 +264,7 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
 
 class Output(Message, frozen=True, tag="output"):
     """Tokens of one request, with the log-probabilities of each if they were asked for. The last message of a request
-    has a ``finish_reason`` and its ``stats``.
+    has a ``finish_reason`` and its ``stats``; without them the target has never had the request.
 
     ``finish_reason`` is "length", "stop" (an end-of-sequence or stop token, or a stop string), "cancelled",
     "timeout" or "error" (then ``error`` says what happened).

@@ -195,6 +195,9 @@ class Pump:
 
     def _take(self, output: Output) -> None:
         text = self.texts.setdefault(output.request, Text())
+        if text.finish_reason is not None:  # a driver drops it, too
+            assert not output.tokens
+            return
         text.tokens += output.tokens
         text.logprobs += output.logprobs
         text.finish_reason = output.finish_reason or text.finish_reason

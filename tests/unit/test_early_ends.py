@@ -93,6 +93,13 @@ def test_a_waiting_request_leaves_the_queue_within_a_round(pump, clock, way):
     assert [text.tokens for text in (*others, last)] == [full_text()] * 3
 
 
+def test_a_request_that_never_came_is_ended_too(pump):
+    never = pump.texts[1] = Text()
+    pump.target.cancel(1)
+    turn(pump)
+    assert (never.finish_reason, counts(pump)) == ("cancelled", (0, 0, 0))
+
+
 def test_drafts_forget_a_request_that_has_ended_early(pump):
     submit(pump, 1)
     turn(pump, 3)

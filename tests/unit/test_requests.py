@@ -39,7 +39,7 @@ def test_the_next_target_is_given_what_has_not_ended_and_what_has_been_delivered
 
 def test_figures_are_those_of_all_targets() -> None:
     requests = Requests(10)
-    one, other, _ = add(requests), add(requests), add(requests)
+    one, other, lost = add(requests), add(requests), add(requests)
     requests.take(Output(one.number, [4], "stop", RequestStats(tokens=1, rounds=1)))
     knows = EngineStats(sums=RequestStats(tokens=3, rounds=2), requests=1, running=2, drafts=("draft-0",))
     assert requests.figures(knows) == knows
@@ -47,7 +47,9 @@ def test_figures_are_those_of_all_targets() -> None:
     assert (gone.tokens, gone.requests, gone.running, gone.waiting, gone.drafts) == (1, 1, 0, 2, ())
     requests.hand_over()
     assert requests.figures(EngineStats(running=2)).sums == RequestStats(tokens=1, rounds=1)
-    requests.take(Output(other.number, [], "error", error="of its own"))
+    requests.take(Output(other.number, [], "error", RequestStats(), error="of its own"))
+    requests.take(Output(lost.number, [], "cancelled"))  # no target has had it
+    assert len(requests) == 0
     assert requests.figures(EngineStats(sums=RequestStats(tokens=5), requests=1)).requests == 2
 
 
@@ -71,6 +73,6 @@ def test_who_cannot_wait_for_the_next_target_ends_with_what_has_come(
     assert end == Output(request.number, [], reason, sums)
     requests.take(end)
     assert requests.hand_over() == [patient]
-    assert requests.cancel(request.number) is None
+    assert not requests.cancel(request.number)
     assert requests.give_up() == [patient]
     assert len(requests) == 0
