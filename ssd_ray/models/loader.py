@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ssd_ray.config import MTP_DRAFT
 from ssd_ray.errors import ConfigError, ModelError, ResourceError
 from ssd_ray.models.adapters import adapter_folder, merge_adapter
 from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made, machine_name
@@ -20,7 +21,17 @@ from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype, has_instructions
 from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_company, refuse_format
-from ssd_ray.models.info import Kept, kind_for, state_bytes, weight_bytes, what_layers_keep
+from ssd_ray.models.info import (
+    Kept,
+    count_parameters,
+    kind_for,
+    state_bytes,
+    weight_bytes,
+    what_layers_keep,
+    with_taps,
+)
+from ssd_ray.models.mtp import mtp_config
+from ssd_ray.models.published import load_head, load_mtp
 from ssd_ray.models.quantize import Kind, quantize_linears, refuse_kind
 from ssd_ray.models.recurrent import bytes_of_states
 from ssd_ray.models.runners import Runner, make_runner
@@ -32,6 +43,7 @@ from ssd_ray.models.sources import (
     in_our_words,
     place,
     read_config,
+    read_head,
     silence,
 )
 from ssd_ray.models.support import max_positions, refuse_unsupported
@@ -64,11 +76,14 @@ def load_runner(
     vocab_size: int | None = None,
     trust_remote_code: bool = False,
     calibrated: bool = False,
+    taps: Sequence[int] = (),
+    target: str | None = None,
 ) -> Runner:
-    """Load a model and give it a KV cache.
+    """Load a model, or a head, and give it a KV cache.
 
     Args:
-        path: a folder, a hub id, or None for the bundled model of this role. Nothing is fetched for a folder.
+        path: a folder, a hub id, "mtp" for the head in the target's checkpoint, or None for the bundled model of this
+            role. Nothing is fetched for a folder.
         role: names the field in messages.
         rows, scratch: see :class:`~ssd_ray.models.runner.HFRunner`.
         kv_memory: GiB for KV; "auto" takes a part of the memory that is free, if that is less than what ``rows`` rows
@@ -83,6 +98,8 @@ def load_runner(
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
         calibrated: find out what its verifications, or its steps, cost here, and which of the former leave a token's
             bits alone.
+        taps: see there.
+        target: a head's target, whose embedding it may lack.
 
     Raises:
         ModelError: no such model, or it cannot be read, or it lacks weights.
@@ -91,21 +108,21 @@ def load_runner(
             ``quantize`` or ``adapter`` asks for needs another device or package.
         ResourceError: weights and KV do not fit the memory that is free.
     """
-    source = find_source(path, role)
+    source = _source_of(path, role, target)
     with in_our_words(role, source):
-        config = read_config(source, trust_remote_code)
-        length = _length(config, max_length, role)
-        refuse_unsupported(config, role, length, trusted=trust_remote_code)
-        check_source(source)
         where = find_device(device)
+        loading = _loading(source, path, role, where, adapter, target, trust_remote_code)
+        config = loading.config
+        length = _length(config, max_length, role)
+        if not _in_target(path, role):  # else it is one of the layers of a target that is not refused
+            refuse_unsupported(config, role, length, trusted=trust_remote_code)
+        check_source(source)
         refuse_format(config, role, where)
-        merged = None if adapter is None else adapter_folder(adapter)
-        loading = _Loading(source, config, role, where, merged, trust_remote_code)
-        if (how := kind_for(config, quantize)) is not None:
+        if (how := None if isinstance(loading, _LoadingHead) else kind_for(config, quantize)) is not None:
             refuse_kind(how, where)
         kind = loading.dtype(how) if dtype == "auto" else getattr(torch, dtype)
-        weights = weight_bytes(source, config, kind, quantize=how, device=where, trusted=trust_remote_code)
-        kept = what_layers_keep(config, kind, length, trusted=trust_remote_code)
+        weights = loading.weights(kind, how)
+        kept = with_taps(what_layers_keep(config, kind, length, trusted=trust_remote_code), config, kind, len(taps))
         room = length + scratch, prefill_chunk + scratch
         states = bytes_of_states(state_bytes(config, kind, trusted=trust_remote_code), rows, length + scratch)
         pages = count_pages(kv_memory, kept, rows, *room, free_bytes(where) - weights - states)
@@ -120,11 +137,43 @@ def load_runner(
             compile=compile,
             vocab_size=vocab_size,
             quantize=partial(quantize_linears, kind=how, dtype=kind, siblings=not compile) if how else None,
+            **({"taps": taps} if taps else {}),
         )
         if calibrated:
-            parts = config.to_json_string(), str(kind), how, str(where), rows, compile
+            parts = config.to_json_string(), str(kind), how, str(where), rows, compile, *taps
             _calibrate(runner, role, parts, kv_memory is None)
         return runner
+
+
+def _source_of(path: str | None, role: Role, target: str | None) -> str:
+    """A folder or hub id; the head in a target's checkpoint is where that one is."""
+    return find_source(target, "target") if _in_target(path, role) else find_source(path, role)
+
+
+def _in_target(path: str | None, role: Role) -> bool:
+    return role == "draft" and path == MTP_DRAFT
+
+
+def _loading(
+    source: str,
+    path: str | None,
+    role: Role,
+    device: torch.device,
+    adapter: str | None,
+    target: str | None,
+    trusted: bool,
+) -> _Loading:
+    """How to load what a path stands for: a whole model, a head, or the one in the target's checkpoint."""
+    config = read_config(source, trusted)
+    if _in_target(path, role):
+        part, read = mtp_config(config), partial(load_mtp, source, config, trust_remote_code=trusted)
+        return _LoadingHead(source, part, role, device, None, trusted, lambda dtype: read(dtype=dtype))
+    if (head := read_head(source)) is not None:
+        return _LoadingHead(
+            source, config, role, device, None, trusted, lambda dtype: load_head(source, head, target, dtype, trusted)
+        )
+    merged = None if adapter is None else adapter_folder(adapter)
+    return _Loading(source, config, role, device, merged, trusted)
 
 
 def load_model(
@@ -177,6 +226,11 @@ class _Loading:
             return own
         return faster_dtype(own, self.model, self.config.to_json_string())
 
+    def weights(self, dtype: torch.dtype, quantize: Kind | None) -> int:
+        """Bytes that the weights take."""
+        where, trusted = self.device, self.trusted
+        return weight_bytes(self.source, self.config, dtype, quantize=quantize, device=where, trusted=trusted)
+
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model on its device, with its adapter in its weights."""
         packed = checkpoint_format(self.config) is not None and not is_widened(self.config, self.device)
@@ -186,6 +240,20 @@ class _Loading:
         if packed:
             refuse_company(model, self.role)
         return model if self.adapter is None else merge_adapter(model, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadingHead(_Loading):
+    """How a head is loaded; it is not quantised."""
+
+    read: Callable[[torch.dtype], PreTrainedModel]
+
+    def weights(self, dtype: torch.dtype, quantize: Kind | None) -> int:
+        return count_parameters(self.config, trusted=self.trusted) * dtype.itemsize
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The head on its device."""
+        return self.read(dtype).to(self.device)
 
 
 def kv_size(kept: Sequence[Kept], pages: Sequence[int]) -> int:
