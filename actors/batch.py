@@ -53,6 +53,7 @@ class Row:
     filled: int = 0  # tokens whose KV is in place; the session knows once it decodes
     holders: set[str] = field(default_factory=set)  # drafts that have the prompt by another way and do not know it yet
     declined: set[str] = field(default_factory=set)  # drafts that it is beyond: it goes on without them
+    shown: dict[str, int] = field(default_factory=dict)  # tokens whose hidden states drafts were sent
     unaware: list[str] = field(default_factory=list)  # drafts to which the sequence is opened with the next round
     accepted: int = 0  # tokens of the last speculation
     added: list[int] = field(default_factory=list)  # tokens of the last round

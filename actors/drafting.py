@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssd_ray.actors.handover import Handover
 from ssd_ray.actors.isolation import Isolation
+from ssd_ray.actors.states import Aside, from_message
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.errors import ProtocolError
 from ssd_ray.models.contract import ModelRunner
@@ -29,11 +30,25 @@ from ssd_ray.sampling.rejection import Proposing, stream_seed
 from ssd_ray.speculation.draft import CATCH_UP, SCRATCH, DraftSession
 from ssd_ray.speculation.nodes import Item, Ranking
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
-from ssd_ray.wire import Begin, Close, Declined, Goodbye, Hello, Lost, Message, Nodes, Open, Outcome, decode, encode
+from ssd_ray.wire import (
+    Begin,
+    Close,
+    Declined,
+    Goodbye,
+    Hello,
+    Lost,
+    Message,
+    Nodes,
+    Open,
+    Outcome,
+    States,
+    decode,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
-ToDraft = Open | Outcome | Begin | Close
+ToDraft = Open | Outcome | Begin | States | Close
 """What a target tells a draft, of one sequence each."""
 
 RANKED = 32
@@ -132,6 +147,7 @@ class Draft:
         self._seats: dict[int, Seat] = {}
         self._isolation = Isolation(self._give_up)
         self._handover = Handover()
+        self._aside = Aside()
         self._asked: dict[int, float] = {}  # the round in which a sequence was last asked for; inf: never again
         self._hello_due = 0.0
         self._outcomes = 0  # that have come, of all sequences
@@ -176,6 +192,7 @@ class Draft:
         self._seats.clear()
         self._asked.clear()
         self._handover.forget()
+        self._aside = Aside()
         self._channel.close()
         self._channel, self._session = channel, session
         self._hello_due = 0.0
@@ -198,7 +215,7 @@ class Draft:
         # Again and again: the target may not be there yet, or may have given this draft up while it was stopped.
         now = self._clock()
         if now >= self._hello_due:
-            sent = self._send(Hello(self._channel.name))
+            sent = self._send(Hello(self._channel.name, reads=self._runner.reads > 0))
             self._hello_due = now + (HELLO_SECONDS if sent else KNOCK_SECONDS)
 
     def _send(self, *messages: Message) -> bool:
@@ -229,6 +246,10 @@ class Draft:
                 self._advance(message)
             case Begin() if message.sequence in self._seats:
                 self._seats[message.sequence].session.begin(message)
+            case States() if self._runner.reads:
+                self._aside.put(message)
+                self._read(message.sequence)
+                self._ask_for_states(message.sequence)
             case Close():
                 self._close(message.sequence)
             case _:
@@ -256,6 +277,7 @@ class Draft:
             seat.session.reopen(message)
             seat.penalties = self._penalties(message)
             self._make_room(message.sequence, seat)
+            self._read(message.sequence)
             return
         self._close(message.sequence)
         self._take_seat(message)
@@ -290,6 +312,28 @@ class Draft:
             raise
         self._seats[message.sequence] = seat
         self._make_room(message.sequence, seat)
+        self._read(message.sequence)
+
+    def _read(self, sequence: int) -> None:
+        """Read the target's hidden states of a sequence as far as they are there and its tokens are known."""
+        seat = self._seats.get(sequence)
+        if seat is None:
+            return
+        session = seat.session
+        for message in self._aside.take(sequence, lambda: session.read_tokens, session.position):
+            try:
+                states = from_message(message, self._runner.reads)
+            except ProtocolError as error:
+                self.malformed += 1
+                logger.debug("dropped states: %s", error)
+                continue
+            known = session.read(message.start, message.count)
+            self._runner.read(seat.row, message.start + known, states[known:])
+
+    def _ask_for_states(self, sequence: int) -> None:
+        seat = self._seats.get(sequence)
+        if seat is not None and self._aside.overdue(sequence):
+            self._send(Lost(sequence, seat.session.read_tokens))
 
     def _new_session(self, message: Open, lease: RowLease) -> DraftSession:
         return DraftSession(
@@ -301,6 +345,7 @@ class Draft:
             budget=self._budget,
             strict=self._strict,
             text_lookup=self._text_lookup,
+            reads=self._runner.reads > 0,
         )
 
     def _noise(self, params: SamplingParams) -> NoiseRows:
@@ -313,7 +358,7 @@ class Draft:
         have ended, and the word of it been lost. The target says so then."""
         number, seat = min(self._seats.items(), key=lambda item: item[1].heard)
         if self._outcomes - seat.heard > SILENT_ROUNDS * len(self._seats):
-            self._send(Lost(number))
+            self._send(Lost(number, seat.session.read_tokens))
 
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
@@ -344,14 +389,17 @@ class Draft:
             self._decline(message.sequence)
             return
         self._make_room(message.sequence, seat)
+        self._read(message.sequence)
 
     def _ask(self, message: Outcome) -> None:
         if message.round >= self._asked.get(message.sequence, -LOST_ROUNDS) + LOST_ROUNDS:
             self._asked[message.sequence] = message.round
-            self._send(Lost(message.sequence))
+            seat = self._seats.get(message.sequence)
+            self._send(Lost(message.sequence, seat.session.read_tokens if seat else 0))
 
     def _close(self, sequence: int) -> None:
         self._handover.drop(sequence)
+        self._aside.drop(sequence)
         self._asked.pop(sequence, None)
         seat = self._seats.pop(sequence, None)
         if seat is not None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+
+from torch import Tensor
 
 from ssd_ray.actors.batch import Batch, Row
 from ssd_ray.actors.isolation import Isolation
+from ssd_ray.actors.states import to_messages
 from ssd_ray.errors import ProtocolError
 from ssd_ray.saguaro.backup import NARROW, Pace
 from ssd_ray.saguaro.planner import Planner
-from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.channel import MAX_FRAME_BYTES, Channel
 from ssd_ray.wire import (
     Begin,
     Close,
@@ -28,6 +31,7 @@ from ssd_ray.wire import (
     Open,
     Outcome,
     Output,
+    States,
     decode,
     encode,
 )
@@ -50,6 +54,8 @@ class Links:
         batch: the rows that messages are about.
         pace: learns how fast drafts are.
         isolation: takes out rows that cannot take what drafts say.
+        show: the hidden states of tokens of a KV row, from one position to another, for drafts that read them; None:
+            nobody does.
 
     Attributes:
         drafts: names of the drafts that are connected.
@@ -57,7 +63,15 @@ class Links:
         malformed: frames that were dropped.
     """
 
-    def __init__(self, channel: Channel, session: int, batch: Batch, pace: Pace, isolation: Isolation) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        session: int,
+        batch: Batch,
+        pace: Pace,
+        isolation: Isolation,
+        show: Callable[[int, int, int], Tensor] | None = None,
+    ) -> None:
         self.channel = channel
         self.drafts: list[str] = []
         self.malformed = 0
@@ -66,6 +80,8 @@ class Links:
         self._batch = batch
         self._pace = pace
         self._isolation = isolation
+        self._show = show
+        self._readers: set[str] = set()
         self._outbox: deque[Output] = deque()
 
     # From drafts
@@ -89,12 +105,14 @@ class Links:
         match message:
             case Hello() if message.name == peer and peer not in self.drafts:
                 self.drafts.append(peer)
+                if message.reads:
+                    self._readers.add(peer)
                 for row in self._batch.rows:
                     row.unaware.append(peer)
             case Nodes() if peer in self.drafts:
                 self._take(peer, message)
             case Lost() if peer in self.drafts:
-                self._open_again(peer, message.sequence)
+                self._open_again(peer, message.sequence, message.known)
             case Declined() if peer in self.drafts:
                 self._leave_alone(peer, message.sequence)
             case Goodbye():
@@ -108,12 +126,13 @@ class Links:
             row.declined.add(draft)
             row.session.cache.forget(draft)
 
-    def _open_again(self, draft: str, sequence: int) -> None:
+    def _open_again(self, draft: str, sequence: int, known: int) -> None:
         row = self._batch.running(sequence)
         if row is None:
             self._send(draft, Close(sequence))
         elif draft not in row.unaware:
             row.unaware.append(draft)
+            row.shown[draft] = known
 
     def _take(self, draft: str, nodes: Nodes) -> None:
         self.drafted_ms += nodes.step_ms / nodes.sequences
@@ -128,7 +147,9 @@ class Links:
         """Forget a draft. The guesses are dealt anew with the next outcome."""
         if draft in self.drafts:
             self.drafts.remove(draft)
+            self._readers.discard(draft)
             for row in self._batch.rows:
+                row.shown.pop(draft, None)
                 row.session.cache.forget(draft)
                 row.unaware = [name for name in row.unaware if name != draft]
                 row.declined.discard(draft)
@@ -143,7 +164,21 @@ class Links:
         """Open a sequence, as it stands, to the drafts that do not know of it."""
         for draft in row.unaware:
             self._send(draft, self._opening(draft, row, c))
+            self._send(draft, *self._states(draft, row))
         row.unaware.clear()
+
+    def show(self, row: Row) -> None:
+        """Send the hidden states of a row's tokens, as far as they are there, to the drafts that read them."""
+        for draft in self._readers.intersection(self.drafters(row)).difference(row.unaware):
+            self._send(draft, *self._states(draft, row))
+
+    def _states(self, draft: str, row: Row) -> list[States]:
+        """What a draft has not been sent yet of a row's hidden states."""
+        start, end = min(row.shown.get(draft, 0), row.filled), row.filled
+        if self._show is None or draft not in self._readers or start == end:
+            return []
+        row.shown[draft] = end
+        return list(to_messages(row.session.sequence, start, self._show(row.number, start, end)))
 
     def _opening(self, draft: str, row: Row, c: float) -> Open:
         session = row.session
@@ -176,7 +211,8 @@ class Links:
         price = planner.price / max(1, len(rows))  # a step serves all rows
         for share, draft in enumerate(self.drafts):
             known = [row for row in rows if draft not in row.unaware and draft not in row.declined]
-            self._send(draft, *(self._outcome(row, share, planner, price) for row in known))
+            outcomes = [self._outcome(row, share, planner, price) for row in known]
+            self._send(draft, *outcomes, *chain.from_iterable(self._states(draft, row) for row in known))
 
     def _outcome(self, row: Row, share: int, planner: Planner, price: float) -> Outcome:
         session = row.session
@@ -202,8 +238,12 @@ class Links:
             self._send(draft, message)
 
     def _send(self, draft: str, *messages: Message) -> None:
-        if messages:
-            self.channel.send(draft, encode(self._session, *messages))
+        frame = encode(self._session, *messages) if messages else b""
+        if len(frame) > MAX_FRAME_BYTES and len(messages) > 1:
+            for message in messages:
+                self._send(draft, message)
+        elif messages:
+            self.channel.send(draft, frame)
 
     # To the driver
 

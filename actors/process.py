@@ -11,7 +11,7 @@ import torch
 from ssd_ray.actors.drafting import Draft
 from ssd_ray.config import MAX_LOOKAHEAD, Backup, EngineConfig
 from ssd_ray.models.contract import ModelRunner
-from ssd_ray.models.info import translation_between
+from ssd_ray.models.info import head_taps, translation_between
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.runners import Runner
 from ssd_ray.models.translation import Translated
@@ -51,8 +51,9 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
     """Load the draft's model and make the draft."""
     branching = config.method == "ssd"
     budget = BUDGET if config.budget == "auto" else config.budget
+    runner = load_model(config, "draft", SCRATCH)
     return Draft(
-        in_target_tokens(config, load_model(config, "draft", SCRATCH)),
+        runner if runner.reads else in_target_tokens(config, runner),
         channel,
         session,
         POLICIES[config.fan_out],
@@ -79,6 +80,8 @@ def in_target_tokens(config: EngineConfig, runner: ModelRunner) -> ModelRunner:
 
 def load_model(config: EngineConfig, role: str, scratch: int) -> Runner:
     """Load the target's or the draft's model as the configuration has it."""
+    reads = role == "target" and config.method != "ar" and not config.drafts_from_text
+    trust = config.trust_remote_code
     return load_runner(
         getattr(config, role),
         role=role,  # type: ignore[arg-type]
@@ -93,5 +96,7 @@ def load_model(config: EngineConfig, role: str, scratch: int) -> Runner:
         compile=config.compile,
         prefill_chunk=config.prefill_chunk,
         calibrated=True,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=trust,
+        taps=head_taps(config.target, config.draft, trust_remote_code=trust) if reads else (),
+        target=config.target,
     )

@@ -102,7 +102,8 @@ class Target:
         self._isolation = Isolation(self._fail)
         self._pace, self.costs = Pace(), Costs(measured, learned)
         self._planner = Planner(self._pace, self.costs, lookahead, saguaro_c if sampler == "rejection" else None)
-        self._links = Links(channel, session, self.batch, self._pace, self._isolation)
+        show = runner.show if runner.shows else None
+        self._links = Links(channel, session, self.batch, self._pace, self._isolation, show)
         estimates = self._planner, self._pace, self.costs
         self._rounds = Rounds(runner, self._links, self._rules, *estimates, self._isolation, clock)
 
@@ -175,7 +176,7 @@ class Target:
         with self._moving:
             admitted = self.batch.admit()
         for row in admitted:
-            row.unaware = self._links.drafters(row)
+            row.unaware, row.shown = self._links.drafters(row), {}
         self._rounds.each(admitted, self._rounds.introduce)
         if not self.batch.rows:
             self._links.receive(idle_seconds)
@@ -198,6 +199,7 @@ class Target:
     def _prefill_chunk_of(self, row: Row) -> int:
         start = self._clock()
         cost = self.batch.prefill(row)
+        self._links.show(row)
         row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
         return cost
 

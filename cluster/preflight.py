@@ -19,6 +19,7 @@ from ssd_ray.models.info import (
     check_files,
     check_pair,
     end_tokens,
+    head_taps,
     load_tokenizer,
     model_fingerprint,
     model_info,
@@ -139,12 +140,13 @@ def check(config: EngineConfig) -> Checked:
         ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
     trust = config.trust_remote_code
+    _check_head(config)
     look = partial(model_info, quantize=config.quantised, trust_remote_code=trust)
     infos: dict[Role, ModelInfo] = {"target": look(config.target, role="target")}
     shared = 1.0
     if config.method != "ar":
         config, shared = _with_draft(config)
-        if not config.drafts_from_text:
+        if not config.drafts_from_text and not config.drafts_from_target:
             infos["draft"] = look(config.draft, role="draft")
     for role in infos:
         check_files(getattr(config, role), role=role)
@@ -166,6 +168,16 @@ def check(config: EngineConfig) -> Checked:
         sampling=default_sampling(config),
         shared_vocabulary=shared,
     )
+
+
+def _check_head(config: EngineConfig) -> None:
+    """Look whether a draft that reads the target fits it."""
+    if config.method == "ar" or config.drafts_from_text:
+        return
+    reads = head_taps(config.target, config.draft, trust_remote_code=config.trust_remote_code)
+    if reads and config.sampler != "coupled":
+        # What a head says of a token changes once the target's states are there; a law that was drawn from must not.
+        raise ConfigError("sampler", "'coupled' where the draft is a head, which reads the target", config.sampler)
 
 
 def default_sampling(config: EngineConfig) -> SamplingParams:
@@ -194,6 +206,8 @@ def _with_draft(config: EngineConfig) -> tuple[EngineConfig, float]:
     """
     if config.drafts_from_text:
         logger.info("the text itself is the draft")
+        return config, 1.0
+    if config.drafts_from_target:
         return config, 1.0
     try:
         shared = _shared_vocabulary(config)

@@ -279,7 +279,9 @@ def serve(
 @app.command()
 def inspect(
     target: Annotated[str | None, typer.Argument(help="Target model.", show_default="the bundled one")] = None,
-    draft: Annotated[str | None, typer.Argument(help="Draft model, or ngram.", show_default="the bundled one")] = None,
+    draft: Annotated[
+        str | None, typer.Argument(help="Draft model or head, mtp, or ngram.", show_default="the bundled one")
+    ] = None,
     *,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together at most.")] = None,
     quantize: Annotated[Quantize, typer.Option(help="In how many bits weights are kept.", metavar="<choice>")] = "none",

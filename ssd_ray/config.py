@@ -44,6 +44,9 @@ GGUF = ".gguf"
 TEXT_DRAFT = "ngram"
 """In place of a draft model: the text itself, by what followed the same tokens earlier in it."""
 
+MTP_DRAFT = "mtp"
+"""In place of a draft model: the head for multi-token prediction in the target's own checkpoint."""
+
 SEED_MASK = (1 << 63) - 1
 
 MOST = 2**31 - 1
@@ -128,7 +131,7 @@ def _model(name: str, value: Any) -> str | None:
     _require(
         path is None or (isinstance(path, str) and path != ""), name, "a folder, a .gguf file, a hub id or None", value
     )
-    if path is None or value == TEXT_DRAFT:
+    if path is None or value in (TEXT_DRAFT, MTP_DRAFT):
         return path
     folder = Path(expanduser(path))
     here = isinstance(value, PathLike) or folder.is_dir() or (folder.suffix == GGUF and folder.is_file())
@@ -330,8 +333,9 @@ class EngineConfig:
 
     Attributes:
         target: folder or hub id of the target model; None is the bundled one.
-        draft: folder or hub id of the draft model. "ngram" is the text itself: what followed the same tokens earlier in
-            it. None is the bundled model if it fits the target, else "ngram".
+        draft: folder or hub id of the draft model, or of a head that reads this target (docs/heads.md). "ngram" is the
+            text itself: what followed the same tokens earlier in it; "mtp" the head for multi-token prediction in the
+            target's own checkpoint. None is the bundled model if it fits the target, else "ngram".
         method: "ssd" (drafts work while the target verifies), "sd" (in turn, in one process) or "ar" (no draft).
         num_drafts: draft actors at the start; 0 is allowed and decodes without speculation.
         lookahead: tokens in one speculation at most, 1 to 7, or "auto".
@@ -456,6 +460,11 @@ class EngineConfig:
     def adapter_of(self, role: str) -> str | None:
         """The adapter of the target, and none of the draft."""
         return self.adapter if role == "target" else None
+
+    @property
+    def drafts_from_target(self) -> bool:
+        """Whether a head in the target's own checkpoint is the draft."""
+        return self.draft == MTP_DRAFT and self.method != "ar"
 
     @property
     def draft_actors(self) -> int:

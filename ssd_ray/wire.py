@@ -11,7 +11,7 @@ r runs over the *trunk* of that round: the bonus token (depth 0) and the specula
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from ssd_ray.config import MAX_LOGPROBS, SamplingParams
 from ssd_ray.errors import ConfigError, ProtocolError
 
-VERSION = 2
+VERSION = 3
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Token = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -28,6 +28,7 @@ Tokens = Annotated[list[Token], Meta(max_length=1 << 22)]
 Speculation = Annotated[list[Token], Meta(max_length=64)]
 Parent = Annotated[int, Meta(ge=-65, le=2**53)]
 Factor = Annotated[float, Meta(ge=0.0, le=1.0)]
+StatesDtype = Literal["float32", "bfloat16", "float16"]
 Price = Annotated[float, Meta(ge=0.0)]
 
 
@@ -39,9 +40,11 @@ class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """The draft is there, its model is loaded: deal it a share of every open sequence."""
+    """The draft is there, its model is loaded: deal it a share of every open sequence. ``reads`` says whether it wants
+    the target's hidden states, too."""
 
     name: Name
+    reads: bool = False
 
 
 class Nodes(Message, frozen=True, tag="nodes"):
@@ -76,9 +79,10 @@ class Nodes(Message, frozen=True, tag="nodes"):
 
 class Lost(Message, frozen=True, tag="lost"):
     """The draft does not know the sequence's past (it joined late or missed an outcome), or whether it still runs: open
-    it again, or close it."""
+    it again, or close it. The target's hidden states of its first ``known`` tokens are there."""
 
     sequence: Count
+    known: Count = 0
 
 
 class Declined(Message, frozen=True, tag="declined"):
@@ -152,6 +156,17 @@ class Begin(Message, frozen=True, tag="begin"):
     speculation: Speculation
     share: Count = 0
     shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+
+
+class States(Message, frozen=True, tag="states"):
+    """The target's hidden states of ``count`` committed tokens from position ``start`` on, as many numbers of each, of
+    this dtype. They are sent as they come to be, in the order of their tokens."""
+
+    sequence: Count
+    start: Count
+    count: Annotated[int, Meta(ge=1, le=1 << 22)]
+    dtype: StatesDtype
+    numbers: memoryview
 
 
 class Close(Message, frozen=True, tag="close"):
@@ -278,7 +293,7 @@ class Output(Message, frozen=True, tag="output"):
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=64)] = []
 
 
-AnyMessage = Hello | Nodes | Lost | Declined | Goodbye | Open | Outcome | Begin | Close | Output
+AnyMessage = Hello | Nodes | Lost | Declined | Goodbye | Open | Outcome | Begin | States | Close | Output
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], Meta(max_length=4096)]])
@@ -290,7 +305,8 @@ def encode(session: int, *messages: Message) -> bytes:
 
 
 def decode(session: int, frame: bytes | memoryview) -> list[AnyMessage]:
-    """Read a frame of this session: all of its messages, or none. Laws are not copied: they are views of the frame.
+    """Read a frame of this session: all of its messages, or none. Laws and states are not copied: they are views of the
+    frame.
 
     Raises:
         ProtocolError: the frame is malformed, of another version or of another session.

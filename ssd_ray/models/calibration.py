@@ -202,6 +202,8 @@ def calibrate_steps(
     pages = max(1, -(-max(WIDTHS) // runner.page_slots))
     if not bound:
         runner.bind(0, 0, range(pages))
+    if runner.reads:  # as of the tokens of a text, after which none waits for another
+        runner.read(0, 0, torch.zeros(max(WIDTHS), runner.reads))
     best = dict.fromkeys(map(runner.padded, WIDTHS), inf)
     for _ in range(WARM_UP + REPEATS):
         for width in best:

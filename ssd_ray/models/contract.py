@@ -9,6 +9,8 @@ Rows are virtual. Their memory is a pool of pages of ``page_slots`` slots, and `
 which part of a row; several rows may share a page that none of them writes. Layers that see equally far have a pool of
 their own, since what lies behind their windows can be given back. A runner that was made without a number of pages has
 enough for all rows, bound from the start.
+
+A *head* is a draft that goes on from what its target knows: it reads hidden states that the target's runner shows.
 """
 
 from __future__ import annotations
@@ -59,6 +61,10 @@ class ModelRunner(ABC):
     """Memory, one for each reach that layers have."""
     measured: Measured | None = None
     """What :meth:`append` costs, if that was measured."""
+    shows: int = 0
+    """Numbers that :meth:`show` tells of each token; 0: it shows nothing."""
+    reads: int = 0
+    """Numbers of its target's that :meth:`read` takes of each token; 0: it is no head."""
     dtype: dtype
     device: device
     """Where logits lie. Tensors that are handed in may lie anywhere."""
@@ -149,12 +155,29 @@ class ModelRunner(ABC):
             ValueError: a slot lies on a page that is not bound.
         """
 
+    def show(self, row: int, start: int, end: int) -> Tensor:
+        """The hidden states that were kept of trunk tokens ``start .. end - 1``, [tokens, ``shows``] on the device."""
+        raise NotImplementedError("a model that shows nothing")
+
+    def read(self, row: int, start: int, states: Tensor) -> None:
+        """Take the target's hidden states, [tokens, ``reads``], of trunk tokens from ``start`` on. Those of all tokens
+        before were read, for this row or for one that shares the pages.
+
+        What is run after such a token goes on from them; after another one it goes on from what the head itself made of
+        that token, or, behind a token that it never ran, from nothing.
+
+        Raises:
+            ValueError: a slot lies on a page that is not bound.
+        """
+        raise NotImplementedError("a model that reads nothing")
+
 
 class Wrapper(ModelRunner):
     """A runner that does what another one does, but for what a subclass does otherwise."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.measured = runner.measured
+        self.shows, self.reads = runner.shows, runner.reads
         self.rows, self.slots, self.max_length = runner.rows, runner.slots, runner.max_length
         self.vocab_size, self.dtype, self.device = runner.vocab_size, runner.dtype, runner.device
         self.page_slots, self.pools = runner.page_slots, runner.pools
@@ -183,3 +206,9 @@ class Wrapper(ModelRunner):
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         self._runner.move(row, source, destination)
+
+    def show(self, row: int, start: int, end: int) -> Tensor:
+        return self._runner.show(row, start, end)
+
+    def read(self, row: int, start: int, states: Tensor) -> None:
+        self._runner.read(row, start, states)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from ssd_ray.config import MTP_DRAFT
 from ssd_ray.errors import UnsupportedModelError, VocabularyMismatchError
 from ssd_ray.models.adapters import adapter_fingerprint, adapter_folder, check_adapter
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
 from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_format
 from ssd_ray.models.probe import probe_layers
+from ssd_ray.models.published import check_mtp
 from ssd_ray.models.quantize import Kind, quantised_bytes, refuse_kind
 from ssd_ray.models.reach import Reach, Sight
 from ssd_ray.models.recurrent import shape_kept, states_of, what_is_kept
@@ -30,10 +33,12 @@ from ssd_ray.models.sources import (
     in_our_words,
     place,
     read_config,
+    read_head,
     silence,
     source_bytes,
 )
 from ssd_ray.models.support import is_recurrent, max_positions, refuse_unsupported
+from ssd_ray.models.taps import LAST
 from ssd_ray.models.translation import LEAST_SHARED, Translation
 
 CPU = torch.device("cpu")
@@ -106,6 +111,10 @@ def model_info(
     """
     source = find_source(path, role)
     with in_our_words(role, source):
+        if role == "target" and read_head(source) is not None:
+            raise UnsupportedModelError(
+                f"target: {source} is a head: it reads hidden states of another model, its target"
+            )
         config = read_config(source, trust_remote_code)
         refuse_unsupported(config, role, trusted=trust_remote_code)
         length, dtype, how = max_positions(config), checkpoint_dtype(config), kind_for(config, quantize)
@@ -357,6 +366,38 @@ def _outline(config: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:
     """Bytes of one slot over all layers."""
     return sum(each.slot_bytes for each in what_layers_keep(config, dtype, UNLIMITED, trusted=trusted))
+
+
+def with_taps(kept: Sequence[Kept], config: PreTrainedConfig, dtype: torch.dtype, taps: int) -> list[Kept]:
+    """What is kept of a token with its hidden states at so many places, which a target keeps where layers see all."""
+    own = taps * int(config.get_text_config().hidden_size) * dtype.itemsize
+    whole = next((index for index, each in enumerate(kept) if not each.reach.size), 0)
+    return [replace(each, slot_bytes=each.slot_bytes + (index == whole) * own) for index, each in enumerate(kept)]
+
+
+def head_taps(target: str | None, draft: str | None, *, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """Where a draft reads hidden states of its target, as :class:`~ssd_ray.models.taps.Taps` takes it; empty if it is a
+    whole model.
+
+    Raises:
+        ModelError: a head that was made for another target.
+        UnsupportedModelError: a head of a kind that does not work.
+    """
+    if draft is None:  # the bundled one
+        return ()
+    if draft == MTP_DRAFT:
+        source = find_source(target, "target")
+        with in_our_words("target", source):
+            check_mtp(source, read_config(source, trust_remote_code))
+        return (LAST,)
+    source = find_source(draft, "draft")
+    with in_our_words("draft", source):
+        head = read_head(source)
+    if head is None:
+        return ()
+    source = find_source(target, "target")
+    with in_our_words("target", source):
+        return head.taps(read_config(source, trust_remote_code))
 
 
 def state_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = False) -> int:

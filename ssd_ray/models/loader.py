@@ -13,6 +13,7 @@ from typing import Literal, Self
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ssd_ray.config import MTP_DRAFT
 from ssd_ray.errors import ConfigError, ModelError, ResourceError
 from ssd_ray.models.adapters import adapter_folder, merge_adapter
 from ssd_ray.models.calibration import calibrate, calibrate_steps, kept_or_made, machine_name
@@ -20,7 +21,17 @@ from ssd_ray.models.checkpoint import few
 from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.dtypes import faster_dtype, has_instructions
 from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_company, refuse_format
-from ssd_ray.models.info import Kept, kind_for, state_bytes, weight_bytes, what_layers_keep
+from ssd_ray.models.info import (
+    Kept,
+    count_parameters,
+    kind_for,
+    state_bytes,
+    weight_bytes,
+    what_layers_keep,
+    with_taps,
+)
+from ssd_ray.models.mtp import mtp_config
+from ssd_ray.models.published import load_head, load_mtp
 from ssd_ray.models.quantize import Kind, quantize_linears, refuse_kind
 from ssd_ray.models.recurrent import bytes_of_states
 from ssd_ray.models.runners import Runner, make_runner
@@ -32,6 +43,7 @@ from ssd_ray.models.sources import (
     in_our_words,
     place,
     read_config,
+    read_head,
     silence,
 )
 from ssd_ray.models.support import max_positions, refuse_unsupported
@@ -64,11 +76,14 @@ def load_runner(
     vocab_size: int | None = None,
     trust_remote_code: bool = False,
     calibrated: bool = False,
+    taps: Sequence[int] = (),
+    target: str | None = None,
 ) -> Runner:
-    """Load a model and give it a KV cache.
+    """Load a model, or a head, and give it a KV cache.
 
     Args:
-        path: a folder, a hub id, or None for the bundled model of this role. Nothing is fetched for a folder.
+        path: a folder, a hub id, "mtp" for the head in the target's checkpoint, or None for the bundled model of this
+            role. Nothing is fetched for a folder.
         role: names the field in messages.
         rows, scratch: see :class:`~ssd_ray.models.runner.HFRunner`.
         kv_memory: GiB for KV; "auto" takes a part of the memory that is free, if that is less than what ``rows`` rows
@@ -83,6 +98,8 @@ def load_runner(
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
         calibrated: find out what its verifications, or its steps, cost here, and which of the former leave a token's
             bits alone.
+        taps: see there.
+        target: a head's target, whose embedding it may lack.
 
     Raises:
         ModelError: no such model, or it cannot be read, or it lacks weights.
@@ -91,15 +108,20 @@ def load_runner(
             ``quantize`` or ``adapter`` asks for needs another device or package.
         ResourceError: weights and KV do not fit the memory that is free.
     """
-    source = find_source(path, role)
+    source = _source_of(path, role, target)
     with in_our_words(role, source):
-        config = read_config(source, trust_remote_code)
+        config = _config(source, path, role, trust_remote_code)
         length = _length(config, max_length, role)
-        refuse_unsupported(config, role, length, trusted=trust_remote_code)
+        if not _in_target(path, role):  # else it is one of the layers of a target that is not refused
+            refuse_unsupported(config, role, length, trusted=trust_remote_code)
         check_source(source)
-        loading = _Loading.of(source, config, role, find_device(device), quantize, adapter, trusted=trust_remote_code)
+        where = find_device(device)
+        if (read := _read_head(source, path, role, target, trust_remote_code)) is not None:
+            loading: _Loading = _LoadingHead.read_by(read, source, config, role, where, trusted=trust_remote_code)
+        else:
+            loading = _Loading.of(source, config, role, where, quantize, adapter, trusted=trust_remote_code)
         kind = loading.dtype(dtype)
-        pages = loading.count_pages(kind, kv_memory, rows, length, scratch, prefill_chunk)
+        pages = loading.count_pages(kind, kv_memory, rows, length, scratch, prefill_chunk, len(taps))
         runner = make_runner(
             loading.model(kind),
             rows=rows,
@@ -110,11 +132,38 @@ def load_runner(
             compile=compile,
             vocab_size=vocab_size,
             quantize=loading.quantizing(kind, siblings=not compile),
+            **({"taps": taps} if taps else {}),
         )
         if calibrated:
-            parts = config.to_json_string(), str(kind), loading.quantize, str(loading.device), rows, compile
+            parts = config.to_json_string(), str(kind), loading.quantize, str(loading.device), rows, compile, *taps
             _calibrate(runner, role, parts, kv_memory is None)
         return runner
+
+
+def _source_of(path: str | None, role: Role, target: str | None) -> str:
+    """A folder or hub id; the head in a target's checkpoint is where that one is."""
+    return find_source(target, "target") if _in_target(path, role) else find_source(path, role)
+
+
+def _in_target(path: str | None, role: Role) -> bool:
+    return role == "draft" and path == MTP_DRAFT
+
+
+def _config(source: str, path: str | None, role: Role, trusted: bool) -> PreTrainedConfig:
+    config = read_config(source, trusted)
+    return mtp_config(config) if _in_target(path, role) else config
+
+
+def _read_head(
+    source: str, path: str | None, role: Role, target: str | None, trusted: bool
+) -> Callable[[torch.dtype], PreTrainedModel] | None:
+    """What reads the head that a path stands for; None if it is a whole model."""
+    if _in_target(path, role):
+        config = read_config(source, trusted)
+        return lambda dtype: load_mtp(source, config, dtype, trusted)
+    if (head := read_head(source)) is not None:
+        return lambda dtype: load_head(source, head, target, dtype, trusted)
+    return None
 
 
 def load_model(
@@ -189,6 +238,12 @@ class _Loading:
             return own
         return faster_dtype(own, self.model, self.config.to_json_string())
 
+    def weights(self, dtype: torch.dtype) -> int:
+        """Bytes that the weights take."""
+        return weight_bytes(
+            self.source, self.config, dtype, quantize=self.quantize, device=self.device, trusted=self.trusted
+        )
+
     def count_pages(
         self,
         dtype: torch.dtype,
@@ -197,16 +252,16 @@ class _Loading:
         length: int,
         scratch: int,
         chunk: int,
+        taps: int,
     ) -> list[int]:
         """See :func:`count_pages`.
 
         Raises:
             ResourceError: with them the model does not fit the memory that is free.
         """
-        weights = weight_bytes(
-            self.source, self.config, dtype, quantize=self.quantize, device=self.device, trusted=self.trusted
-        )
+        weights = self.weights(dtype)
         kept = what_layers_keep(self.config, dtype, length, trusted=self.trusted)
+        kept = with_taps(kept, self.config, dtype, taps)
         slots = length + scratch
         states = bytes_of_states(state_bytes(self.config, dtype, trusted=self.trusted), rows, slots)
         free = free_bytes(self.device) - weights - states
@@ -232,6 +287,35 @@ class _Loading:
         if packed:
             refuse_company(model, self.role)
         return model if self.adapter is None else merge_adapter(model, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadingHead(_Loading):
+    """How a head is loaded; it is not quantised, and has no adapter."""
+
+    read: Callable[[torch.dtype], PreTrainedModel]
+
+    @classmethod
+    def read_by(
+        cls,
+        read: Callable[[torch.dtype], PreTrainedModel],
+        source: str,
+        config: PreTrainedConfig,
+        role: Role,
+        device: torch.device,
+        *,
+        trusted: bool,
+    ) -> Self:
+        """Refuse what cannot be loaded so."""
+        refuse_format(config, role, device)
+        return cls(source, config, role, device, None, None, trusted, read)
+
+    def weights(self, dtype: torch.dtype) -> int:
+        return count_parameters(self.config, trusted=self.trusted) * dtype.itemsize
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The head on its device."""
+        return self.read(dtype).to(self.device)
 
 
 def kv_size(kept: Sequence[Kept], pages: Sequence[int]) -> int:

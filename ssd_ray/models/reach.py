@@ -22,6 +22,9 @@ SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
 SIZES = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
 """Kinds of layers that do not see all, and the field of a config with how much they see."""
 
+UNSEEN = "unseen_positions"
+"""The field of a config with the number of first positions that nobody sees but they themselves, as heads have it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -30,18 +33,26 @@ class Reach:
     Attributes:
         size: tokens of the window, the token itself included, or of a chunk; 0: all before it.
         chunked: in chunks.
+        unseen: the first so many positions are seen by themselves alone.
     """
 
     size: int = 0
     chunked: bool = False
+    unseen: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is seen."""
+        return not self.size and not self.unseen
 
     def first(self, positions: Tensor) -> Tensor:
         """The first position that tokens at these positions see, int64 of the same shape."""
+        least = positions.clamp(max=self.unseen)
         if not self.size:
-            return torch.zeros_like(positions)
+            return least
         if self.chunked:
-            return positions // self.size * self.size
-        return (positions - (self.size - 1)).clamp(min=0)
+            return torch.maximum(positions // self.size * self.size, least)
+        return torch.maximum(positions - (self.size - 1), least)
 
     def start(self, position: int) -> int:
         """The same of one position."""
@@ -93,7 +104,7 @@ class Sight:
     @property
     def windowed(self) -> bool:
         """Whether some layer does not see everything."""
-        return any(reach.size for reach in self.reaches)
+        return not all(reach.whole for reach in self.reaches)
 
     def argument(self, masks: Sequence[Tensor]) -> Tensor | dict[str, Tensor]:
         """What a model takes for its mask, of a mask for each reach."""
@@ -112,7 +123,8 @@ def layer_kinds(text: PreTrainedConfig) -> list[str]:
 
 def _reach(text: PreTrainedConfig, kind: str, length: int) -> Reach:
     size = getattr(text, SIZES.get(kind, ""), None)
-    return Reach(size, kind == CHUNKED) if isinstance(size, int) and size < length else EVERYTHING
+    unseen = getattr(text, UNSEEN, 0)
+    return Reach(size, kind == CHUNKED, unseen) if isinstance(size, int) and size < length else Reach(unseen=unseen)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from ssd_ray.models.graphs import cache_name
 from ssd_ray.models.reach import Sight
 from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import LayerShape, SlotCache, SlotLayer
+from ssd_ray.models.taps import Taps
 
 MOST_AGAIN = 8
 """Tokens of a text that are run again together with new ones; more are run before them, and their state is kept."""
@@ -103,7 +104,8 @@ class RecurrentRunner(ModelRunner):
     Tokens give the same logits up to rounding, not to the last bit, in whatever company they come.
 
     Args:
-        model, rows, max_length, scratch, prefill_chunk, page_slots, pages, vocab_size, quantize: as of
+        model, rows, max_length, scratch, prefill_chunk, page_slots, pages, vocab_size, quantize, taps: as
+            of
             :class:`~ssd_ray.models.runner.HFRunner`.
         checked: whether the model is prepared, and its logits over states that were taken and rolled back are compared
             with those of a plain forward.
@@ -126,6 +128,7 @@ class RecurrentRunner(ModelRunner):
         page_slots: int = PAGE_SLOTS,
         pages: int | None = None,
         vocab_size: int | None = None,
+        taps: Sequence[int] = (),
         checked: bool = True,
         stepwise: bool = False,
         quantize: Callable[[PreTrainedModel], None] | None = None,
@@ -165,6 +168,9 @@ class RecurrentRunner(ModelRunner):
         self._hidden = torch.full((), torch.finfo(self.dtype).min / 2, dtype=self.dtype, device=self.device)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
         self._stepwise = stepwise
+        self._taps = Taps(model, taps, self._kv) if taps else None
+        if self._taps is not None:
+            self.shows, self.pools = self._taps.numbers, self._taps.counted(self.pools)
 
     def _layers(self, kept: Sequence[Any]) -> Iterator[Any]:
         """The layers of our cache: where a model's have K and V, those are slots."""
@@ -234,6 +240,11 @@ class RecurrentRunner(ModelRunner):
         for at, (token, position, state) in zip(goal, taken, strict=True):
             self._tokens[at], self._positions[at] = token, position
             self._keep(at, state)
+
+    def show(self, row: int, start: int, end: int) -> Tensor:
+        if self._taps is None:
+            return super().show(row, start, end)
+        return self._taps.of(row, start, end)
 
     def _node_job(self, node: _Node) -> Job:
         path = self._path(node)

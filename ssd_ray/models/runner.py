@@ -13,13 +13,14 @@ from ssd_ray.models.attention import PERIOD, choose_attention
 from ssd_ray.models.calibration import PER_ROW, Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
 from ssd_ray.models.experts import use_steady_experts
-from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward
+from ssd_ray.models.graphs import LineForward, ReplayedLine, caller, decoding_forward, eager_forward
 from ssd_ray.models.packing import find_siblings, pack_linears, packable
 from ssd_ray.models.probe import check_addressing, probe_layers, takes_lines
 from ssd_ray.models.reach import Reach, Sight
 from ssd_ray.models.rotary import fix_frequencies
 from ssd_ray.models.slots import SlotCache, Stretch
 from ssd_ray.models.steady import Products, steadiness, steady_chunks
+from ssd_ray.models.taps import Taps
 
 FEW_SIZES = (1, 2, 4, 8, 16, 32)
 """Tokens of a row where every number is a shape of its own, that is compiled or captured."""
@@ -39,6 +40,7 @@ class HFRunner(ModelRunner):
         compile: compile the decoding forwards with torch.compile, once for each shape.
         vocab_size: logits beyond it are cut off (rows of padding in the embedding).
         quantize: quantises the model's linear layers once it is found to work, and may change its dtype.
+        taps: the places whose hidden states are kept, for :meth:`show`; see :class:`~ssd_ray.models.taps.Taps`.
 
     Raises:
         UnsupportedModelError: the model does not keep K and V of every layer in the cache that it is given, or does not
@@ -58,6 +60,7 @@ class HFRunner(ModelRunner):
         compile: bool = False,
         vocab_size: int | None = None,
         quantize: Callable[[PreTrainedModel], None] | None = None,
+        taps: Sequence[int] = (),
     ) -> None:
         model.eval().requires_grad_(False)
         model.set_attn_implementation(choose_attention(model))
@@ -98,6 +101,10 @@ class HFRunner(ModelRunner):
         self._line = ReplayedLine(model, self._kv) if in_line else None
         self._prompt = ReplayedLine(body, self._kv) if in_line else None
         self.line_sizes: Sequence[int] = () if in_line else FEW_SIZES
+        self._taps = Taps(model, taps, self._kv) if taps else None
+        if self._taps is not None:
+            self.shows, self.pools = self._taps.numbers, self._taps.counted(self.pools)
+            self._decode = eager_forward(model, self._kv)  # what is kept on the way is no part of a compiled forward
         # Padding may lie beyond the last position, which a model with a table of positions cannot look up.
         self._counter = torch.arange(self.slots + prefill_chunk, device=self.device).clamp(max=max_length - 1)
         self._seen = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -220,6 +227,11 @@ class HFRunner(ModelRunner):
         if source:
             self._kv.move(row, source, destination)
 
+    def show(self, row: int, start: int, end: int) -> Tensor:
+        if self._taps is None:
+            return super().show(row, start, end)
+        return self._taps.of(row, start, end)
+
     def _prefill_chunk(self, row: int, tokens: Sequence[int], start: int, written: Sequence[list[int]]) -> None:
         # Chunks end and read at multiples of their length, so KV is the same, bit for bit, however a prompt is cut.
         count, whole = len(tokens), start // self._chunk * self._chunk
@@ -277,7 +289,7 @@ class HFRunner(ModelRunner):
         mask = self._strip[:, self.slots - start + read.start : self.slots - start + read.stop]
         if self.device.type == "cuda":  # whose kernels take masks that begin where a vector does
             mask = mask[:count].clone()
-        if not reach.size:
+        if reach.whole:
             return mask
         queries, keys = (
             torch.arange(start, start + count, device=self.device),

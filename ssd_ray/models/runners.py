@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ssd_ray.models.memory import HeadModel
+from ssd_ray.models.reading import HeadRunner
 from ssd_ray.models.recurrent import RecurrentRunner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.support import is_recurrent
@@ -19,6 +21,8 @@ def make_runner(model: PreTrainedModel, *, compile: bool = False, **sizes: Any) 
     Raises:
         UnsupportedModelError: neither can run it.
     """
+    if isinstance(model, HeadModel):
+        return HeadRunner(model, **sizes)
     if is_recurrent(model.config):
         return RecurrentRunner(model, **sizes)
     return HFRunner(model, compile=compile, **sizes)

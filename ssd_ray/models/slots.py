@@ -212,7 +212,7 @@ class LayerPool:
             self.banks.append(bank)
             self.tensors.update(zip(owners, bank[:, None], strict=True))
         # Which position each slot holds: how far back a layer sees is told by positions.
-        self.held = torch.zeros(table.size, dtype=torch.int64, device=device) if reach.size else None
+        self.held = torch.zeros(table.size, dtype=torch.int64, device=device) if not reach.whole else None
 
     @property
     def described(self) -> Pool:

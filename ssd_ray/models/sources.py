@@ -25,6 +25,7 @@ from ssd_ray.models.checkpoint import (
     checkpoint_folder,
     is_gguf,
 )
+from ssd_ray.models.heads import Head, parse_head
 
 Role = Literal["target", "draft"]
 
@@ -81,7 +82,23 @@ def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
 
 
+def read_head(source: str) -> Head | None:
+    """What there is to know of a head; None if the source is a whole model.
+
+    Raises:
+        UnsupportedModelError: it is a head of a kind that does not work.
+    """
+    if is_gguf(source):
+        return None
+    with silence():
+        config, _ = PreTrainedConfig.get_config_dict(**place(source))
+    return parse_head(config)
+
+
 def read_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a model, or of a head's own layers."""
+    if (head := read_head(source)) is not None:
+        return head.config
     with silence():  # the hub's client reports each of its tries
         config = AutoConfig.from_pretrained(**place(source), trust_remote_code=trust_remote_code)
     if is_gguf(source):

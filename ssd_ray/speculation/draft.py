@@ -9,6 +9,10 @@ KV: committed tokens have slot = position. Tree nodes sit in a window of scratch
 commits a node, its KV is moved to its position and never computed again. The window moves on before the trunk gets
 there. What another draft drafted, and what was committed without this draft, is run like any other item, all of it in
 one forward.
+
+A draft that reads the target's hidden states runs a token from those of the token before it, or, ahead of the target,
+from states of its own. The latter is a makeshift: what an outcome commits is run again, and so is the trunk of the new
+round, now that the states of all tokens before it are there.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from ssd_ray.saguaro.ngram import LONGEST
 from ssd_ray.saguaro.width import best_width
 from ssd_ray.sampling.laws import pack_laws
 from ssd_ray.speculation.advice import TextAdvice
-from ssd_ray.speculation.nodes import Candidate, DraftNode, Item, Moves, Prefill, Ranking
+from ssd_ray.speculation.nodes import NOTHING, Candidate, DraftNode, Item, Moves, Prefill, Ranking
 from ssd_ray.speculation.tree import TokenTree
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
@@ -56,6 +60,7 @@ class DraftSession:
     Attributes:
         c: Saguaro's C that the target plans with.
         filled: committed tokens whose KV is in place.
+        read_tokens: committed tokens, from the first on, whose hidden states on the target are known.
 
     Args:
         opened: the sequence as the target told it.
@@ -67,6 +72,7 @@ class DraftSession:
         budget: guesses of a round, over all drafts.
         strict: open no more than these; else the budget becomes what there usually is time for.
         text_lookup: heed what followed the same tokens earlier in the text.
+        reads: committed tokens are run only behind those whose hidden states :meth:`read` was told of.
     """
 
     def __init__(
@@ -80,8 +86,11 @@ class DraftSession:
         budget: int = 16,
         strict: bool = False,
         text_lookup: bool = True,
+        reads: bool = False,
     ) -> None:
         self.sequence = opened.sequence
+        self._reads = reads
+        self.read_tokens = max(0, filled - 1)  # what is filled was run behind these
         self._policy = policy
         self._lookahead = lookahead
         self._branching = branching
@@ -106,6 +115,7 @@ class DraftSession:
         self.c = opened.c
         self._price, self._floor = 0.0, 0.0
         self._wanted = 0
+        self._doubts = False  # whether the trunk that comes was run without the states before it
         self._after_hit = True
         self._base = window_base(self.position)
         self._advice.begin(self.tokens)
@@ -132,12 +142,13 @@ class DraftSession:
     def reopen(self, opened: Open) -> None:
         """Start again from what the target says; the KV of the common beginning stays."""
         self.filled = self.common(opened.tokens)
+        if (alike := _alike(self.tokens, opened.tokens)) < len(self.tokens):
+            self.read_tokens = min(self.read_tokens, alike)
         self._start(opened)
 
     def common(self, tokens: Sequence[int]) -> int:
         """How many of these tokens, the last one aside, are there with their KV."""
-        limit = min(self.filled, len(tokens) - 1)
-        return next((i for i in range(limit) if self.tokens[i] != tokens[i]), limit)
+        return min(self.filled, _alike(self.tokens, tokens))
 
     def expects(self, outcome: Outcome) -> bool:
         """Whether this outcome is the one that comes next, and possible."""
@@ -158,6 +169,7 @@ class DraftSession:
         self._tree.advance(outcome.accepted, outcome.bonus_token)
         self.round += 1
         moves = self._move_kv(committed, start)
+        self._doubts = self._reads
         self.c = outcome.c
         self._price, self._floor = outcome.price, outcome.floor
         self._wanted = outcome.wanted
@@ -184,21 +196,32 @@ class DraftSession:
 
     @property
     def complete_past(self) -> bool:
-        """Whether so few committed tokens lack their KV that a step can run them."""
-        return self.position - self.filled <= CATCH_UP
+        """Whether so few committed tokens lack their KV that a step can run them, with all that they go on from."""
+        return self.position - self.filled <= CATCH_UP and not (self._reads and self.read_tokens < self.position)
+
+    def read(self, start: int, count: int) -> int:
+        """Take note that the target's hidden states of so many committed tokens are there, from at most
+        :attr:`read_tokens` on; returns how many of them were there before."""
+        known = min(self.read_tokens - start, count)
+        self.read_tokens = max(self.read_tokens, start + count)
+        return known
 
     @property
     def urgent(self) -> bool:
         """Whether the target waits for tokens that are still to be made."""
         missing = len(self._tree.trunk) - 1 < self._wanted
-        return missing and (any(node.slot < 0 for node in self._tree.trunk) or self._chain_end() is not None)
+        return missing and (not all(map(_ran, self._tree.trunk)) or self._chain_end() is not None)
 
     def prefill(self, most: int) -> Prefill | None:
         """Up to ``most`` committed tokens to prefill before the next step, if many lack their KV."""
         if self.complete_past:
             return None
-        start = self.filled
-        self.filled = min(self.position, start + most - start % most)  # chunks end at multiples of their size
+        start, end = self.filled, self.position
+        if self._reads:
+            end = min(end, self.read_tokens + 1)
+        if end <= start:
+            return None
+        self.filled = min(end, start + most - start % most)  # chunks end at multiples of their size
         return Prefill(start, self.tokens[start : self.filled])
 
     def next_step(
@@ -255,7 +278,8 @@ class DraftSession:
             self._clear(item)
 
     def _clear(self, item: Item) -> None:
-        if item.node is not None:
+        # What others were run behind keeps its place: it is here to be run again.
+        if item.node is not None and not any(map(_has_place, item.node.children.values())):
             self._free.append(item.slot)
             item.node.slot, item.node.path = -1, ()
 
@@ -332,6 +356,10 @@ class DraftSession:
     def _follow(self, message: Open | Outcome | Begin) -> None:
         """Take what is being verified and this draft's share of the guesses, and order the work anew."""
         self._tree.follow(message.speculation)
+        if self._doubts:
+            for node in self._tree.trunk:
+                node.ranking = NOTHING
+            self._doubts = False
         self._share, self._shares = message.share, message.shares
         self._opened, self._allowed = 0, len(range(self._share, self.budget, self._shares)) if self._strict else -1
         self._frontier: list[tuple[float, int, Candidate]] = []
@@ -494,8 +522,9 @@ class DraftSession:
     # The KV
 
     def _item(self, stem: DraftNode, node: DraftNode) -> Item:
-        node.slot = self._free.pop()
-        node.path = (*stem.path, node.slot)
+        if not _has_place(node):
+            node.slot = self._free.pop()
+            node.path = (*stem.path, node.slot)
         return Item(node.token, self.position + len(node.path) - 1, node.slot, self.position, node.path, node)
 
     def _missing_tokens(self) -> list[Item]:
@@ -508,14 +537,15 @@ class DraftSession:
     def _missing_trunk(self) -> list[Item]:
         trunk = self._tree.trunk
         stems = [DraftNode(-1), *trunk]  # the root has no stem: an empty path
-        return [self._item(stem, node) for stem, node in zip(stems, trunk, strict=False) if node.slot < 0]
+        return [self._item(stem, node) for stem, node in zip(stems, trunk, strict=False) if not _ran(node)]
 
     def _move_kv(self, committed: Sequence[DraftNode], start: int) -> Moves:
         """Bring the KV of committed nodes to their positions.
 
-        Nodes run after their ancestors, so those of the trunk that ran are its beginning.
+        Nodes run after their ancestors, so those of the trunk that ran are its beginning. Where the target is read they
+        are run again.
         """
-        source = [node.slot for node in committed if node.slot >= 0]
+        source = [] if self._reads else [node.slot for node in committed if _has_place(node)]
         self.filled += len(source)
         if self.position + LIFETIME > self._base:
             self._base = window_base(self.position)  # nodes that live stay where they are
@@ -531,6 +561,22 @@ class DraftSession:
         for depth, node in enumerate(self._tree.trunk[: outcome.accepted + 1]):
             token = self._tree.trunk[depth + 1].token if depth < outcome.accepted else outcome.bonus_token
             self._advice.judge(node.ranking, token)
+
+
+def _alike(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts have in common from the first on, but the last one of the second."""
+    limit = min(len(tokens), len(others) - 1)
+    return next((i for i in range(limit) if tokens[i] != others[i]), limit)
+
+
+def _has_place(node: DraftNode) -> bool:
+    """Whether there is KV of a node."""
+    return node.slot >= 0
+
+
+def _ran(node: DraftNode) -> bool:
+    """Whether it is known what follows a node."""
+    return _has_place(node) and bool(node.ranking.tokens)
 
 
 def _trunk_depth(item: Item) -> int:

@@ -14,14 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssd_ray.models.contract import UNBOUND, ModelRunner
+from ssd_ray.models.eagle import make_head
+from ssd_ray.models.heads import parse_head
 from ssd_ray.models.reach import EVERYTHING, Reach
+from ssd_ray.models.reading import HeadRunner
 from ssd_ray.models.recurrent import RecurrentRunner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.table import TableModel
-from tests.support.tiny import FAMILIES, RECURRENT, WINDOW, tiny_model
+from tests.support.heads import PlainHead, authors_config, layer_config, random_weights
+from tests.support.tiny import FAMILIES, RECURRENT, WINDOW, tiny_config, tiny_model
 
 LENGTH, SCRATCH, ROWS, VOCAB = 128, 64, 3, 96
 TOLERANCE = 1e-5  # of the largest logit
+HEAD = 5e-5  # the same where every state is made of the one before
 SCANNED = 2e-4  # the same where sums run over all that a state has read
 
 
@@ -60,6 +65,22 @@ def table_subject(name: str, **options: int) -> Subject:
     return Subject(runner, reference, positioned=runner.order != 2)
 
 
+def head_subject() -> Callable[..., Subject]:
+    """A head that goes on from its own states, whose target is silent."""
+    layer = layer_config(tiny_config("llama", vocab=VOCAB, context=LENGTH))
+    weights = random_weights(layer, VOCAB)
+    head = parse_head(authors_config(layer, VOCAB))
+    assert head is not None
+    exact = {name: weight.double() for name, weight in weights.items()}
+
+    def build(**options: int) -> Subject:
+        model = make_head(head, weights, {}, torch.float32)
+        runner = HeadRunner(model, rows=ROWS, max_length=LENGTH, scratch=SCRATCH, **options)
+        return Subject(runner, lambda tokens: PlainHead(exact).text(tokens), tolerance=HEAD)
+
+    return build
+
+
 UNLIKE = {
     "llama",
     "qwen2",
@@ -86,6 +107,7 @@ ON_CUDA = [f"{family} on cuda" for family in FAMILIES]
 @pytest.fixture(
     scope="module",
     params=[
+        pytest.param("head", marks=pytest.mark.slow),
         *(
             name if name in UNLIKE or name.startswith("table") else pytest.param(name, marks=pytest.mark.slow)
             for name in SUBJECTS
@@ -96,6 +118,8 @@ ON_CUDA = [f"{family} on cuda" for family in FAMILIES]
 def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
     if request.param.startswith("table"):
         return lambda **options: table_subject(request.param, **options)
+    if request.param == "head":
+        return head_subject()
     family, _, device = request.param.partition(" on ")
     model = tiny_model(family, vocab=VOCAB, context=LENGTH)
     plain = copy.deepcopy(model)

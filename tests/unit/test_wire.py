@@ -37,14 +37,15 @@ LOGPROBS = st.builds(
     st.dictionaries(st.integers(0, 2**31 - 1), st.floats(max_value=0.0), max_size=20),
 )
 MESSAGES = st.one_of(
-    st.builds(wire.Hello, st.text(max_size=64)),
+    st.builds(wire.Hello, st.text(max_size=64), st.booleans()),
     st.builds(wire.Nodes, NUMBER, NUMBER, NUMBER, st.lists(st.integers(-65, 2**53)), TOKENS, st.floats(0, 1e6)),
-    st.builds(wire.Lost, NUMBER),
+    st.builds(wire.Lost, NUMBER, NUMBER),
     st.builds(wire.Goodbye, st.text(max_size=64)),
     st.builds(wire.Open, NUMBER, NUMBER, TOKENS, TOKENS, PARAMS, FACTORS, NUMBER, st.integers(1, 4096)),
     st.builds(wire.Outcome, NUMBER, NUMBER, NUMBER, NUMBER, st.integers(0, 9), TOKENS, st.booleans(), NUMBER, FACTORS),
     st.builds(wire.Begin, NUMBER, NUMBER, TOKENS),
     st.builds(wire.Close, NUMBER),
+    st.builds(wire.States, NUMBER, NUMBER, st.integers(1, 99), st.just("bfloat16"), st.binary().map(memoryview)),
     st.builds(
         wire.Output,
         NUMBER,
