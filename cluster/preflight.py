@@ -23,6 +23,7 @@ from ssd_ray.models.info import (
     load_tokenizer,
     model_fingerprint,
     model_info,
+    mtp_info,
     refuse_weights,
     sampling_defaults,
     translation_between,
@@ -140,9 +141,9 @@ def check(config: EngineConfig) -> Checked:
         ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
     trust = config.trust_remote_code
-    _check_head(config)
+    taps = _check_head(config)
     look = partial(model_info, quantize=config.quantised, trust_remote_code=trust)
-    infos: dict[Role, ModelInfo] = {"target": look(config.target, role="target")}
+    infos: dict[Role, ModelInfo] = {"target": look(config.target, role="target", taps=len(taps))}
     shared = 1.0
     if config.method != "ar":
         config, shared = _with_draft(config)
@@ -170,14 +171,15 @@ def check(config: EngineConfig) -> Checked:
     )
 
 
-def _check_head(config: EngineConfig) -> None:
-    """Look whether a draft that reads the target fits it."""
+def _check_head(config: EngineConfig) -> tuple[int, ...]:
+    """Look whether a draft that reads the target fits it; where it reads."""
     if config.method == "ar" or config.drafts_from_text:
-        return
+        return ()
     reads = head_taps(config.target, config.draft, trust_remote_code=config.trust_remote_code)
     if reads and config.sampler != "coupled":
         # What a head says of a token changes once the target's states are there; a law that was drawn from must not.
         raise ConfigError("sampler", "'coupled' where the draft is a head, which reads the target", config.sampler)
+    return reads
 
 
 def default_sampling(config: EngineConfig) -> SamplingParams:
@@ -256,6 +258,8 @@ def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_len
             trust_remote_code=config.trust_remote_code,
         )
     if not on_gpu:  # whether a GPU's memory suffices is seen where it is used
+        if config.drafts_from_target and config.method != "ar":
+            infos = infos | {"draft": mtp_info(config.target, trust_remote_code=config.trust_remote_code)}
         _require_memory(config, infos, max_length)
 
 

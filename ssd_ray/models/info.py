@@ -19,6 +19,7 @@ from ssd_ray.models.adapters import adapter_fingerprint, adapter_folder, check_a
 from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.checkpoint import checkpoint_folder, fingerprint, is_gguf
 from ssd_ray.models.formats import checkpoint_format, is_widened, refuse_format
+from ssd_ray.models.mtp import mtp_config
 from ssd_ray.models.probe import probe_layers
 from ssd_ray.models.published import check_mtp
 from ssd_ray.models.quantize import Kind, quantised_bytes, refuse_kind
@@ -102,8 +103,10 @@ def model_info(
     quantize: Kind | None = None,
     device: torch.device = CPU,
     trust_remote_code: bool = False,
+    taps: int = 0,
 ) -> ModelInfo:
-    """Describe a model from its config.json alone; arguments as in :func:`load_runner`.
+    """Describe a model from its config.json alone; arguments as in :func:`load_runner`, and at how many places a head
+    reads it.
 
     Raises:
         ModelError: no such model.
@@ -118,16 +121,34 @@ def model_info(
         config = read_config(source, trust_remote_code)
         refuse_unsupported(config, role, trusted=trust_remote_code)
         length, dtype, how = max_positions(config), checkpoint_dtype(config), kind_for(config, quantize)
-        kept = tuple(what_layers_keep(config, dtype, length or UNLIMITED, trusted=trust_remote_code))
+        kept = what_layers_keep(config, dtype, length or UNLIMITED, trusted=trust_remote_code)
         return ModelInfo(
             vocab_size=config.get_text_config().vocab_size,
             max_length=length,
             eos_token_ids=_eos_token_ids(source, config),
             parameter_bytes=weight_bytes(source, config, dtype, quantize=how, device=device, trusted=trust_remote_code),
             kv_bytes_per_slot=sum(each.slot_bytes for each in kept),
-            kept=kept,
+            kept=tuple(with_taps(kept, config, dtype, taps)),
             state_bytes=state_bytes(config, dtype, trusted=trust_remote_code),
             quantised=how or checkpoint_format(config),
+        )
+
+
+def mtp_info(target: str | None, *, trust_remote_code: bool = False) -> ModelInfo:
+    """Describe the head for multi-token prediction in a target's checkpoint, of which :func:`head_taps` knows."""
+    source = find_source(target, "target")
+    with in_our_words("draft", source):
+        config = mtp_config(read_config(source, trust_remote_code))
+        length, dtype = max_positions(config), checkpoint_dtype(config)
+        kept = tuple(what_layers_keep(config, dtype, length or UNLIMITED, trusted=trust_remote_code))
+        here = source_bytes(source) > 0
+        return ModelInfo(
+            vocab_size=config.vocab_size,
+            max_length=length,
+            eos_token_ids=(),
+            parameter_bytes=count_parameters(config, trusted=trust_remote_code) * dtype.itemsize if here else 0,
+            kv_bytes_per_slot=sum(each.slot_bytes for each in kept),
+            kept=kept,
         )
 
 

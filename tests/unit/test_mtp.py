@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ssd_ray.cluster import preflight
 from ssd_ray.cluster.preflight import check
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ModelError
+from ssd_ray.models.info import ModelInfo
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.mtp import mtp_config
 from ssd_ray.models.reading import HeadRunner
+from ssd_ray.models.sources import Role
 from tests.support.engines import engine, target_alone
 from tests.support.tiny import save_model, tiny_model
 
@@ -99,6 +102,22 @@ def test_a_head_in_its_targets_checkpoint(tmp_path: Path, family: str) -> None:
     logits = made.append([0], [TOKENS[20:]], [20])[0]
     want = plain(base, own, TOKENS, read)[20:]
     torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def test_memory_is_counted_with_the_head_and_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, base, _ = with_head(tmp_path, "qwen3")
+    seen: list[dict[Role, ModelInfo]] = []
+    monkeypatch.setattr(preflight, "is_private", lambda: True)
+    monkeypatch.setattr(preflight, "_require_memory", lambda _, found, __: seen.append(found))
+    check(EngineConfig(target=target, draft="mtp", device="cpu"))
+    check(EngineConfig(target=target, method="ar", device="cpu"))
+    (read, head), (alone, none) = [(found["target"], found.get("draft")) for found in seen]
+    assert none is None
+    assert head is not None
+    made = load_runner("mtp", role="draft", target=target, rows=1, scratch=64, device="cpu", dtype="float32")
+    assert read.kept[0].slot_bytes == alone.kept[0].slot_bytes + 4 * made.reads
+    assert head.parameter_bytes == 4 * sum(weight.numel() for weight in base.parameters())
+    assert 0 < head.kept[0].slot_bytes < alone.kept[0].slot_bytes
 
 
 def test_texts_are_the_targets(tmp_path: Path) -> None:
