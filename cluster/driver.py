@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from ssd_ray.actors.links import DRIVER
 from ssd_ray.cluster.calls import call, own_error
+from ssd_ray.cluster.metrics import Metrics
 from ssd_ray.cluster.placement import Placer
 from ssd_ray.cluster.preflight import Fingerprints
 from ssd_ray.cluster.processes import Contact
@@ -66,6 +68,7 @@ class Driver:
         drafts = config.draft_actors
         runtime = RayRuntime()
         undo.callback(runtime.close)
+        self._metrics = Metrics(Path(config.target).name if config.target else "bundled")
         placer = Placer(config.device, drafts)
         self._supervisor = Supervisor(config, self._fingerprints, placer, self._turn_to, self._fail)
         undo.callback(self._supervisor.close)
@@ -268,6 +271,8 @@ class Driver:
             request = self._requests.take(message)
             hopeful = self._take_hopeful() if message.finish_reason is not None else []
         if request is not None:
+            if (ended := request.ended(message)) is not None:
+                self._metrics.ended(ended)
             request.deliver(message)
         for notify in hopeful:
             notify()

@@ -13,6 +13,7 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from ssd_ray.cluster.metrics import Ended
 from ssd_ray.config import SamplingParams
 from ssd_ray.errors import QueueFullError, SsdRayError
 from ssd_ray.stats import EngineStats, add
@@ -36,6 +37,7 @@ class Request:
         deadline: when it ends, however far it has come.
         text: the tokens that have been delivered.
         cancelled: nobody wants it any more.
+        arrived, first: when it was submitted, and when its first token came.
     """
 
     number: int
@@ -46,6 +48,15 @@ class Request:
     deadline: float = inf
     text: list[int] = field(default_factory=list)
     cancelled: bool = False
+    arrived: float = field(default_factory=monotonic)
+    first: float | None = None
+
+    def ended(self, message: Output) -> Ended | None:
+        """What its last message says of it; None if it goes on, or no target has had it."""
+        if message.finish_reason is None or message.stats is None:
+            return None
+        first = None if self.first is None else self.first - self.arrived
+        return Ended(message.finish_reason, message.stats, monotonic() - self.arrived, first)
 
     @property
     def timeout(self) -> float | None:
@@ -120,6 +131,8 @@ class Requests:
         if request is None:
             return None
         request.text += message.tokens
+        if request.text and request.first is None:
+            request.first = monotonic()
         if message.finish_reason is not None:
             del self._under_way[message.request]
             if message.stats is not None:
