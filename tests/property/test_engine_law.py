@@ -54,7 +54,7 @@ def p_value(
         for before, token in pairwise([each.seed % VOCABULARY, *text.tokens]):
             counts[before][token] += 1
     assert sum(sum(row.values()) for row in counts.values()) == requests * LENGTH
-    assert trouble or lives or pump.target.stats().tokens_per_round > 1.15
+    assert trouble or lives or pump.target.stats().tokens_per_round > 1.05  # with a C of 0 little is accepted
     statistic = sum(_statistic(model, before, row, temperature) for before, row in counts.items())
     return float(chi2.sf(statistic, len(counts) * (VOCABULARY - 1)))
 
