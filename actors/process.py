@@ -80,7 +80,7 @@ def in_target_tokens(config: EngineConfig, runner: ModelRunner) -> ModelRunner:
 
 def load_model(config: EngineConfig, role: str, scratch: int) -> Runner:
     """Load the target's or the draft's model as the configuration has it."""
-    reads = role == "target" and config.method != "ar" and not config.drafts_from_text
+    reads = role == "target" and config.runs_draft
     trust = config.trust_remote_code
     return load_runner(
         getattr(config, role),

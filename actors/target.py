@@ -34,7 +34,7 @@ class TargetActor:
         pin(cores)
         self._cores = cores
         self._stopping = False
-        inline = config.method == "sd" and not config.drafts_from_text
+        inline = config.method == "sd" and config.runs_draft
         self._channel = InlineChannel(channel) if inline else channel
         trust = config.trust_remote_code
         tokenizer = load_tokenizer(config.target, trust_remote_code=trust)

@@ -271,11 +271,11 @@ class Driver:
             request = self._requests.take(message)
             hopeful = self._take_hopeful() if message.finish_reason is not None else []
         if request is not None:
-            if (ended := request.ended(message)) is not None:
-                self._metrics.ended(ended)
             request.deliver(message)
         for notify in hopeful:
             notify()
+        if request is not None and (ended := request.ended(message)) is not None:
+            self._metrics.ended(ended)  # at last: nobody waits for it
 
     def _take_hopeful(self) -> list[Callable[[], None]]:
         hopeful, self._hopeful = self._hopeful, []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -45,8 +44,7 @@ def _tokens(histogram: Iterable[int]) -> int:
 
 def accepted_by_position(accepted: tuple[int, ...]) -> dict[str, float]:
     """Rounds that accepted the token at each position of a speculation, the first being 0."""
-    later = list(accumulate(reversed(accepted[1:])))
-    return {str(position): rounds for position, rounds in enumerate(reversed(later))}
+    return {str(position): sum(accepted[position + 1 :]) for position in range(len(accepted) - 1)}
 
 
 _COUNTERS: Mapping[str, tuple[str, Figures]] = {
@@ -106,13 +104,16 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self._tags = {MODEL: model}
-        self._counters = {name: self._made(metrics.Counter, name, text) for name, (text, _) in _COUNTERS.items()}
-        self._by = {name: self._made(metrics.Counter, name, text, by) for name, (text, by, _) in _COUNTERS_BY.items()}
-        self._ends = self._made(metrics.Counter, "vllm_request_success", "Requests that have ended.", "finished_reason")
-        self._histograms = {
-            name: self._made(metrics.Histogram, name, text, boundaries=bounds)
-            for name, (text, bounds, _) in _HISTOGRAMS.items()
-        }
+        made = self._made
+        self._counters = [(made(metrics.Counter, name, text), figure) for name, (text, figure) in _COUNTERS.items()]
+        self._by = [
+            (made(metrics.Counter, name, text, by), by, parts) for name, (text, by, parts) in _COUNTERS_BY.items()
+        ]
+        self._ends = made(metrics.Counter, "vllm_request_success", "Requests that have ended.", "finished_reason")
+        self._histograms = [
+            (made(metrics.Histogram, name, text, boundaries=bounds), value)
+            for name, (text, bounds, value) in _HISTOGRAMS.items()
+        ]
 
     def _made(self, kind: Any, name: str, text: str, *by: str, **options: Any) -> Any:
         made = kind(name, description=text, tag_keys=(MODEL, *by), **options)
@@ -121,15 +122,15 @@ class Metrics:
 
     def ended(self, ended: Ended) -> None:
         """Count a request that has ended."""
-        for name, (_, figure) in _COUNTERS.items():
-            _add(self._counters[name], figure(ended.stats), {})
-        for name, (_, by, parts) in _COUNTERS_BY.items():
+        for counter, figure in self._counters:
+            _add(counter, figure(ended.stats), {})
+        for counter, by, parts in self._by:
             for part, number in parts(ended.stats).items():
-                _add(self._by[name], number, {by: part})
+                _add(counter, number, {by: part})
         _add(self._ends, 1, {"finished_reason": ended.reason})
-        for name, (_, _, value) in _HISTOGRAMS.items():
+        for histogram, value in self._histograms:
             if (observed := value(ended)) is not None:
-                self._histograms[name].observe(observed)
+                histogram.observe(observed)
 
 
 def _add(counter: Any, number: float, tags: dict[str, str]) -> None:

@@ -147,7 +147,7 @@ def check(config: EngineConfig) -> Checked:
     shared = 1.0
     if config.method != "ar":
         config, shared = _with_draft(config)
-        if not config.drafts_from_text and not config.drafts_from_target:
+        if config.drafts_from_files:
             infos["draft"] = look(config.draft, role="draft")
     for role in infos:
         check_files(getattr(config, role), role=role)
@@ -173,7 +173,7 @@ def check(config: EngineConfig) -> Checked:
 
 def _check_head(config: EngineConfig) -> tuple[int, ...]:
     """Look whether a draft that reads the target fits it; where it reads."""
-    if config.method == "ar" or config.drafts_from_text:
+    if not config.runs_draft:
         return ()
     reads = head_taps(config.target, config.draft, trust_remote_code=config.trust_remote_code)
     if reads and config.sampler != "coupled":
@@ -258,7 +258,7 @@ def _require_machine(config: EngineConfig, infos: dict[Role, ModelInfo], max_len
             trust_remote_code=config.trust_remote_code,
         )
     if not on_gpu:  # whether a GPU's memory suffices is seen where it is used
-        if config.drafts_from_target and config.method != "ar":
+        if config.drafts_from_target:
             infos = infos | {"draft": mtp_info(config.target, trust_remote_code=config.trust_remote_code)}
         _require_memory(config, infos, max_length)
 

@@ -467,9 +467,19 @@ class EngineConfig:
         return self.draft == MTP_DRAFT and self.method != "ar"
 
     @property
+    def runs_draft(self) -> bool:
+        """Whether a draft is run: a model, or a head."""
+        return self.method != "ar" and not self.drafts_from_text
+
+    @property
+    def drafts_from_files(self) -> bool:
+        """Whether it has files of its own."""
+        return self.runs_draft and not self.drafts_from_target
+
+    @property
     def draft_actors(self) -> int:
         """How many draft actors there are at the start."""
-        return self.num_drafts if self.method == "ssd" and not self.drafts_from_text else 0
+        return self.num_drafts if self.method == "ssd" and self.runs_draft else 0
 
     @classmethod
     def from_kwargs(cls, **values: Any) -> EngineConfig:

@@ -128,14 +128,14 @@ def inspect_pair(config: EngineConfig) -> Pair:
     """
     look = partial(describe, quantize=config.quantised, trust_remote_code=config.trust_remote_code)
     models = {"target": look(config.target)}
-    if config.draft is not None and not config.drafts_from_text and not config.drafts_from_target:
+    if config.draft is not None and config.drafts_from_files:
         models["draft"] = look(config.draft, role="draft")
     limit = config.max_model_len or models["target"].info.max_length
     try:
         checked = check(config)
     except SsdRayError as error:
         return Pair(models, limit, config.draft, config.max_num_seqs, error)
-    if not checked.config.drafts_from_text and not config.drafts_from_target:
+    if checked.config.drafts_from_files:
         models.setdefault("draft", look(checked.config.draft, role="draft"))
     return Pair(models, checked.max_length, checked.config.draft, config.max_num_seqs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
@@ -47,37 +47,19 @@ class EagleHead(HeadModel):
 
     def combine(self, states: Tensor) -> Tensor:
         """The state to go on from, [tokens, hidden], of the target's, [tokens, ``reads``]."""
-        return self.body.combine(states)
-
-    def get_decoder(self) -> EagleBody:
-        """All but the output layer."""
-        return self.body
+        combined: Tensor = self.body.combine(states)
+        return combined
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Of the target's tokens."""
-        return self.body.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """Of the tokens that it proposes."""
-        return self.lm_head
+        embedding: nn.Embedding = self.body.embed_tokens
+        return embedding
 
     @property
     def proposed(self) -> Tensor:
         """The target's tokens for the head's own, int64 [draft vocabulary]."""
         offsets: Tensor = self.d2t
         return torch.arange(len(offsets), device=offsets.device) + offsets
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutput:
-        """Logits over the head's own vocabulary; arguments as transformers has them."""
-        output = self.body(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
-        return CausalLMOutput(logits=self.lm_head(output.last_hidden_state))
 
 
 class EagleBody(nn.Module):

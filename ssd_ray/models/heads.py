@@ -6,7 +6,7 @@ and of SGLang (a Llama's config with ``draft_vocab_size``), and that of the libr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,13 +104,7 @@ def _from_authors(config: Mapping[str, Any]) -> Head:
         )
     own = _layer_config({**config, "model_type": "llama"})
     layers = said.get("eagle_aux_hidden_state_layer_ids")  # numbers of layers whose outputs are read
-    return Head(
-        config=own,
-        draft_vocab_size=config.get("draft_vocab_size") or own.vocab_size,
-        target_hidden_size=config.get("target_hidden_size") or own.hidden_size,
-        layers=tuple(layer + 1 for layer in layers) if layers else None,
-        **_flags(config),
-    )
+    return _head(config, own, [layer + 1 for layer in layers or ()])
 
 
 def _from_speculators(config: Mapping[str, Any]) -> Head:
@@ -121,18 +115,19 @@ def _from_speculators(config: Mapping[str, Any]) -> Head:
         raise UnsupportedModelError(f"draft: the layers of this head are those of {kind!r}; those of {KINDS} work")
     own = _layer_config(described)
     layers = config.get("eagle_aux_hidden_state_layer_ids")  # how many layers come before
+    return _head(config, own, layers or ())
+
+
+def _head(config: Mapping[str, Any], own: PreTrainedConfig, layers: Sequence[int]) -> Head:
+    """What both formats call alike."""
+    flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
     return Head(
         config=own,
         draft_vocab_size=config.get("draft_vocab_size") or own.vocab_size,
         target_hidden_size=config.get("target_hidden_size") or own.hidden_size,
-        layers=tuple(layers) if layers else None,
-        **_flags(config),
+        layers=tuple(layers) or None,
+        **{name: bool(config.get(name)) for name in flags},
     )
-
-
-def _flags(config: Mapping[str, Any]) -> dict[str, bool]:
-    names = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-    return {name: bool(config.get(name)) for name in names}
 
 
 def _layer_config(described: Mapping[str, Any]) -> PreTrainedConfig:

@@ -392,7 +392,7 @@ def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool = Fa
 def with_taps(kept: Sequence[Kept], config: PreTrainedConfig, dtype: torch.dtype, taps: int) -> list[Kept]:
     """What is kept of a token with its hidden states at so many places, which a target keeps where layers see all."""
     own = taps * int(config.get_text_config().hidden_size) * dtype.itemsize
-    whole = next((index for index, each in enumerate(kept) if not each.reach.size), 0)
+    whole = next((index for index, each in enumerate(kept) if each.reach.whole), 0)
     return [replace(each, slot_bytes=each.slot_bytes + (index == whole) * own) for index, each in enumerate(kept)]
 
 

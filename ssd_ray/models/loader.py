@@ -132,7 +132,7 @@ def load_runner(
             compile=compile,
             vocab_size=vocab_size,
             quantize=loading.quantizing(kind, siblings=not compile),
-            **({"taps": taps} if taps else {}),
+            taps=taps,
         )
         if calibrated:
             parts = config.to_json_string(), str(kind), loading.quantize, str(loading.device), rows, compile, *taps

@@ -6,12 +6,14 @@ and keeping them are one call each in a recorded forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutput
 
 from ssd_ray.models.replay import opaque
 from ssd_ray.models.slots import Window
@@ -36,19 +38,21 @@ class Memory:
 
 
 class HeadModel(PreTrainedModel):
-    """A head as a causal LM. Its decoder has the attribute ``memory``; without one the states before all tokens are
-    zero.
+    """A head as a causal LM.
 
     Attributes:
+        body: all but the output layer. It has the attribute ``memory``; without one the states before all tokens are
+            zero.
+        lm_head: the output layer, of the tokens that it proposes.
         reads: numbers of its target's that it reads of each token.
-        combine: makes the state to go on from, [tokens, hidden], of the target's, [tokens, ``reads``].
     """
 
     _supports_attention_backend = True
     _supports_sdpa = True
 
+    body: Any
+    lm_head: Any
     reads: int
-    combine: Callable[[Tensor], Tensor]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -62,6 +66,30 @@ class HeadModel(PreTrainedModel):
     def proposed(self) -> Tensor:
         """The target's tokens for the head's own, int64 [draft vocabulary]."""
         return torch.arange(self.config.vocab_size, device=self.device)
+
+    def combine(self, states: Tensor) -> Tensor:
+        """The state to go on from, [tokens, hidden], of the target's, [tokens, ``reads``]: these, as they are."""
+        return states
+
+    def get_decoder(self) -> Any:
+        """All but the output layer."""
+        return self.body
+
+    def get_output_embeddings(self) -> Any:
+        """The output layer."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits over the tokens that it proposes; arguments as transformers has them."""
+        output = self.body(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+        return CausalLMOutput(logits=self.lm_head(output.last_hidden_state))
 
 
 @opaque(lambda tokens, memory: (tokens,))

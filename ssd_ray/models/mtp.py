@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ssd_ray.errors import ModelError
@@ -76,35 +75,10 @@ class MtpHead(HeadModel):
         self.lm_head = base.get_output_embeddings()
         self.reads = base.config.hidden_size
 
-    def combine(self, states: Tensor) -> Tensor:
-        """The target's states as they are."""
-        return states
-
-    def get_decoder(self) -> MtpBody:
-        """All but the output layer."""
-        return self.body
-
     def get_input_embeddings(self) -> nn.Module:
         """Of the target's tokens."""
         embedding: nn.Module = self.body.base.get_input_embeddings()
         return embedding
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Of the target's tokens."""
-        output: nn.Module = self.lm_head
-        return output
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutput:
-        """Logits; arguments as transformers has them."""
-        output = self.body(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
-        return CausalLMOutput(logits=self.lm_head(output.last_hidden_state))
 
 
 class MtpBody(nn.Module):

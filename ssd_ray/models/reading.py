@@ -91,8 +91,8 @@ class HeadRunner(HFRunner):
 
     @torch.inference_mode()
     def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
-        for row, some, start in zip(rows, tokens, starts, strict=True):
-            self._kv.locate_trunk([(row, start, start + len(some))])
+        places = [(row, start, start + len(some)) for row, some, start in zip(rows, tokens, starts, strict=True)]
+        self._kv.locate_trunk(places)  # all are there, before any is written
         logits = []
         for row, some, start in zip(rows, tokens, starts, strict=True):
             slots = torch.arange(start, start + len(some))[None]

@@ -104,8 +104,7 @@ class RecurrentRunner(ModelRunner):
     Tokens give the same logits up to rounding, not to the last bit, in whatever company they come.
 
     Args:
-        model, rows, max_length, scratch, prefill_chunk, page_slots, pages, vocab_size, quantize, taps: as
-            of
+        model, rows, max_length, scratch, prefill_chunk, page_slots, pages, vocab_size, quantize, taps: as of
             :class:`~ssd_ray.models.runner.HFRunner`.
         checked: whether the model is prepared, and its logits over states that were taken and rolled back are compared
             with those of a plain forward.

@@ -41,7 +41,7 @@ class Taps:
 
     def __init__(self, model: PreTrainedModel, places: Sequence[int], kv: SlotCache) -> None:
         text = model.config.get_text_config()
-        pool = next((index for index, each in enumerate(kv.pools) if not each.reach.size), None)
+        pool = next((index for index, each in enumerate(kv.pools) if each.reach.whole), None)
         if pool is None:
             raise UnsupportedModelError("all layers of the target have windows, which a head cannot read beyond")
         self._width, self._window, self._index = int(text.hidden_size), kv.window, pool
