@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from ssd_ray.errors import ModelError
 from ssd_ray.models.checkpoint import few
+from ssd_ray.models.graphs import cache_name
 from ssd_ray.models.heads import Head
 from ssd_ray.models.memory import HeadModel, Memory, keep_after, mask_of_text, states_before
 
@@ -81,6 +82,7 @@ class EagleBody(nn.Module):
         self.rotary_emb = rotary(config)
         self.memory: Memory | None = None
         self._keeps_normed = head.norm_output
+        self._cache_name = cache_name(self.layers[0].self_attn)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,7 +118,7 @@ class EagleBody(nn.Module):
             "attention_mask": attention_mask,
             "position_embeddings": self.rotary_emb(tokens, position_ids),
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self._cache_name: past_key_values,
         }
         first, *others = self.layers
         states = first(tokens, states, **common)
