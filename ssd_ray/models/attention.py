@@ -71,11 +71,13 @@ class Part:
 
     def queries(self, line: Tensor) -> Tensor:
         """The part's queries, [G, heads, T, D], of a line's, [1, heads, N, D]."""
-        _, heads, _, dim = line.shape
-        taken = line[0, :, self.start : self.start + self.rows * self.tokens]
+        _, heads, length, dim = line.shape
+        count = self.rows * self.tokens
         if self.take is not None:
-            taken = line[0].index_select(1, self.take)
-        return taken.view(heads, self.rows, self.tokens, dim).transpose(0, 1)
+            line = line.index_select(2, self.take)
+        elif count < length:
+            line = line[:, :, self.start : self.start + count]
+        return line if self.rows == 1 else line.view(heads, self.rows, self.tokens, dim).transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,9 @@ def _by_parts(query: Tensor, keys: Read, values: Sequence[Tensor], terms: Terms)
             output = _folded(queries, key, value, part.folded_mask(queries.shape[1] // key.shape[1]), terms)
         else:
             output = _attend(queries, key, value, part.mask, terms)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [G * T, heads, D]
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return (joined if layout.restore is None else joined.index_select(0, layout.restore))[None].contiguous()
+        outputs.append(output.transpose(1, 2).reshape(1, -1, output.shape[1], output.shape[3]))  # [1, G * T, heads, D]
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return joined.contiguous() if layout.restore is None else joined.index_select(1, layout.restore)
 
 
 def _attend(

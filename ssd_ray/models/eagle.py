@@ -77,12 +77,13 @@ class EagleBody(nn.Module):
         norms = [norm(head.target_hidden_size, eps=epsilon) for _ in range(head.states)]
         self.fc_norm = nn.ModuleList(norms) if head.fc_norm else None
         others = [layer(config, index) for index in range(1, config.num_hidden_layers)]
-        self.layers = nn.ModuleList([FirstLayer(config, head), *others])
+        first = FirstLayer(config, head)
+        self.layers = nn.ModuleList([first, *others])
         self.norm = norm(hidden, eps=epsilon)
         self.rotary_emb = rotary(config)
         self.memory: Memory | None = None
         self._keeps_normed = head.norm_output
-        self._cache_name = cache_name(self.layers[0].self_attn)
+        self._cache_name = cache_name(first.self_attn)
 
     @property
     def dtype(self) -> torch.dtype:

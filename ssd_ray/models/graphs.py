@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ssd_ray.models.fusions import fused
 from ssd_ray.models.reach import Sight
 from ssd_ray.models.replay import CannotRecordError, replay, trace
 from ssd_ray.models.slots import ALL, KeysValues, SlotCache, Stretch, gather, write
@@ -33,6 +34,9 @@ LineForward = Callable[[Sequence[Stretch], Tensor, Tensor, Sequence[Tensor], Seq
 """(stretches, tokens, positions, written, queries) -> logits [N, V]: tokens and positions int64 [N], of the stretches
 one after the other and then padding, which is computed and not written; addresses int64 [tokens but the padding] for
 each reach of the model's layers; queries as in :meth:`~ssd_ray.models.slots.SlotCache.aim_line`."""
+
+Replay = Callable[[Tensor, Tensor], Tensor]
+"""(tokens, positions) -> logits or states, [1, N] and [1, N] to [N, ..]."""
 
 Pools = list[KeysValues]
 """K and V of each layer."""
@@ -117,21 +121,21 @@ class EagerLine:
 
 
 class ReplayedLine(EagerLine):
-    """The plain forward's calls without the model's Python.
+    """The plain forward's calls without the model's Python, and fewer of them.
 
     A replay has to give the model's bits for each number of tokens when that is first met, and is not used for one with
     which it does not; a model that cannot be traced is left to the plain forward. What is read of the KV is no part of
     a trace: only our attention looks at it.
 
     Attributes:
-        replayed: by numbers of tokens that were met since there is a replay, whether it is used.
+        replayed: by numbers of tokens that were met since there is a replay, the one that is used, if any.
     """
 
     def __init__(self, model: PreTrainedModel, kv: SlotCache) -> None:
         super().__init__(model, kv)
         self._until_traced = TRACED_AT
-        self._replay: Callable[..., Tensor] | None = None
-        self.replayed: dict[int, bool] = {}
+        self._replays: list[Replay] = []
+        self.replayed: dict[int, Replay | None] = {}
 
     def __call__(
         self,
@@ -148,23 +152,20 @@ class ReplayedLine(EagerLine):
         return super().__call__(stretches, tokens, positions, written, queries)
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self._replay is None:
+        if not self._replays:
             return super()._run(tokens, positions)
         count = tokens.shape[1]
         if count not in self.replayed:
-            return self._compare(self._replay, tokens, positions)
-        return self._replay(tokens, positions) if self.replayed[count] else super()._run(tokens, positions)
+            return self._choose(tokens, positions)
+        replayed = self.replayed[count]
+        return super()._run(tokens, positions) if replayed is None else replayed(tokens, positions)
 
-    def _compare(self, replayed: Callable[..., Tensor], tokens: Tensor, positions: Tensor) -> Tensor:
-        """Find out whether a replay gives the plain forward's bits for so many tokens; returns these."""
-        try:
-            got = replayed(tokens, positions)
-        except Exception:  # the plain forward decides whether it is an error
-            got = None
-        logits = super()._run(tokens, positions)
-        self.replayed[tokens.shape[1]] = same = got is not None and torch.equal(got, logits)
-        if not same:
-            logger.info("%d tokens are run plainly: a replay gives other bits", tokens.shape[1])
+    def _choose(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Find out which replay gives the plain forward's bits for so many tokens; returns these."""
+        count, logits = tokens.shape[1], super()._run(tokens, positions)
+        self.replayed[count] = next((each for each in self._replays if _gives(each, tokens, positions, logits)), None)
+        if self.replayed[count] is None:
+            logger.info("%d tokens are run plainly: a replay gives other bits", count)
         return logits
 
     def _trace(self, aim: Callable[[int], None]) -> None:
@@ -177,9 +178,21 @@ class ReplayedLine(EagerLine):
                 traces.append(trace(super()._run, tokens=inputs, positions=inputs.clone()))
             if self._kv.window.asked:
                 raise CannotRecordError("it asks how much KV is read")
-            self._replay = replay(*traces)
+            self._replays = [replay(*traces)]
         except Exception as error:  # whatever it is, the plain forward decides whether it is one
             logger.info("%s is run plainly, not replayed: %s", type(self._model).__name__, error)
+            return
+        try:
+            self._replays.insert(0, replay(*map(fused, traces)))
+        except Exception as error:  # then all of its calls are made
+            logger.info("%s is replayed as it is: %s", type(self._model).__name__, error)
+
+
+def _gives(replayed: Replay, tokens: Tensor, positions: Tensor, want: Tensor) -> bool:
+    try:
+        return torch.equal(replayed(tokens, positions), want)
+    except Exception:  # the plain forward has decided that it is none
+        return False
 
 
 def decoding_forward(model: PreTrainedModel, kv: SlotCache, *, compile: bool) -> Forward:

@@ -34,7 +34,9 @@ class CannotRecordError(Exception):
     """The function looks at values, or does something else with another length: another call may, too."""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """One call of a trace."""
+
     function: Callable[..., Any]
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
@@ -45,7 +47,7 @@ class Trace(NamedTuple):
     """One run of a function."""
 
     inputs: Mapping[str, Tensor]
-    calls: Sequence[_Call]
+    calls: Sequence[Call]
     result: Tensor
 
 
@@ -102,7 +104,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -113,7 +115,7 @@ class _Recorder(TorchFunctionMode):
         with _disable_current_modes() if func in _OPAQUE else nullcontext():
             result = func(*args, **kwargs)
         if any(_tensors(result)) or (result is None and any(_tensors(args))):
-            self.calls.append(_Call(func, args, kwargs, result))
+            self.calls.append(Call(func, args, kwargs, result))
         return result
 
 
@@ -151,7 +153,7 @@ class _Source:
         for name, value in one.inputs.items():
             self._bind(value, other.inputs[name], name)
 
-    def add(self, call: _Call, other: _Call) -> None:
+    def add(self, call: Call, other: Call) -> None:
         function = self._expression(call.function, other.function)
         args = [self._expression(*pair) for pair in _pairs(call.args, other.args)]
         if call.kwargs.keys() != other.kwargs.keys():

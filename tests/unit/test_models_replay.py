@@ -197,10 +197,10 @@ def test_a_number_of_tokens_with_other_bits_is_run_plainly_and_said(caplog: pyte
     runner, plain = (HFRunner(tiny_model("llama"), **SIZE) for _ in range(2))
     run_plainly(plain)
     line = runner._line
-    line._until_traced, line._replay = 0, lambda tokens, positions: torch.zeros(1)
+    line._until_traced, line._replays = 0, [lambda tokens, positions: torch.zeros(1)]
     with caplog.at_level("INFO", "ssd_ray"):
         for _ in range(3):
             (got,), (want,) = (each.append([0], [[1, 2]], [0]) for each in (runner, plain))
             assert torch.equal(got, want)
-    assert line.replayed == {2: False}
+    assert line.replayed == {2: None}
     assert [record.getMessage() for record in caplog.records] == ["2 tokens are run plainly: a replay gives other bits"]
