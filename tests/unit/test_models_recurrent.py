@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from ssd_ray.errors import UnsupportedModelError
@@ -15,6 +16,7 @@ from ssd_ray.models.runners import make_runner
 from tests.support.tiny import tiny_model
 
 SIZE: dict[str, Any] = {"rows": 2, "max_length": 128, "scratch": 32, "page_slots": 16}
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 TOKENS = torch.randint(1, 96, (60,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -78,10 +80,19 @@ def test_a_state_takes_no_more_memory_than_its_own() -> None:
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in state)
 
 
-def test_who_takes_no_heed_of_a_state_beside_several_tokens_is_found() -> None:
+@pytest.mark.parametrize(
+    ("name", "stepwise"),
+    [
+        ("mamba", True),
+        ("mamba2", False),
+        ("lfm2", False),
+        pytest.param("nemotron_h", True, marks=pytest.mark.skipif(OLD, reason="keeps more than is in its cache")),
+        ("zamba2", True),
+    ],
+)
+def test_who_takes_no_heed_of_a_state_beside_several_tokens_is_found(name: str, stepwise: bool) -> None:
     """Or computes something else then, as two of these do for some tokens."""
-    stepwise = {"mamba": True, "mamba2": False, "lfm2": False, "nemotron_h": True, "zamba2": True}
-    assert {name: RecurrentRunner(tiny_model(name), **SIZE)._stepwise for name in stepwise} == stepwise
+    assert RecurrentRunner(tiny_model(name), **SIZE)._stepwise == stepwise
 
 
 def test_who_takes_no_heed_of_a_state_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
