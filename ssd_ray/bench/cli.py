@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,7 +83,7 @@ def methods(
     for each in params:
         out.print(_table([result for result in results if result.temperature == each.temperature], each, len(chosen)))
     out.print(verdict(results))
-    print(json.dumps({"bench": "methods", "machine": machine(), "results": [result.as_dict() for result in results]}))
+    _report("methods", [result.as_dict() for result in results])
 
 
 @app.command()
@@ -126,7 +125,7 @@ def batches(
     title = f"temperature {temperature:g}, {max_tokens} tokens each, {repeat} times; medians"
     _console().print(_batches_table(figures, title))
     results = [_rounded(each) for each in figures]
-    print(json.dumps({"bench": "batches", "machine": machine(), "results": results}))
+    _report("batches", results)
 
 
 @app.command()
@@ -158,7 +157,7 @@ def soak(
     for name, each in report.memory.items():
         table.add_row(name, f"{each.start:.0f}", f"{each.end:.0f}", f"{each.growth:+.2f}")
     _console().print(table)
-    print(json.dumps({"bench": "soak", "machine": machine(), "results": asdict(report)}))
+    _report("soak", asdict(report))
 
 
 @app.command()
@@ -208,7 +207,7 @@ def policies(
     if plot is not None:
         draw(figures, plot, title)
     results = [_rounded(figure) for figure in figures]
-    print(json.dumps({"bench": "policies", "machine": machine(), "hardware": asdict(hardware), "results": results}))
+    _report("policies", results, hardware=asdict(hardware))
 
 
 @app.command()
@@ -306,7 +305,7 @@ def costs(
         figures = list(examine(config))
     for each in figures:
         _console().print(_costs_table(each))
-    print(json.dumps({"bench": "machine", "machine": machine(), "results": [asdict(each) for each in figures]}))
+    _report("machine", [asdict(each) for each in figures])
 
 
 def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:
@@ -459,11 +458,22 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    from ssd_ray.models.processor import processor
+
+    name, instructions = processor()
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": name,
+        "instructions": instructions,
+        "limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "cores": cores(),
-        "gpu": gpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _report(bench: str, results: Any, **more: Any) -> None:
+    """Say what was measured on, and write all figures down as a line of JSON."""
+    on = machine()
+    said = ", ".join([*on["instructions"], *([f"limited to {on['limit']}"] if on["limit"] else [])])
+    _console().print(f"Measured on {on['processor']}, {on['cores']} cores{said and f' ({said})'}.")
+    print(json.dumps({"bench": bench, "machine": on, **more, "results": results}))

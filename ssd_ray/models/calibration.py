@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from ssd_ray.config import MAX_LOOKAHEAD
 from ssd_ray.models.clock import forward_clock
 from ssd_ray.models.contract import UNBOUND, ModelRunner
+from ssd_ray.models.processor import processor
 from ssd_ray.saguaro.costs import Measured
 
 logger = logging.getLogger(__name__)
@@ -276,18 +276,8 @@ def machine_name(*parts: Any) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", ""), torch.backends.cpu.get_cpu_capability()
     versions = FORMAT, torch.__version__, transformers.__version__
-    whole = repr((platform.machine(), _processor(), cores, torch.get_num_threads(), isa, versions, *parts))
+    whole = repr((processor(), cores, torch.get_num_threads(), isa, versions, *parts))
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def cache_path(name: str) -> Path | None:
