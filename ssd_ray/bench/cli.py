@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ssd_ray.bench.methods import OWN, THEIRS, Result, compare, on_cores, per_round, target_cores, verdict
 from ssd_ray.bench.prompts import held_out_prompts
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.config import EngineConfig, Quantize, SamplingParams
 
 if TYPE_CHECKING:
     from ssd_ray.bench.batches import Figure as BatchFigure
@@ -55,6 +55,10 @@ def methods(
     lookahead: Annotated[int | None, typer.Option(help="Default: auto.")] = None,
     num_drafts: Annotated[int, typer.Option(min=0)] = 1,
     dtype: Annotated[str, typer.Option()] = "auto",
+    quantize: Annotated[
+        Quantize,
+        typer.Option(help="Bits of weights in our engines alone.", metavar="<choice>"),
+    ] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     transport: Annotated[str, typer.Option()] = "auto",
     lookup: Annotated[bool, typer.Option(help="Look tokens up in the text, too.")] = True,
@@ -68,6 +72,7 @@ def methods(
         lookahead=lookahead or "auto",
         num_drafts=num_drafts,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         transport=transport,
         max_num_seqs=1,
