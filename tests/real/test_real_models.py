@@ -15,13 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssd_ray import LLM, SamplingParams
 from ssd_ray.chat import chat_prompt
+from ssd_ray.config import EngineConfig
+from ssd_ray.models.contract import PAGE_SLOTS
 from ssd_ray.models.info import load_tokenizer, model_info
+from tests.support.engines import engine
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(7200)]
 
 QUESTIONS = ("What is the capital of France? Answer with one word.", "Say hello.")
 TEXTS = ("def add(a, b):",)
-CHAT_TOKENS, TEXT_TOKENS, CONTEXT = 64, 32, 512
+CHAT_TOKENS, TEXT_TOKENS, CONTEXT, SHORT = 64, 32, 512, 192
+EIGHT = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=100)
 GIB = 2**30
 
 
@@ -62,6 +66,41 @@ def test_texts_are_those_of_transformers(models, method: str, record_property: C
         record_property("engine up after", f"{monotonic() - start:.1f} s")
         outputs = llm.generate([tokens for tokens, _ in each], [params for _, params in each])
     assert [(output.token_ids, output.text) for output in outputs] == expected
+
+
+@pytest.fixture(scope="module")
+def written_alone(models) -> tuple[list[list[int]], list[list[int]]]:
+    """Eight parts of a real text, and what plain decoding writes behind each with memory enough."""
+    tokens = load_tokenizer(str(models.target))(Path(__file__).read_text()).input_ids
+    parts = [tokens[20 * number : 20 * number + 45 + number] for number in range(8)]
+    with engine(config(models, method="ar"), "memory") as generate:
+        return parts, generate(parts, EIGHT)[0]
+
+
+def config(models, **options: object) -> EngineConfig:
+    """Of eight rows, short ones."""
+    folders = {"target": str(models.target), "draft": str(models.draft)}
+    common = {"dtype": "float32", "device": "cpu", "max_model_len": SHORT, "max_num_seqs": 8}
+    return EngineConfig.from_kwargs(**folders | common | options)
+
+
+def test_eight_at_once_where_memory_is_scarce(models, written_alone) -> None:
+    parts, expected = written_alone
+    slots = 2 * (SHORT // PAGE_SLOTS + 1) * PAGE_SLOTS
+    memory = slots * model_info(str(models.target)).kv_bytes_per_slot * 2 / GIB  # which counts two bytes a number
+    with engine(config(models, kv_memory=memory), "memory") as generate:
+        texts, stats = generate(parts, EIGHT)
+    assert texts == expected
+    assert sum(each.preemptions for each in stats) > 0
+
+
+def test_a_prefix_that_is_there_already(models, written_alone) -> None:
+    parts, expected = written_alone
+    with engine(config(models), "memory") as generate:
+        generate([parts[-1][:-8]], EIGHT)
+        (text,), (stats,) = generate([parts[-1]], EIGHT)
+    assert text == expected[-1]
+    assert stats.cached_tokens >= PAGE_SLOTS
 
 
 LOAD = f"""
