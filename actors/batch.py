@@ -126,7 +126,8 @@ class Batch:
         """Give a row its KV row and the pages for its tokens, if they are there."""
         tokens = row.session.tokens
         number = min(set(range(self._runner.rows)) - {other.number for other in self.rows})
-        lease = self.pool.lease(number, tokens[:-1] if self._caching else ())
+        longest = row.session.longest + self._shape
+        lease = self.pool.lease(number, tokens[:-1] if self._caching else (), longest)
         slots, filled = len(tokens) + self._shape, lease.shared * self.pool.slots
         # Those who run may soon need a page each. Looked at first, since taking pages would empty the cache.
         if not lease.fits(slots, spare=len(self.rows)) or not lease.cover(filled, slots):

@@ -303,7 +303,9 @@ class Draft:
             self._doubt()
             return
         noise, penalties, row = self._noise(message.params), self._penalties(message), min(free)
-        lease = self.pool.lease(row, message.tokens[:-1] if self._prefix_cache else ())
+        asked = message.params.max_tokens
+        longest = self._runner.max_length if asked is None else message.prompt_tokens + asked + SCRATCH
+        lease = self.pool.lease(row, message.tokens[:-1] if self._prefix_cache else (), longest)
         try:
             session = self._new_session(message, lease)
             seat = Seat(session, noise, penalties, row, lease, self._outcomes)

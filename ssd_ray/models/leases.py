@@ -1,5 +1,8 @@
 """Who has which pages of the KV memory: leases of running sequences, and a prefix cache of what they gave back.
 
+Pages that follow one another are read as they lie, others are copied first. So a sequence begins where there is room
+for what it may come to: among free pages, or in place of cached ones, those that are unused longest.
+
 The cache is a tree of full pages: a page is found by the tokens in it below the page of the tokens before it. Tokens
 are compared, not hashes, so what is found is what was meant. A page in the tree is never written again; any number of
 leases may share it. Pages that nobody uses stay until their room is wanted, the longest unused first.
@@ -11,7 +14,9 @@ in the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 from ssd_ray.models.contract import UNBOUND, ModelRunner
 from ssd_ray.models.reach import EVERYTHING, Reach
@@ -21,6 +26,11 @@ BEFORE = -2
 
 GONE = UNBOUND
 """In place of a page whose room was wanted, or that a lease gave back."""
+
+
+FORESEEN = 512
+"""Slots beyond those that a sequence begins with for which room is looked for: many end before they have all the tokens
+that were asked for, and room is made by forgetting what others may come back to."""
 
 
 class CachedPage:
@@ -60,10 +70,12 @@ class PagePool:
         self.reach, self._ahead = reach, ahead
         self._lane = max(1, self.size // rows)
         self._lanes = pages[: rows * self._lane : self._lane]
-        self._free = set(pages)
+        self._free, self._start = set(pages), pages.start
         self._root = CachedPage(-1, None, ())
         self._idle: dict[CachedPage, None] = {}  # nobody's, the longest unused first
         self._leases: set[Lease] = set()
+        self._owners: dict[int, CachedPage] = {}  # of the pages in the cache
+        self._promised: dict[Lease, range] = {}  # where each that runs may come to
 
     @property
     def available(self) -> int:
@@ -83,14 +95,15 @@ class PagePool:
         the page that the position is in, as somebody else may."""
         return self.reach.start(position - position % self.slots) // self.slots
 
-    def lease(self, tokens: Sequence[int] = ()) -> Lease:
-        """Begin a lease with the cached pages of the longest beginning of these tokens."""
+    def lease(self, tokens: Sequence[int] = (), longest: int = 0) -> Lease:
+        """Begin a lease with the cached pages of the longest beginning of these tokens, of a sequence that may come to
+        so many slots."""
         found = self.find(tokens)
-        return self.begin(found[: max(self.usable(found), default=0)])
+        return self.begin(found[: max(self.usable(found), default=0)], longest)
 
-    def begin(self, pages: Sequence[CachedPage]) -> Lease:
-        """Begin a lease with pages that were found."""
-        lease = Lease(self, pages)
+    def begin(self, pages: Sequence[CachedPage], longest: int = 0) -> Lease:
+        """Begin a lease with pages that were found, of a sequence that may come to so many slots."""
+        lease = Lease(self, pages, longest)
         self._leases.add(lease)
         return lease
 
@@ -119,42 +132,69 @@ class PagePool:
                 usable.add(place)
         return usable
 
-    def _take(self, count: int, after: int) -> list[int] | None:
-        """Take pages out of the pool, those that follow ``after`` if they are free; None if they are not so many."""
+    def _take(self, count: int, lease: Lease, foreseen: int) -> list[int] | None:
+        """Take pages out of the pool for a lease, those that follow its last one if they are free; None if they are not
+        so many. ``foreseen``, at least as many, may be taken in the end."""
         if count > self.available:
             return None
-        while len(self._free) < count:
-            # A leaf: whoever holds a page holds those before it, and lets go of the deepest first.
-            self._evict(next(iter(self._idle)))
         taken: list[int] = []
-        for _ in range(count):
+        after = lease.pages[-1] if lease.pages else BEFORE
+        for left in range(count, 0, -1):
             number = after + 1
             if number not in self._free:
-                number = self._begin(count) if after == BEFORE else self._begin_run(count - len(taken))
+                first = after == BEFORE
+                number = self._begin(first, left, foreseen if first else left)
+                if first:
+                    self._promised[lease] = range(number, number + foreseen)
             self._free.remove(number)
             taken.append(number)
             after = number
         return taken
 
-    def _begin(self, count: int) -> int:
-        """A free page for a sequence to begin with: the first lane's that is free as a whole."""
-        for start in self._lanes:
+    def _begin(self, first: bool, count: int, foreseen: int) -> int:
+        """A free page to go on from: for the first one of a sequence the first lane's that is free as a whole."""
+        for start in self._lanes if first else ():
             if self._free.issuperset(range(start, start + max(count, self._lane))):
                 return start
-        return self._begin_run(count)
+        for wanted in (foreseen, count):
+            start, size = _longest_run(self._free.difference(*self._promised.values()))
+            if size >= wanted:  # its middle, so that whoever comes before can go on, too, if there is room for both
+                return start + min(size // 2, size - wanted)
+            if (place := self._longest_unused(wanted)) is not None:
+                return place
+        if not self._free:
+            self._evict(next(iter(self._idle)))
+        return _longest_run(self._free)[0]
 
-    def _begin_run(self, count: int) -> int:
-        """A free page from which a sequence can go on: the middle of the longest run of free pages, so that whoever
-        comes before can go on, too; its beginning if ``count`` pages need that."""
-        longest, size, start = -1, 0, -1
-        for number in sorted(self._free):
-            start = number if number - 1 not in self._free else start
-            if number - start + 1 > size:
-                longest, size = start, number - start + 1
-        return longest + min(size // 2, max(0, size - count))
+    def _longest_unused(self, count: int) -> int | None:
+        """Free so many pages in a row, of which the cache has some: those that are unused longest. The first of them;
+        None if of any so many one is somebody's, or is to be."""
+        if count > self.size:
+            return None
+        ages = np.full(self.size, np.inf)
+        ages[[number - self._start for number in self._free.difference(*self._promised.values())]] = -1.0
+        ages[[page.number - self._start for page in self._idle]] = np.arange(len(self._idle))
+        newest = np.lib.stride_tricks.sliding_window_view(ages, count).max(1)
+        place = int(newest.argmin())
+        if newest[place] == np.inf:
+            return None
+        place += self._start
+        for number in range(place, place + count):
+            if number not in self._free:
+                self._forget(self._owners[number])
+        return place
+
+    def _forget(self, page: CachedPage) -> None:
+        """Evict a page and, where there is no window, those behind it, which nobody finds without it."""
+        pages = [page]
+        for each in pages if not self.reach.size else ():
+            pages.extend(each.children.values())
+        for each in reversed(pages):
+            self._evict(each)
 
     def _evict(self, page: CachedPage) -> None:
         del self._idle[page]
+        del self._owners[page.number]
         self._free.add(page.number)
         page.number = GONE
         while page.parent is not None and page.number == GONE and not page.children and not page.users:
@@ -176,6 +216,8 @@ class PagePool:
             raise AssertionError("a page is lost, or has two owners")
         if any(page.users != held.count(page) for page in nodes):
             raise AssertionError("a cached page miscounts its users")
+        if self._owners != {page.number: page for page in cached}:
+            raise AssertionError("a cached page is not known by its number")
         if set(self._idle) != {page for page in cached if not page.users}:
             raise AssertionError("the idle pages are not those that nobody uses")
         if any(page.number == GONE and not page.children and not page.users for page in nodes):
@@ -192,6 +234,17 @@ class PagePool:
         return pages
 
 
+def _longest_run(numbers: Iterable[int]) -> tuple[int, int]:
+    """Where the longest run of numbers begins, and its length."""
+    longest, size, start, before = -1, 0, -1, -2
+    for number in sorted(numbers):
+        start = number if number - 1 != before else start
+        before = number
+        if number - start + 1 > size:
+            longest, size = start, number - start + 1
+    return longest, size
+
+
 class Lease:
     """The pages of one sequence in one pool; made by :meth:`PagePool.lease`.
 
@@ -202,8 +255,8 @@ class Lease:
         cached: pages of the cache of places 0, 1, ..: it reads them, or has a copy. It holds those from ``first`` on.
     """
 
-    def __init__(self, pool: PagePool, shared: Sequence[CachedPage]) -> None:
-        self._pool = pool
+    def __init__(self, pool: PagePool, shared: Sequence[CachedPage], longest: int = 0) -> None:
+        self._pool, self._longest = pool, longest
         self.first = pool.first_seen(len(shared) * pool.slots) if shared else 0
         self.first = min(self.first, max(0, len(shared) - 1))
         self.pages = [GONE] * self.first + [page.number for page in shared[self.first :]]
@@ -241,7 +294,8 @@ class Lease:
         has changed, if there are no pages for it."""
         missing = self.lacks(slots)
         if missing > 0:
-            taken = self._pool._take(missing, self.pages[-1] if self.pages else BEFORE)
+            foreseen = max(missing, self.lacks(min(self._longest, slots + FORESEEN)))
+            taken = self._pool._take(missing, self, foreseen)
             if taken is None:
                 return False
             self.pages += taken
@@ -275,6 +329,7 @@ class Lease:
                 page = end.children[key] = CachedPage(GONE, end, key)
             if page.number == GONE:
                 page.number = self.pages[place]
+                self._pool._owners[page.number] = page
             self.cached.append(page)
             self._hold(page)
 
@@ -283,6 +338,7 @@ class Lease:
         self.publish(tokens)
         self._let_go(range(self.first, len(self.pages)))
         self._pool._leases.discard(self)
+        self._pool._promised.pop(self, None)
         self.pages, self.cached, self.first = [], [], 0
 
     def _let_go(self, places: range) -> None:
@@ -327,11 +383,12 @@ class KVMemory:
         """Pages that can be had."""
         return sum(pool.available for pool in self.pools)
 
-    def lease(self, row: int, tokens: Sequence[int] = ()) -> RowLease:
-        """Begin a lease for a row with what is cached, in each pool, of the longest beginning of these tokens."""
+    def lease(self, row: int, tokens: Sequence[int] = (), longest: int = 0) -> RowLease:
+        """Begin a lease for a row with what is cached, in each pool, of the longest beginning of these tokens; of a
+        sequence that may come to so many slots."""
         found = self._find(tokens)
         pages = self._usable(found)
-        leases = [pool.begin(each[:pages]) for pool, each in zip(self.pools, found, strict=True)]
+        leases = [pool.begin(each[:pages], longest) for pool, each in zip(self.pools, found, strict=True)]
         return RowLease(self._runner, row, self.pools, leases)
 
     def cached(self, tokens: Sequence[int]) -> int:
@@ -406,6 +463,8 @@ class RowLease:
             lease.publish(tokens)
 
     def release(self, tokens: Sequence[int] = ()) -> None:
-        """See :meth:`Lease.release`."""
-        for lease in self.leases:
+        """See :meth:`Lease.release`. Nothing is bound to the row any more: behind the pages of its next one, where more
+        is read, others would lie that do not follow them."""
+        for pool, lease in enumerate(self.leases):
+            self._runner.bind(self._row, 0, [UNBOUND] * len(lease.pages), pool)
             lease.release(tokens)

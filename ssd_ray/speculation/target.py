@@ -103,6 +103,11 @@ class TargetSession:
         return self.cache.round
 
     @property
+    def longest(self) -> int:
+        """Tokens that there can be, those of the prompt included."""
+        return self.prompt_tokens + self._room
+
+    @property
     def position(self) -> int:
         """Position of the bonus token."""
         return len(self.tokens) - 1

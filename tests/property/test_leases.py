@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ssd_ray.models.leases import GONE, KVMemory, Lease, PagePool
 from ssd_ray.models.reach import EVERYTHING, Reach
+from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.table import TableModel
+from tests.support.tiny import tiny_model
 
 SLOTS, PAGES = 2, 8
 TOKENS = st.lists(st.integers(0, 1), max_size=11)
@@ -26,9 +29,9 @@ class Leases(RuleBasedStateMachine):
         self.running: list[tuple[Lease, list[int]]] = []
         self.written: dict[int, tuple[int, ...]] = {}  # page -> all tokens up to its end, as its KV depends on them
 
-    @rule(tokens=TOKENS)
-    def begin(self, tokens: list[int]) -> None:
-        lease = self.pool.lease(tokens[:-1])
+    @rule(tokens=TOKENS, longest=st.integers(0, 20))
+    def begin(self, tokens: list[int], longest: int) -> None:
+        lease = self.pool.lease(tokens[:-1], longest)
         assert lease.first <= self.reach.start(lease.shared * SLOTS) // SLOTS
         for place in range(lease.first, lease.shared):
             assert self.written[lease.pages[place]] == tuple(tokens[: (place + 1) * SLOTS])
@@ -192,3 +195,81 @@ def test_leases_that_begin_together_lie_at_equal_distances() -> None:
     assert again.grow(8 * SLOTS)
     assert again.pages == list(range(8, 16))
     pool.validate()
+
+
+def full(sequences: int) -> PagePool:
+    """A pool full of cached sequences of four pages each, the first one's unused longest."""
+    pool = PagePool(range(4 * sequences), SLOTS)
+    for number in range(sequences):
+        lease = pool.lease()
+        assert lease.grow(8)
+        lease.release([number] * 8)
+    return pool
+
+
+def in_line(pages: list[int]) -> bool:
+    return pages == list(range(pages[0], pages[0] + len(pages)))
+
+
+def test_where_the_cache_is_full_a_sequence_takes_the_place_of_what_was_not_used_lately() -> None:
+    pool = full(4)
+    assert pool.cached([1] * 8) == 4
+    pool.lease([1] * 8).release([1] * 8)
+    lease = pool.lease((), longest=12)
+    for slots in range(1, 13):
+        assert lease.grow(slots)
+    assert in_line(lease.pages)
+    assert pool.cached([1] * 8) == 4
+    assert sum(pool.cached([number] * 8) for number in range(4)) >= 8
+    pool.validate()
+
+
+def test_what_one_may_come_to_is_not_where_another_begins() -> None:
+    pool = full(4)
+    leases = [pool.lease((), longest=8) for _ in range(4)]
+    for slots in (2, 4, 6, 8):
+        assert all(lease.grow(slots) for lease in leases)
+    assert all(in_line(lease.pages) for lease in leases)
+    assert not pool.available
+    leases[0].release()
+    late = pool.lease((), longest=10**6)  # more than there is
+    assert late.grow(8)
+    assert in_line(late.pages)
+    pool.validate()
+
+
+def test_a_page_that_is_left_is_taken_wherever_it_lies() -> None:
+    pool = full(2)
+    lease, other = pool.lease((), longest=14), pool.lease((), longest=14)
+    assert lease.grow(14)
+    assert other.grow(2)
+    assert not other.grow(3)
+    other.release()
+    assert lease.grow(16)
+    pool.validate()
+
+
+def test_behind_a_window_a_page_is_forgotten_alone() -> None:
+    pool = PagePool(range(8), SLOTS, reach=Reach(3), ahead=2)
+    lease, tokens = pool.lease(), [*range(16)]
+    for position in range(0, 16, 2):
+        lease.give_back(position, lambda: tokens[:position])  # noqa: B023
+        assert lease.grow(position + 2)
+    lease.release(tokens)
+    assert pool.lease((), longest=6).grow(6)
+    pool.validate()
+    assert pool.find(tokens)
+
+
+def test_what_a_rows_last_sequence_had_is_not_read_behind_the_next_one() -> None:
+    """More is read than a sequence has, so that its pages would not follow one another."""
+    runner = HFRunner(tiny_model("llama"), rows=1, max_length=96, scratch=32, page_slots=16, pages=20)
+    memory = KVMemory(runner, 1, ahead=16)
+    first = memory.lease(0, (), 96)
+    assert first.cover(0, 96)
+    first.release([*range(96)])
+    second = memory.lease(0, (), 32)
+    assert second.cover(0, 32)
+    assert runner._kv.table.run(0, 96) is not None
+    with pytest.raises(ValueError, match="not bound"):
+        runner.append([0], [[1]], [32])
