@@ -72,7 +72,7 @@ def test_texts_are_those_of_transformers(models, method: str, record_property: C
 def written_alone(models) -> tuple[list[list[int]], list[list[int]]]:
     """Eight parts of a real text, and what plain decoding writes behind each with memory enough."""
     tokens = load_tokenizer(str(models.target))(Path(__file__).read_text()).input_ids
-    parts = [tokens[20 * number : 20 * number + 45 + number] for number in range(8)]
+    parts = [tokens[20 * number : 20 * number + 85 + number] for number in range(8)]
     with engine(config(models, method="ar"), "memory") as generate:
         return parts, generate(parts, EIGHT)[0]
 
