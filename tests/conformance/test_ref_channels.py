@@ -172,6 +172,7 @@ def test_frames_for_a_stuck_actor_are_dropped_instead_of_piling_up():
     ray.kill(stuck.actor)
 
 
+@pytest.mark.slow  # an engine whose messages are actor calls is among the fast tests
 class TestDrain(ChannelSuite):
     network_type = DrainNetwork
     load = 100

@@ -81,7 +81,7 @@ def head_subject() -> Callable[..., Subject]:
     return build
 
 
-UNLIKE = {"llama", "gpt2", "gemma2", "gemma4_text", "gpt_oss", "deepseek_v3", "falcon_h1"}
+UNLIKE = {"llama", "gpt2", "gemma4_text", "gpt_oss", "deepseek_v3", "falcon_h1"}
 """Families that need something of a runner that no other one of them needs."""
 
 OF_TWO_FORMS = {"zamba2": 2e-2, "nemotron_h": 5e-3}

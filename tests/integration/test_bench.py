@@ -43,6 +43,7 @@ def test_a_sentence_says_what_serves_best() -> None:
     )
 
 
+@pytest.mark.slow
 def test_policies(tmp_path: Path) -> None:
     target, draft = tiny_pair(tmp_path, vocab=4096, context=128)
     picture = tmp_path / "policies.png"
