@@ -8,7 +8,7 @@ was recorded; that a whole replay gives the model's bits is still found out when
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_ray.models.replay import Call, Trace
+from ssd_ray.models.replay import Call, Trace, tensors
 
 Rule = Callable[["_Flow", Call], "Sequence[Call] | None"]
 """A call that something ends with -> what is called in place of all of it, or None. The last of these has the call's
@@ -45,7 +45,7 @@ class _Flow:
 
     def __init__(self, calls: Sequence[Call], result: Tensor) -> None:
         self._makers = {id(call.result): call for call in calls}
-        self._uses = Counter(id(each) for call in calls for each in _tensors([call.args, call.kwargs]))
+        self._uses = Counter(id(each) for call in calls for each in tensors([call.args, call.kwargs]))
         self._uses[id(result)] += 1
         self.taken: list[Call] = []
         """What was found on the way to a rule's answer."""
@@ -64,16 +64,6 @@ class _Flow:
             if len(call.args) == 2 and (maker := self.made(call.args[index], *functions)):
                 return maker, call.args[1 - index]
         return None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
 
 
 def _apply(rule: Rule, calls: Sequence[Call], result: Tensor) -> list[Call]:

@@ -156,7 +156,7 @@ class PagePool:
         for start in self._lanes if first else ():
             if self._free.issuperset(range(start, start + max(count, self._lane))):
                 return start
-        for wanted in (foreseen, count):
+        for wanted in dict.fromkeys((foreseen, count)):
             start, size = _longest_run(self._free.difference(*self._promised.values()))
             if size >= wanted:  # its middle, so that whoever comes before can go on, too, if there is room for both
                 return start + min(size // 2, size - wanted)

@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
             raise CannotRecordError(f"it calls {func.__name__}")
         with _disable_current_modes() if func in _OPAQUE else nullcontext():
             result = func(*args, **kwargs)
-        if any(_tensors(result)) or (result is None and any(_tensors(args))):
+        if _has_tensors(result) or (result is None and _has_tensors(args)):
             self.calls.append(Call(func, args, kwargs, result))
         return result
 
@@ -130,13 +130,19 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs or {})
 
 
-def _tensors(value: Any) -> Iterator[bool]:
-    """True for each tensor in it."""
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a call's arguments or result."""
     if isinstance(value, Tensor):
-        yield True
+        yield value
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors(each)
+    elif isinstance(value, Mapping):
+        yield from tensors(list(value.values()))
+
+
+def _has_tensors(value: Any) -> bool:
+    return next(tensors(value), None) is not None
 
 
 class _Source:
@@ -177,7 +183,7 @@ class _Source:
         if isinstance(value, (list, tuple)):
             for index, pair in enumerate(_pairs(value, other)):
                 self._bind(*pair, f"{expression}[{index}]")
-        if any(_tensors(value)):
+        if _has_tensors(value):
             self._names[id(value)] = self._others[id(other)] = expression
 
     def _expression(self, value: Any, other: Any) -> str:

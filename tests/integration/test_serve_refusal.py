@@ -23,4 +23,4 @@ def test_a_replicas_error_reaches_whoever_started_it_and_is_not_tried_again(clus
         pass
     assert re.match(r"draft: .* lacks weights that the model has: model\.norm\.weight", str(caught.value))
     tried = [group for group in ray.util.placement_group_table().values() if len(group["bundles"]) == 3]
-    assert len(tried) < 3  # as often as Serve tries by itself; on a busy machine it begins again before it is told
+    assert len(tried) == 1
