@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ssd_ray.errors import EngineError, ResourceError, SsdRayError
+from ssd_ray.heap import keep_what_is_there
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def deferred(kind: type) -> type:
             pass
 
         def start(self, *args: Any, **kwargs: Any) -> list[str]:
+            keep_what_is_there()
             with _warnings() as warnings:
                 super().__init__(*args, **kwargs)
             return warnings

@@ -15,21 +15,24 @@ from typing import Any
 
 import ray
 
-from ssd_ray.actors.draft import DraftActor
-from ssd_ray.actors.pulse import Pulse
-from ssd_ray.actors.target import TargetActor
-from ssd_ray.cluster.placement import Role
-from ssd_ray.cluster.preflight import Fingerprints
-from ssd_ray.cluster.refs import RefChannel, RefEndpoint
-from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import ModelError
-from ssd_ray.models.checkpoint import same_model
-from ssd_ray.models.info import model_fingerprint
-from ssd_ray.stats import EngineStats
-from ssd_ray.transport.channel import HUB, Channel
-from ssd_ray.transport.hybrid import HybridChannel
-from ssd_ray.transport.inbox import Inbox
-from ssd_ray.transport.zmq import ZmqAddress, ZmqHub, ZmqSpoke
+from ssd_ray.heap import collector_rests
+
+with collector_rests():
+    from ssd_ray.actors.draft import DraftActor
+    from ssd_ray.actors.pulse import Pulse
+    from ssd_ray.actors.target import TargetActor
+    from ssd_ray.cluster.placement import Role
+    from ssd_ray.cluster.preflight import Fingerprints
+    from ssd_ray.cluster.refs import RefChannel, RefEndpoint
+    from ssd_ray.config import EngineConfig, SamplingParams
+    from ssd_ray.errors import ModelError
+    from ssd_ray.models.checkpoint import same_model
+    from ssd_ray.models.info import model_fingerprint
+    from ssd_ray.stats import EngineStats
+    from ssd_ray.transport.channel import HUB, Channel
+    from ssd_ray.transport.hybrid import HybridChannel
+    from ssd_ray.transport.inbox import Inbox
+    from ssd_ray.transport.zmq import ZmqAddress, ZmqHub, ZmqSpoke
 
 Cores = Sequence[int] | None
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ssd_ray.heap import collector_rests
+
 if TYPE_CHECKING:
     from ssd_ray.async_llm import AsyncLLM
     from ssd_ray.config import SamplingParams
@@ -38,7 +40,8 @@ if not TYPE_CHECKING:  # a type checker would take __getattr__ to mean that ever
         home = _HOME_OF.get(name)
         if home is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(home), name)
+        with collector_rests():
+            value = globals()[name] = getattr(import_module(home), name)
         return value
 
 

@@ -7,16 +7,18 @@ that fit a processor's cache. So nothing is rounded to half precision, and it ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 HALF = (torch.bfloat16, torch.float16)
+WHOLE = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
 
 PART = 1024
 """Rows of a linear layer's weight that are widened at a time. Measured on a CPU, widening a whole weight takes five
@@ -39,8 +41,15 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.linear.default:
             return _linear(*args, **kwargs)
         widen = _widened_dtype if func.is_view or func._schema.is_mutable else _widened
-        args, kwargs = tree_map(widen, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*_each(widen, args), **{name: _each(widen, value) for name, value in kwargs.items()})
+
+
+def in_float32(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Where nothing of a model is in half precision there is nothing to widen, which would cost as much as to compute
+    where the model is small."""
+    held = list(chain(model.parameters(), model.buffers()))
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype in WHOLE for tensor in held)
+    return nullcontext() if plain else InFloat32()  # type: ignore[no-untyped-call]
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,6 +58,11 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     parts = [F.linear(_widened(inputs), _widened(part)) for part in weight.split(PART)]  # type: ignore[no-untyped-call]
     output = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     return output if bias is None else output + _widened(bias)
+
+
+def _each(widen: Callable[[Any], Any], value: Any) -> Any:
+    """An argument of an operation, or a list of them."""
+    return [widen(each) for each in value] if isinstance(value, (list, tuple)) else widen(value)
 
 
 def _widened(value: Any) -> Any:

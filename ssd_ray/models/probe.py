@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import NAME
-from ssd_ray.models.float32 import InFloat32
+from ssd_ray.models.float32 import in_float32
 from ssd_ray.models.formats import weights_alone
 from ssd_ray.models.graphs import EagerLine, caller, eager_forward
 from ssd_ray.models.reach import Sight, shortened
@@ -86,7 +86,7 @@ def check_addressing(model: PreTrainedModel, shapes: Sequence[LayerShape], lengt
             at who else is in the forward.
     """
     try:
-        with InFloat32(), weights_alone(model), _windows_that_show(model, length) as sight:  # type: ignore[no-untyped-call]
+        with in_float32(model), weights_alone(model), _windows_that_show(model, length) as sight:
             want, got = _plain(model, length), _scattered(model, shapes, length, sight)
     except Exception as error:  # as above
         name = type(model).__name__

@@ -27,7 +27,7 @@ from ssd_ray.errors import UnsupportedModelError
 from ssd_ray.models.attention import choose_attention
 from ssd_ray.models.calibration import Calibration
 from ssd_ray.models.contract import PAGE_SLOTS, ModelRunner
-from ssd_ray.models.float32 import InFloat32
+from ssd_ray.models.float32 import in_float32
 from ssd_ray.models.formats import weights_alone
 from ssd_ray.models.graphs import cache_name
 from ssd_ray.models.reach import Sight
@@ -492,7 +492,7 @@ def takes_steps_alone(model: PreTrainedModel) -> bool:
     """
     last = model.config.get_text_config().vocab_size - 1
     tokens = torch.linspace(1, last, CHECKED_ROWS * (BEFORE + AFTER), device=model.device).long().view(CHECKED_ROWS, -1)
-    with InFloat32(), weights_alone(model):  # type: ignore[no-untyped-call]
+    with in_float32(model), weights_alone(model):
         with torch.inference_mode():
             plain = model(input_ids=tokens, use_cache=False).logits[:, BEFORE:].float()
         at_once, one_by_one = (_rolled_back(model, tokens.tolist(), stepwise) for stepwise in (False, True))

@@ -136,11 +136,11 @@ class TableModel(ModelRunner):
                 layer.pages.locate_trunk(row, start, start + len(some), layer.reach.start(start))
         longest = max(map(len, tokens))
         # A row's last token stands for those that it has not: running it again changes nothing.
-        places = torch.tensor([[min(place, len(some) - 1) for place in range(longest)] for some in tokens])
-        padded = torch.tensor([[int(some[place]) for place in at] for some, at in zip(tokens, places, strict=True)])
-        slots = torch.tensor(starts)[:, None] + places
+        places = np.minimum(np.arange(longest), np.array([[len(some) - 1] for some in tokens]))
+        padded = np.array([[*some, *[some[-1]] * (longest - len(some))] for some in tokens], np.int64)
+        slots = torch.from_numpy(np.array(starts, np.int64)[:, None] + places)
         visible = torch.arange(self.extent(int(slots.max()) + 1)) <= slots[..., None]
-        logits = self.extend(rows, padded, slots, slots, visible)
+        logits = self.extend(rows, torch.from_numpy(padded), slots, slots, visible)
         return [some_logits[: len(some)] for some_logits, some in zip(logits, tokens, strict=True)]
 
     def prefill(self, row: int, tokens: Sequence[int], start: int = 0) -> None:
@@ -202,7 +202,9 @@ class _Layer:
         shape = -1, self.pages.page_slots
         positions = self._positions.reshape(shape)[pages].reshape(len(rows), -1)
         hashes = self._hashes.reshape(shape)[pages].reshape(len(rows), -1)
-        return visible & _sees(self.reach, queries, positions), positions, hashes
+        if self.reach != EVERYTHING:
+            visible = visible & _sees(self.reach, queries, positions)
+        return visible, positions, hashes
 
     def move(self, row: int, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy what slots keep to others."""

@@ -109,7 +109,7 @@ class Costs:
 
     def alone_ms(self, tokens: int, load: Load = Load()) -> float:
         """Milliseconds of a verification with nobody at work beside it."""
-        return float(self._alone_ms(tokens, load))
+        return self._speed * (self._at(tokens) + self._reading_ms(load))
 
     def verify_ms(self, tokens: int, load: Load = Load(), *, beside: float = 1.0) -> float:
         """Milliseconds of a verification with drafts at work ``beside`` it for that part of the time."""
@@ -117,11 +117,11 @@ class Costs:
 
     def each_verify_ms(self, tokens: Integers, load: Load = Load(), *, beside: float = 1.0) -> Floats:
         """The same of many numbers of tokens at once."""
-        return self._slowdown(beside) * self._alone_ms(tokens, load)
+        return self._slowdown(beside) * self._speed * (self._curve(tokens) + self._reading_ms(load))
 
-    def _alone_ms(self, tokens: int | Integers, load: Load) -> Floats:
-        extra = (load.rows - 1) * self.measured.row_ms + load.slots * self.measured.slot_ms
-        return self._speed * (self._curve(tokens) + extra)
+    def _reading_ms(self, load: Load) -> float:
+        """What is read beside the tokens of one row, at the speed of the calibration."""
+        return (load.rows - 1) * self.measured.row_ms + load.slots * self.measured.slot_ms
 
     @property
     def toll(self) -> float:
@@ -181,11 +181,25 @@ class Costs:
     def _begin(self, tokens: int, milliseconds: float) -> None:
         self._sizes, self._ms, self.known = [tokens], [milliseconds], True
 
-    def _curve(self, tokens: int | Integers) -> Floats:
+    def _curve(self, tokens: Integers) -> Floats:
         """The curve at numbers of tokens: fewer that are run as more cost as much, beyond the last in proportion."""
+        beyond = np.maximum(0, tokens - self._sizes[-1])
+        return np.interp(tokens, self._sizes, self._ms) + self._last_slope() * beyond
+
+    def _at(self, tokens: int) -> float:
+        """The same at one number, for which numpy takes ten times as long."""
         sizes, ms = self._sizes, self._ms
-        slope = (ms[-1] - ms[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
-        return np.interp(tokens, sizes, ms) + max(0.0, slope) * np.maximum(0, tokens - sizes[-1])
+        index = bisect_left(sizes, tokens)
+        if index == 0:
+            return ms[0]
+        if index == len(sizes):
+            return ms[-1] + self._last_slope() * (tokens - sizes[-1])
+        slope = (ms[index] - ms[index - 1]) / (sizes[index] - sizes[index - 1])
+        return ms[index - 1] + slope * (tokens - sizes[index - 1])
+
+    def _last_slope(self) -> float:
+        sizes, ms = self._sizes, self._ms
+        return max(0.0, (ms[-1] - ms[-2]) / (sizes[-1] - sizes[-2])) if len(sizes) > 1 else 0.0
 
     def _bend(self, tokens: int, ratio: float) -> None:
         """Let the curve follow at the sizes next to a number of tokens."""

@@ -30,6 +30,10 @@ HEAD = 5e-5  # the same where every state is made of the one before
 SCANNED = 2e-4  # the same where sums run over all that a state has read
 
 
+PAGES = 17
+"""Pages of a pool that is smaller than its rows: 3 rows of 12 pages of 16 slots."""
+
+
 @dataclass
 class Subject:
     """A fresh runner, and the logits that it should give after every token of a sequence: [n] -> [n, V]."""
@@ -133,6 +137,20 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Subject]:
 def subject(make: Callable[..., Subject]) -> Subject:
     """One for all tests: what others left in its slots changes nothing."""
     return make()
+
+
+@pytest.fixture(scope="module")
+def of_few_pages(make: Callable[..., Subject]) -> Subject:
+    return make(page_slots=16, pages=PAGES)
+
+
+@pytest.fixture
+def paged(of_few_pages: Subject) -> Subject:
+    """One whose rows have no pages yet, though there is something in them."""
+    runner = of_few_pages.runner
+    for row in range(ROWS):
+        runner.bind(row, 0, [UNBOUND] * (runner.slots // runner.page_slots))
+    return of_few_pages
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -352,13 +370,8 @@ def test_slots_beyond_the_row_are_refused(subject: Subject) -> None:
         subject.runner.prefill(0, [1, 2], start=slots - 1)
 
 
-PAGES = 17
-"""Pages of a pool that is smaller than its rows: 3 rows of 12 pages of 16 slots."""
-
-
-def shuffled(make: Callable[..., Subject], seed: int = 0) -> tuple[Subject, list[list[int]]]:
+def shuffled(subject: Subject, seed: int = 0) -> tuple[Subject, list[list[int]]]:
     """A subject whose rows have 5 pages each, scattered over the pool, and those pages."""
-    subject = make(page_slots=16, pages=PAGES)
     pages = np.random.default_rng(seed).permutation(PAGES).tolist()
     of_rows = [pages[5 * row : 5 * row + 5] for row in range(ROWS)]
     for row, of_row in enumerate(of_rows):
@@ -389,9 +402,8 @@ class Deal:
             self.most[index] = max(self.most[index], len(of_pool))
 
 
-def test_pages_that_nobody_sees_any_more_can_be_given_back(make: Callable[..., Subject]) -> None:
-    subject = make(page_slots=16, pages=PAGES)
-    runner, tokens, deal = subject.runner, text(110), Deal(subject.runner)
+def test_pages_that_nobody_sees_any_more_can_be_given_back(paged: Subject) -> None:
+    subject, runner, tokens, deal = paged, paged.runner, text(110), Deal(paged.runner)
     for start, end, prefills in ((0, 30, True), (30, 47, True), (47, 48, False), (48, 60, False), (60, 100, True)):
         deal.cover(start, range(start // 16, (end - 1) // 16 + 1))
         if prefills:
@@ -416,16 +428,16 @@ def test_pages_that_nobody_sees_any_more_can_be_given_back(make: Callable[..., S
                 runner.append([0], [[1]], [110])
 
 
-def test_the_pool_is_described(make: Callable[..., Subject]) -> None:
-    whole, small = make().runner, make(page_slots=16, pages=PAGES).runner
+def test_the_pool_is_described(subject: Subject, paged: Subject) -> None:
+    whole, small = subject.runner, paged.runner
     assert whole.slots % whole.page_slots == 0
     assert whole.num_pages == ROWS * whole.slots // whole.page_slots
     assert (small.page_slots, small.num_pages, small.slots) == (16, PAGES, LENGTH + SCRATCH)
     assert whole.page_bytes * small.page_slots == small.page_bytes * whole.page_slots > 0
 
 
-def test_pages_may_lie_anywhere(make: Callable[..., Subject]) -> None:
-    subject, _ = shuffled(make)
+def test_pages_may_lie_anywhere(paged: Subject) -> None:
+    subject, _ = shuffled(paged)
     tokens = text(70)
     subject.runner.prefill(1, tokens[:45])
     subject.check(subject.runner.append([1], [tokens[45:61]], [45])[0], tokens[:61], last=16)
@@ -433,8 +445,8 @@ def test_pages_may_lie_anywhere(make: Callable[..., Subject]) -> None:
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [2, 0]])
-def test_scattered_rows_of_different_lengths_in_one_call(make: Callable[..., Subject], rows: list[int]) -> None:
-    subject, _ = shuffled(make)
+def test_scattered_rows_of_different_lengths_in_one_call(paged: Subject, rows: list[int]) -> None:
+    subject, _ = shuffled(paged)
     starts = {0: 11, 1: 70, 2: 42}
     texts = {row: text(start + 6, seed=row) for row, start in starts.items()}
     for row, tokens in texts.items():
@@ -445,9 +457,9 @@ def test_scattered_rows_of_different_lengths_in_one_call(make: Callable[..., Sub
         subject.check(subject.runner.append([row], [[3]], [starts[row] + 6])[0], [*texts[row], 3])
 
 
-def test_a_shared_beginning(make: Callable[..., Subject]) -> None:
+def test_a_shared_beginning(paged: Subject) -> None:
     """Two rows read one row's first two pages, and go on differently on pages of their own."""
-    subject, pages = shuffled(make)
+    subject, pages = shuffled(paged)
     prefix = text(32)
     subject.runner.prefill(0, [*prefix, *text(20, seed=1)])
     rests = {row: text(20, seed=row) for row in range(ROWS)}
@@ -461,8 +473,8 @@ def test_a_shared_beginning(make: Callable[..., Subject]) -> None:
     subject.check(subject.runner.append([0], [[5]], [52])[0], [*prefix, *text(20, seed=1), 5])
 
 
-def test_pages_can_change_their_owner(make: Callable[..., Subject]) -> None:
-    subject, pages = shuffled(make)
+def test_pages_can_change_their_owner(paged: Subject) -> None:
+    subject, pages = shuffled(paged)
     tokens = text(60)
     subject.runner.prefill(0, tokens[:50])
     subject.runner.bind(2, 0, pages[0])
@@ -474,9 +486,9 @@ def test_pages_can_change_their_owner(make: Callable[..., Subject]) -> None:
     subject.check(subject.runner.append([2], [[2]], [60])[0], [*tokens, 2])
 
 
-def test_a_row_can_be_bound_piece_by_piece(make: Callable[..., Subject]) -> None:
+def test_a_row_can_be_bound_piece_by_piece(paged: Subject) -> None:
     """Also where nothing is bound in between, as before a window of scratch slots."""
-    subject = make(page_slots=16, pages=PAGES)
+    subject = paged
     trunk, nodes = text(30), text(len(TREE), seed=1)
     subject.runner.bind(0, 0, [7])
     subject.runner.bind(0, 1, [3])
@@ -492,8 +504,8 @@ def test_a_row_can_be_bound_piece_by_piece(make: Callable[..., Subject]) -> None
     subject.check(subject.runner.append([0], [tokens[34:]], [34])[0], tokens, last=8)
 
 
-def test_trees_of_several_rows_in_one_forward(make: Callable[..., Subject]) -> None:
-    subject, _ = shuffled(make)
+def test_trees_of_several_rows_in_one_forward(paged: Subject) -> None:
+    subject, _ = shuffled(paged)
     trunks = {0: text(9), 2: text(50, seed=2)}
     for row, trunk in trunks.items():
         subject.runner.prefill(row, trunk)
@@ -509,8 +521,8 @@ def test_trees_of_several_rows_in_one_forward(make: Callable[..., Subject]) -> N
     subject.check(logits[1], [*trunks[2], 3, 4], last=2)
 
 
-def test_what_is_not_bound_is_not_written(make: Callable[..., Subject]) -> None:
-    runner = make(page_slots=16, pages=PAGES).runner
+def test_what_is_not_bound_is_not_written(paged: Subject) -> None:
+    runner = paged.runner
     runner.bind(1, 0, [4, 5, 6])
     runner.bind(1, 1, [UNBOUND])
     operations = (
@@ -529,9 +541,9 @@ def test_what_is_not_bound_is_not_written(make: Callable[..., Subject]) -> None:
 
 
 @pytest.mark.parametrize(("first", "pages"), [(0, [PAGES]), (0, [-2]), (12, [0]), (11, [0, 1]), (-1, [0])])
-def test_pages_that_are_not_there_are_refused(make: Callable[..., Subject], first: int, pages: list[int]) -> None:
+def test_pages_that_are_not_there_are_refused(paged: Subject, first: int, pages: list[int]) -> None:
     with pytest.raises(ValueError, match="pages"):
-        make(page_slots=16, pages=PAGES).runner.bind(0, first, pages)
+        paged.runner.bind(0, first, pages)
 
 
 def test_the_suite_can_fail(subject: Subject) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from math import isfinite
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +38,12 @@ class TestTheCurve:
         costs = Costs(Measured((1, 4, 8), (5.0, 8.0, 10.0), row_ms=2.0, slot_ms=0.01))
         assert [costs.alone_ms(tokens) for tokens in (1, 2, 4, 6, 8)] == [5.0, 6.0, 8.0, 9.0, 10.0]
         assert costs.alone_ms(4, Load(3, 100)) == 8.0 + 2 * 2.0 + 100 * 0.01
+
+    @pytest.mark.parametrize("ms", [(5.0, 8.0, 10.0), (5.0, 8.0, 7.0), (6.0, 6.0, 30.0)])
+    def test_many_sizes_at_once_cost_what_each_does(self, ms: tuple[float, ...]) -> None:
+        costs, sizes = Costs(Measured((2, 4, 8), ms, row_ms=2.0)), range(1, 30)
+        each = [costs.verify_ms(size, Load(3)) for size in sizes]
+        assert costs.each_verify_ms(np.array(sizes), Load(3)) == pytest.approx(each)
 
     def test_beyond_its_end_it_goes_on_and_does_not_fall(self) -> None:
         assert Costs(Measured((1, 4, 8), (5.0, 8.0, 10.0))).alone_ms(16) == 14.0

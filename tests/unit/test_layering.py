@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stats", "text"),
     ("sampling", "saguaro", "wire", "flags", "prompt_files", "prompts"),
     ("config",),
-    ("errors",),
+    ("errors", "heap"),
 )
 
 # Foreign packages that only these units may import.
@@ -54,6 +54,7 @@ ONLY_IN: dict[str, frozenset[str]] = {
 NEVER_IN: dict[str, frozenset[str]] = {
     "ssd_ray": frozenset({"torch", "numpy", "msgspec"}),
     "errors": frozenset({"torch", "numpy", "msgspec"}),
+    "heap": frozenset({"torch", "numpy", "msgspec"}),
     "config": frozenset({"torch", "numpy", "msgspec"}),
     "wire": frozenset({"torch"}),
 }
