@@ -28,6 +28,7 @@ from ssd_ray import __version__
 from ssd_ray.config import EngineConfig, OnError, Quantize, SamplingParams, check_timeout, is_text
 from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, said, with_flags
+from ssd_ray.heap import collector_rests, keep_what_is_there
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 from ssd_ray.training.config import TrainingConfig
 
@@ -120,7 +121,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="ssd-ray")
+    try:
+        app(prog_name="ssd-ray")
+    finally:
+        keep_what_is_there()  # else the interpreter looks through all of it before it ends
 
 
 def _print_version(wanted: bool) -> None:
@@ -492,7 +496,8 @@ def _standard_input() -> str:
 def _engine(config: EngineConfig) -> Iterator[LLM]:
     """Start an engine, with a word on a terminal about what is being done."""
     with _stderr().status("loading libraries") as status, _follow(status.update):
-        from ssd_ray.llm import LLM
+        with collector_rests():
+            from ssd_ray.llm import LLM
 
         status.update("looking at the models")
         llm = LLM(**{field.name: getattr(config, field.name) for field in fields(config)})
