@@ -27,8 +27,10 @@ from ssd_ray.sampling.logits import scores, scores_by_row, top
 from ssd_ray.sampling.noise import NoiseRows
 from ssd_ray.sampling.penalties import Penalties, penalties
 from ssd_ray.sampling.rejection import Proposing, stream_seed
-from ssd_ray.speculation.draft import CATCH_UP, SCRATCH, DraftSession
+from ssd_ray.speculation.draft import DraftSession
 from ssd_ray.speculation.nodes import Item, Ranking
+from ssd_ray.speculation.past import CATCH_UP, Past
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
 from ssd_ray.wire import (
     Begin,
@@ -83,6 +85,11 @@ class Seat:
     def sequence(self) -> int:
         """The sequence's number."""
         return self.session.sequence
+
+    @property
+    def past(self) -> Past:
+        """Its committed tokens."""
+        return self.session.past
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,7 @@ class Draft:
         Its sequences go with it. Their KV is kept for prompts that begin alike: they are most likely to come again.
         """
         for seat in self._seats.values():
-            seat.lease.release(seat.session.known if self._prefix_cache else ())
+            seat.lease.release(seat.past.known if self._prefix_cache else ())
         self._seats.clear()
         self._asked.clear()
         self._handover.forget()
@@ -294,7 +301,7 @@ class Draft:
     def _agrees(self, seat: Seat, message: Open) -> bool:
         """Whether what others may read of a sequence's KV is as the message has it, and all is there that tokens see
         where it goes on."""
-        common = seat.session.common(message.tokens)
+        common = seat.past.common(message.tokens)
         return common >= seat.lease.published * self.pool.slots and seat.lease.reaches(common)
 
     def _take_seat(self, message: Open) -> None:
@@ -321,21 +328,21 @@ class Draft:
         seat = self._seats.get(sequence)
         if seat is None:
             return
-        session = seat.session
-        for message in self._aside.take(sequence, lambda: session.read_tokens, session.position):
+        past = seat.past
+        for message in self._aside.take(sequence, lambda: past.read_tokens, past.position):
             try:
                 states = from_message(message, self._runner.reads)
             except ProtocolError as error:
                 self.malformed += 1
                 logger.debug("dropped states: %s", error)
                 continue
-            known = session.read(message.start, message.count)
+            known = past.read(message.start, message.count)
             self._runner.read(seat.row, message.start + known, states[known:])
 
     def _ask_for_states(self, sequence: int) -> None:
         seat = self._seats.get(sequence)
         if seat is not None and self._aside.overdue(sequence):
-            self._send(Lost(sequence, seat.session.read_tokens))
+            self._send(Lost(sequence, seat.past.read_tokens))
 
     def _new_session(self, message: Open, lease: RowLease) -> DraftSession:
         return DraftSession(
@@ -360,7 +367,7 @@ class Draft:
         have ended, and the word of it been lost. The target says so then."""
         number, seat = min(self._seats.items(), key=lambda item: item[1].heard)
         if self._outcomes - seat.heard > SILENT_ROUNDS * len(self._seats):
-            self._send(Lost(number, seat.session.read_tokens))
+            self._send(Lost(number, seat.past.read_tokens))
 
     def _penalties(self, message: Open) -> Penalties | None:
         return penalties(message.params, message.prompt_tokens, self._runner.vocab_size)
@@ -368,8 +375,8 @@ class Draft:
     def _make_room(self, number: int, seat: Seat) -> bool:
         """See that a sequence has pages for its window, and none that it does not see any more; without them it is left
         alone."""
-        session = seat.session
-        if seat.lease.cover(session.filled, session.slots, lambda: session.known if self._prefix_cache else ()):
+        past = seat.past
+        if seat.lease.cover(past.filled, seat.session.slots, lambda: past.known if self._prefix_cache else ()):
             return True
         self._close(number)
         return False
@@ -387,7 +394,7 @@ class Draft:
         self._time_is_worth += 0.1 * (self._last_rate - self._time_is_worth)
         moves = seat.session.advance(message)
         self._runner.move(seat.row, moves.source, moves.destination)
-        if self._is_beyond(len(seat.session.tokens), seat.session.tokens[-message.accepted - 1 :]):
+        if self._is_beyond(len(seat.past.tokens), seat.past.tokens[-message.accepted - 1 :]):
             self._decline(message.sequence)
             return
         self._make_room(message.sequence, seat)
@@ -397,7 +404,7 @@ class Draft:
         if message.round >= self._asked.get(message.sequence, -LOST_ROUNDS) + LOST_ROUNDS:
             self._asked[message.sequence] = message.round
             seat = self._seats.get(message.sequence)
-            self._send(Lost(message.sequence, seat.session.read_tokens if seat else 0))
+            self._send(Lost(message.sequence, seat.past.read_tokens if seat else 0))
 
     def _close(self, sequence: int) -> None:
         self._handover.drop(sequence)
@@ -405,7 +412,7 @@ class Draft:
         self._asked.pop(sequence, None)
         seat = self._seats.pop(sequence, None)
         if seat is not None:
-            seat.lease.release(seat.session.known if self._prefix_cache else ())
+            seat.lease.release(seat.past.known if self._prefix_cache else ())
 
     # Work
 
@@ -422,21 +429,21 @@ class Draft:
 
     def _prefill_chunk_of(self, seat: Seat) -> bool:
         """Write the KV of a sequence's next tokens, if many lack it."""
-        if not seat.session.complete_past and not self._make_room(seat.sequence, seat):
+        if not seat.past.complete and not self._make_room(seat.sequence, seat):
             return False
-        prefill = seat.session.prefill(self._prefill_chunk)
+        prefill = seat.past.prefill(self._prefill_chunk)
         if prefill is None:
             return False
         self._runner.prefill(seat.row, prefill.tokens, prefill.start)
         if self._prefix_cache:
-            seat.lease.publish(seat.session.known)
+            seat.lease.publish(seat.past.known)
         self._make_room(seat.sequence, seat)
         return True
 
     def _step(self) -> bool:
         """Run one step: of the sequences that the target waits for, if there are any, else of all."""
         start = self._clock()
-        seats = [seat for seat in self._seats.values() if seat.session.complete_past]
+        seats = [seat for seat in self._seats.values() if seat.past.complete]
         seats = [seat for seat in seats if seat.session.urgent] or seats
         width = max(1, (max(self._width, WIDTH * len(seats)) if self._branching else 1) // max(1, len(seats)))
         costs = self._step_ms(len(seats)), self._time_is_worth / max(1, len(seats))
@@ -488,7 +495,7 @@ class Draft:
         logits = logits[: len(items)]
         if seat.penalties is None:
             return logits
-        return seat.penalties.apply(logits, seat.session.tokens, seat.session.paths(items))
+        return seat.penalties.apply(logits, seat.past.tokens, seat.session.paths(items))
 
     def _drawn(self, seat: Seat, items: Sequence[Item], logits: Tensor) -> list[Ranking]:
         """What the draft says after each item in rejection mode; logits are float32 [items, V]."""

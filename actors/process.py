@@ -17,7 +17,7 @@ from ssd_ray.models.runners import Runner
 from ssd_ray.models.translation import Translated
 from ssd_ray.saguaro.fanout import POLICIES
 from ssd_ray.sampling.rejection import Proposing
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.transport.channel import Channel
 
 logger = logging.getLogger(__name__)

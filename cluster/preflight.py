@@ -32,7 +32,7 @@ from ssd_ray.models.loader import count_pages, find_device, free_bytes, kv_size
 from ssd_ray.models.recurrent import bytes_of_states
 from ssd_ray.models.sources import Role
 from ssd_ray.prompts import Prompt, plain
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 
 logger = logging.getLogger(__name__)
 

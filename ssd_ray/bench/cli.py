@@ -185,7 +185,7 @@ def policies(
     from ssd_ray.bench.rehearsal import measure
     from ssd_ray.models.info import load_tokenizer
     from ssd_ray.models.loader import load_runner
-    from ssd_ray.speculation.draft import SCRATCH
+    from ssd_ray.speculation.window import SCRATCH
 
     if plot is not None:
         check_plotting(plot)

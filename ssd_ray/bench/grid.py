@@ -25,7 +25,7 @@ from ssd_ray.bench.rehearsal import HOST_MS, MESSAGE_MS, Forwards, Play, Rehears
 from ssd_ray.bench.simulate import Hardware, ideal, plain
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.table import TableModel
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 
 VERIFY_MS = 20.0
 """The fixed part of a verification: what one token takes."""

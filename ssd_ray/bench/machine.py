@@ -11,7 +11,7 @@ from ssd_ray.actors.verifying import MOST_TOKENS
 from ssd_ray.config import EngineConfig
 from ssd_ray.models.calibration import Calibration
 from ssd_ray.saguaro.costs import Costs, Measured
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,8 +73,22 @@ class DraftNode(Node):
         self.sampled: DraftNode | None = None
         self.tail: tuple[int, ...] = ()
 
+    @property
+    def placed(self) -> bool:
+        """Whether its KV is there, or will be after this step."""
+        return self.slot >= 0
+
+    @property
+    def ran(self) -> bool:
+        """Whether it is known what follows it."""
+        return self.slot >= 0 and bool(self.ranking.tokens)
+
     def continuation(self) -> DraftNode | None:
         return self.sampled or super().continuation()
+
+
+Edge = tuple[DraftNode, DraftNode]
+"""A node to run, the second one, and the one that it stands behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +108,11 @@ class Item:
     trunk: int
     path: tuple[int, ...]
     node: DraftNode | None
+
+    @classmethod
+    def of(cls, node: DraftNode, position: int) -> Item:
+        """A node that has its place, where ``position`` is that of the bonus token."""
+        return cls(node.token, position + len(node.path) - 1, node.slot, position, node.path, node)
 
     @property
     def highest(self) -> int:

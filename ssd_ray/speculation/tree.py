@@ -59,6 +59,11 @@ class TokenTree(Generic[N]):
         """The tokens of the trunk after the bonus token."""
         return [node.token for node in self.trunk[1:]]
 
+    def restart(self, bonus_token: int) -> None:
+        """Forget everything; this token becomes the root."""
+        self.root = self._make(bonus_token)
+        self.trunk = [self.root]
+
     def grow(self, parent: N, token: int) -> N:
         """The child of ``parent`` with this token, made if it is not there."""
         node = parent.children.get(token)

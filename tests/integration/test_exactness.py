@@ -20,7 +20,7 @@ from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.info import load_tokenizer
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.sources import ASSETS
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from tests.support.engines import engine, variants
 from tests.support.pump import Pump
 from tests.support.tiny import tiny_pair

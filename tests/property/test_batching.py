@@ -19,7 +19,7 @@ from ssd_ray.config import SamplingParams
 from ssd_ray.models.reach import EVERYTHING, Reach
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.rejection import Proposing
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.transport import memory
 from ssd_ray.wire import Close, decode
 from tests.support.pump import SESSION, LossyHub, Pump, Text

@@ -16,7 +16,7 @@ from ssd_ray.models.table import TableModel
 from ssd_ray.sampling import rejection, verifier
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.sampling.verify import Outcome
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from tests.support.pump import Pump
 
 VOCABULARY = 5

@@ -22,7 +22,7 @@ from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.noise import gumbel
 from ssd_ray.sampling.penalties import Penalties
 from ssd_ray.sampling.rejection import Proposing
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from tests.support.pump import Pump, Text, table_pair
 from tests.support.tiny import tiny_tokenizer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssd_ray.actors.states import MOST, PATIENCE, Aside
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.table import TableModel
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.wire import States
 from tests.support.pump import Pump, Text
 

@@ -12,7 +12,7 @@ from ssd_ray.bench.rehearsal import Play, Rehearsal
 from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.table import TableModel
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.stats import Stats
 from ssd_ray.transport.channel import HUB, Channel
 from ssd_ray.transport.memory import MemorySpoke

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.table import TableModel
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from tests.support.pump import Pump, Text
 from tests.support.tiny import tiny_tokenizer
 

@@ -17,7 +17,7 @@ from ssd_ray.models.contract import ModelRunner
 from ssd_ray.models.table import TableModel
 from ssd_ray.saguaro.fanout import Histogram
 from ssd_ray.sampling.rejection import Proposing
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub, MemorySpoke
 from ssd_ray.wire import Output, RequestStats, TokenLogprobs, decode
 

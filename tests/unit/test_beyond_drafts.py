@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ssd_ray.config import EngineConfig, Method, SamplingParams
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.table import TableModel
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from tests.support.engines import engine, target_alone
 from tests.support.pump import Pump, Text, ticking
 from tests.support.tiny import save_model, tiny_model

@@ -16,8 +16,9 @@ from ssd_ray.saguaro.calibration import UNSAID
 from ssd_ray.saguaro.fanout import POLICIES, Confidence
 from ssd_ray.saguaro.width import best_width
 from ssd_ray.sampling.laws import Law
-from ssd_ray.speculation.draft import WINDOW, DraftSession
+from ssd_ray.speculation.draft import DraftSession
 from ssd_ray.speculation.nodes import DraftNode, Item, Ranking
+from ssd_ray.speculation.window import WINDOW
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -38,7 +39,7 @@ def run(draft: DraftSession, width: int = 4, *, step_ms: float = 1.0) -> tuple[l
 
 def goes_on(draft: DraftSession, *, price: float = 0.0, floor: float = 0.0, wanted: int = 0) -> None:
     """A round in which nothing was verified and the bonus token was one that nobody had guessed."""
-    outcome = Outcome(1, draft.round, draft.position + 1, 0, 90, [], True, wanted=wanted, price=price, floor=floor)
+    outcome = Outcome(1, draft.round, draft.past.position + 1, 0, 90, [], True, wanted=wanted, price=price, floor=floor)
     assert draft.expects(outcome)
     draft.advance(outcome)
 
@@ -226,9 +227,10 @@ def test_no_slot_is_lost_or_taken_twice_whatever_the_prices(
         for _ in range(steps):
             run(draft, dice.randrange(1, 6), step_ms=dice.choice([0.1, 1.0, 10.0]))
             used = [node.slot for node in draft._tree.root.subtree() if node.slot >= 0]
-            window = [slot for slot in used if draft._base <= slot < draft._base + WINDOW]
+            window, free = draft._window, draft._window._free
+            inside = [slot for slot in used if window.base <= slot < window.end]
             assert len(set(used)) == len(used)
-            assert not set(window) & set(draft._free)
-            assert len(window) + len(draft._free) == WINDOW
-            assert len(set(draft._free)) == len(draft._free)
-            assert 0 <= draft.filled <= draft.position
+            assert not set(inside) & set(free)
+            assert len(inside) + len(free) == WINDOW
+            assert len(set(free)) == len(free)
+            assert 0 <= draft.past.filled <= draft.past.position

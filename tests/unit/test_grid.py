@@ -18,7 +18,7 @@ from ssd_ray.bench.simulate import Hardware, ideal, plain
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.table import TableModel
 from ssd_ray.saguaro.planner import Planner
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.stats import Stats, add
 
 HARDWARE = Hardware(20.0, 2.0, 1.0, 0.5, token_ms=0.3, row_ms=0.7, verify_token_ms=1.1)

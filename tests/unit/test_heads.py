@@ -22,7 +22,7 @@ from ssd_ray.models.reading import HeadRunner
 from ssd_ray.models.recurrent import RecurrentRunner
 from ssd_ray.models.runner import HFRunner
 from ssd_ray.models.taps import LAST
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from tests.support.heads import (
     PlainHead,
     authors_config,

@@ -17,8 +17,9 @@ from ssd_ray.errors import EngineError
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.penalties import Penalties
 from ssd_ray.sampling.verifier import CoupledVerifier
-from ssd_ray.speculation.draft import SCRATCH, DraftSession
+from ssd_ray.speculation.draft import DraftSession
 from ssd_ray.speculation.target import TargetSession
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.text import Detokenizer
 from tests.support.pump import Pump, ticking
 from tests.support.tiny import tiny_tokenizer
@@ -111,7 +112,7 @@ ON_DRAFTS = {
     "opened": (DraftSession, "__init__", lambda _, message, *__: message.sequence == BAD),
     "its noise": (Draft, "_noise", lambda _, params: params.seed == SEEDS[BAD]),
     "given pages": (Draft, "_make_room", lambda _, number, *__: number == BAD),
-    "prefilled": (DraftSession, "prefill", by_session),
+    "prefilled": (Draft, "_prefill_chunk_of", lambda _, seat: seat.sequence == BAD),
     "planned": (DraftSession, "next_step", by_session),
     "ranked": (Draft, "_rankings", lambda _, work: any(seat.sequence == BAD for seat, _ in work)),
     "completed": (DraftSession, "complete", by_session),

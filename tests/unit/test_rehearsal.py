@@ -10,7 +10,7 @@ from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.rejection import Proposing
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.stats import Stats, add
 from ssd_ray.wire import RequestStats
 

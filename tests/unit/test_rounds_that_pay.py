@@ -15,7 +15,7 @@ from ssd_ray.bench.simulate import Hardware
 from ssd_ray.config import MAX_LOOKAHEAD, SamplingParams
 from ssd_ray.models.table import TableModel
 from ssd_ray.sampling.rejection import Proposing
-from ssd_ray.speculation.draft import SCRATCH
+from ssd_ray.speculation.window import SCRATCH
 from ssd_ray.stats import Stats, add
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]

@@ -15,10 +15,12 @@ from ssd_ray.saguaro.width import best_width
 from ssd_ray.sampling.verify import Outcome as Decision
 from ssd_ray.speculation import cache as cache_module
 from ssd_ray.speculation.cache import SampledNode, SpeculationCache
-from ssd_ray.speculation.draft import CATCH_UP, RESERVE, WINDOW, DraftSession
+from ssd_ray.speculation.draft import DraftSession
 from ssd_ray.speculation.nodes import Item, Ranking
+from ssd_ray.speculation.past import CATCH_UP
 from ssd_ray.speculation.target import TargetSession
 from ssd_ray.speculation.tree import Node, TokenTree
+from ssd_ray.speculation.window import RESERVE, WINDOW
 from ssd_ray.wire import Begin, Nodes, Open, Outcome
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -287,10 +289,10 @@ class TestDraftSession:
 
     def test_a_long_prompt_is_prefilled(self) -> None:
         session = DraftSession(opened(list(range(CATCH_UP + 10))), Uniform())
-        prefill = session.prefill(1000)
+        prefill = session.past.prefill(1000)
         assert prefill is not None
         assert (prefill.start, len(prefill.tokens)) == (0, CATCH_UP + 9)
-        assert session.prefill(1000) is None
+        assert session.past.prefill(1000) is None
         items, _ = run(session)
         assert [item.position for item in items] == [CATCH_UP + 9]
 
@@ -407,10 +409,10 @@ class TestDraftSession:
             run(session, width=4)
             items, _ = run(session, width=4)
             token = items[0].token
-            moves = session.advance(Outcome(1, round, session.position + 1, 0, token, [], True))
-            assert list(moves.destination) == [session.position - 1]
+            moves = session.advance(Outcome(1, round, session.past.position + 1, 0, token, [], True))
+            assert list(moves.destination) == [session.past.position - 1]
             items, _ = run(session, width=4)
-            assert all(slot >= session.position for item in items for slot in item.path)
+            assert all(slot >= session.past.position for item in items for slot in item.path)
 
     def test_plain_speculative_decoding_drafts_one_chain(self) -> None:
         session = DraftSession(opened([1, 2]), Uniform(), lookahead=3, branching=False)
@@ -443,11 +445,11 @@ class TestDraftSession:
         session = DraftSession(opened(loop * 4 + [7, 8]), Uniform(), lookahead=4)
         for round in range(40):  # the model says 50, the text goes on in its loop
             run(session, ranked=[50, 51, 52])
-            position = session.position
+            position = session.past.position
             session.advance(Outcome(1, round, position + 1, 0, loop[(position + 1) % 3], [], False))
         run(session, width=1, ranked=[50, 51, 52])  # the bonus token alone
         chain = session._tree.root.chain(5)
-        start = (session.position + 1) % 3
+        start = (session.past.position + 1) % 3
         assert [node.token for node in chain] == [loop[(start + step) % 3] for step in range(5)]
         assert all(node.id >= 0 > node.slot for node in chain[1:])  # pushed, and not run
 
