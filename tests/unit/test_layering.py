@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chat", "progress"),
     ("outputs",),
     ("stats", "text"),
-    ("sampling", "saguaro", "wire", "flags", "prompt_files", "prompts"),
+    ("sampling", "saguaro", "wire", "flags", "prompt_files", "prompts", "tracing"),
     ("config",),
     ("errors", "heap"),
 )
