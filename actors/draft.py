@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from ssd_ray.actors.process import load_draft, pin
+from ssd_ray.actors.process import load_draft, pin, recorder
 from ssd_ray.actors.pulse import Heart, Pulse
 from ssd_ray.config import EngineConfig
+from ssd_ray.tracing import Lane
 from ssd_ray.transport.channel import Channel
 
 
@@ -25,7 +26,8 @@ class DraftActor:
         pin(cores)
         self._cores = cores
         self._stopping = False
-        self._draft = load_draft(config, channel, session)
+        self._trace = recorder(config, channel.name)
+        self._draft = load_draft(config, channel, session, self._trace)
         self._heart = Heart(1e-3 * self._draft.costs.alone_ms(config.prefill_chunk))
         self._targets: deque[tuple[Channel, int]] = deque()  # that are to be followed
 
@@ -48,6 +50,11 @@ class DraftActor:
     def pulse(self) -> Pulse:
         """What the loop has done."""
         return self._heart.pulse
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """What the loop has noted for a trace."""
+        return [] if self._trace is None else [self._trace.lane]
 
     def follow(self, channel: Channel, session: int) -> None:
         """Work for another target; see :meth:`Draft.follow`."""

@@ -31,7 +31,9 @@ from ssd_ray.speculation.draft import DraftSession
 from ssd_ray.speculation.nodes import Item, Ranking
 from ssd_ray.speculation.past import CATCH_UP, Past
 from ssd_ray.speculation.window import SCRATCH
+from ssd_ray.tracing import Recorder
 from ssd_ray.transport.channel import HUB, MAX_FRAME_BYTES, Channel
+from ssd_ray.transport.traced import traced
 from ssd_ray.wire import (
     Begin,
     Close,
@@ -119,6 +121,7 @@ class Draft:
         prefix_cache: keep the KV of what has ended for prompts that begin alike.
         budget, strict, text_lookup: see :class:`~ssd_ray.speculation.draft.DraftSession`.
         clock: seconds; another one lets time be simulated.
+        trace: notes what is done; None: nobody does.
     """
 
     def __init__(
@@ -138,12 +141,14 @@ class Draft:
         prefill_chunk: int = 256,
         prefix_cache: bool = True,
         clock: Callable[[], float] = perf_counter,
+        trace: Recorder | None = None,
     ) -> None:
         self._clock = clock
+        self._trace = trace
         self._budget, self._strict, self._text_lookup = budget, strict, text_lookup
         self._proposing = proposing
         self._runner = runner
-        self._channel = channel
+        self._channel = traced(channel, trace)
         self._session = session
         self._policy = policy()
         self._width = width if branching else 1
@@ -201,7 +206,7 @@ class Draft:
         self._handover.forget()
         self._aside = Aside()
         self._channel.close()
-        self._channel, self._session = channel, session
+        self._channel, self._session = traced(channel, self._trace), session
         self._hello_due = 0.0
 
     def leave(self) -> None:
@@ -434,7 +439,10 @@ class Draft:
         prefill = seat.past.prefill(self._prefill_chunk)
         if prefill is None:
             return False
+        start = self._clock()
         self._runner.prefill(seat.row, prefill.tokens, prefill.start)
+        if self._trace is not None:
+            self._trace.span("prefill", start, self._clock(), seat.sequence, len(prefill.tokens))
         if self._prefix_cache:
             seat.lease.publish(seat.past.known)
         self._make_room(seat.sequence, seat)
@@ -457,6 +465,9 @@ class Draft:
         )
         self._push(work, dict(rankings))
         self._last = Step(1e3 * (self._clock() - start), len(work), sum(map(len, work.values())))
+        if self._trace is not None:
+            end = start + 1e-3 * self._last.step_ms
+            self._trace.span("step", start, end, self._last.step_tokens, self._last.sequences)
         self.costs.saw(self._last.step_tokens, Load(len(work)), self._last.step_ms, beside=0.0)
         self._last_rate = sum(seat.session.worth for seat in work) / max(self._last.step_ms, 1e-9)
         return True

@@ -18,6 +18,7 @@ from ssd_ray.models.translation import Translated
 from ssd_ray.saguaro.fanout import POLICIES
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.window import SCRATCH
+from ssd_ray.tracing import Recorder
 from ssd_ray.transport.channel import Channel
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,12 @@ def backup(config: EngineConfig) -> Backup:
     return config.backup
 
 
-def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
+def recorder(config: EngineConfig, name: str) -> Recorder | None:
+    """What notes the events of the loop of this name; None if no trace is wanted."""
+    return None if config.trace is None else Recorder(name)
+
+
+def load_draft(config: EngineConfig, channel: Channel, session: int, trace: Recorder | None) -> Draft:
     """Load the draft's model and make the draft."""
     branching = config.method == "ssd"
     budget = BUDGET if config.budget == "auto" else config.budget
@@ -66,6 +72,7 @@ def load_draft(config: EngineConfig, channel: Channel, session: int) -> Draft:
         text_lookup=config.text_lookup,
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,
+        trace=trace,
     )
 
 

@@ -27,6 +27,7 @@ from ssd_ray.saguaro.costs import Costs, Load
 from ssd_ray.saguaro.planner import Planner
 from ssd_ray.sampling.logprobs import logprobs
 from ssd_ray.sampling.verify import Outcome as Decision
+from ssd_ray.tracing import Recorder
 from ssd_ray.wire import Output, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Rounds:
         planner, pace, costs: what the rounds follow, and what learns from them.
         isolation: takes out rows that raise.
         clock: seconds.
+        trace: notes what is done; None: nobody does.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Rounds:
         costs: Costs,
         isolation: Isolation,
         clock: Callable[[], float] = perf_counter,
+        trace: Recorder | None = None,
     ) -> None:
         self._runner = runner
         self._links = links
@@ -87,6 +90,7 @@ class Rounds:
         self._costs = costs
         self._isolation = isolation
         self._clock = clock
+        self._trace = trace
         self._calibration = Calibration()
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -101,6 +105,8 @@ class Rounds:
         self._links.receive(0.0)  # after the outcomes are known: most of a tree is done with then
         self._learn(rows, verify_ms)
         self._announce(rows)
+        if self._trace is not None:
+            _note_round(self._trace, rows, verify_start, verify_ms)
         rows = self.each(rows, lambda row: self._report(row, logits[row]))
         self._links.flush()
         total_ms = 1e3 * (self._clock() - start)
@@ -181,6 +187,8 @@ class Rounds:
                 break
             steps = self._plan(rows, under_way=self._is_under_way(rows))
         waited_ms = 1e3 * (self._clock() - start)
+        if self._trace is not None:
+            self._trace.span("wait for drafts", start, start + 1e-3 * waited_ms, len(rows), first)
         made = max(now - then for now, then in zip(_lengths(rows), before, strict=True))
         # The draft in this process is never late: what does not come is not to be had, and nothing was lost by asking.
         if not self._planner.disturbed:
@@ -309,6 +317,18 @@ class Rounds:
             row.session.tally.spent(*(each / len(rows) for each in (verify_ms, wait_ms, host_ms)))
         self._pace.saw_round(sum(len(row.added) for row in rows), total_ms, host_ms)
         self._planner.saw_round(len(rows), sum(row.expected for row in rows), total_ms)
+
+
+def _note_round(trace: Recorder, rows: Sequence[Row], start: float, verify_ms: float) -> None:
+    """Note a verification and what it decided."""
+    if rows:
+        tokens = sum(1 + len(row.said) for row in rows)
+        trace.span("verify", start, start + 1e-3 * verify_ms, tokens, len(rows))
+    for row in rows:
+        session = row.session
+        trace.mark(
+            "outcome", session.sequence, row.accepted, len(row.added), session.finish_reason or session.miss or "hit"
+        )
 
 
 def _load(rows: Sequence[Row]) -> Load:

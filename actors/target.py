@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from ssd_ray.actors.inline import INLINE, InlineChannel
-from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin
+from ssd_ray.actors.process import backup, load_draft, load_model, lookahead, pin, recorder
 from ssd_ray.actors.pulse import Heart, Pulse
 from ssd_ray.actors.verifying import MOST_TOKENS, Target
 from ssd_ray.config import EngineConfig, SamplingParams
@@ -14,6 +14,7 @@ from ssd_ray.models.calibration import cache_path, keep, machine_name, read
 from ssd_ray.models.info import end_tokens, load_tokenizer, model_info
 from ssd_ray.saguaro.costs import Learned
 from ssd_ray.stats import EngineStats
+from ssd_ray.tracing import Lane
 from ssd_ray.transport.channel import Channel
 from ssd_ray.transport.memory import MemorySpoke
 
@@ -36,6 +37,7 @@ class TargetActor:
         self._stopping = False
         inline = config.method == "sd" and config.runs_draft
         self._channel = InlineChannel(channel) if inline else channel
+        self._traces = [recorder(config, channel.name)]
         trust = config.trust_remote_code
         tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
         runner = load_model(config, "target", MOST_TOKENS)
@@ -59,10 +61,13 @@ class TargetActor:
             prefix_cache=config.prefix_cache,
             end_tokens=end_tokens(model_info(config.target, trust_remote_code=trust), tokenizer),
             tokenizer=tokenizer,
+            trace=self._traces[0],
         )
         self._heart = Heart(1e-3 * self._target.costs.alone_ms(config.prefill_chunk))
         if isinstance(self._channel, InlineChannel):
-            self._channel.host(load_draft(config, MemorySpoke(self._channel.address, INLINE), session))
+            self._traces.append(recorder(config, INLINE))
+            spoke = MemorySpoke(self._channel.address, INLINE)
+            self._channel.host(load_draft(config, spoke, session, self._traces[-1]))
 
     def run(self) -> None:
         """Decode until :meth:`stop`, from one thread."""
@@ -82,6 +87,11 @@ class TargetActor:
     def pulse(self) -> Pulse:
         """What the loop has done."""
         return self._heart.pulse
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """What the loops of this process have noted for a trace."""
+        return [trace.lane for trace in self._traces if trace is not None]
 
     def submit(
         self,

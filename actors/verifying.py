@@ -31,7 +31,9 @@ from ssd_ray.sampling.verifier import verifier
 from ssd_ray.speculation.target import FinishReason, TargetSession
 from ssd_ray.stats import EngineStats, add
 from ssd_ray.text import Detokenizer
+from ssd_ray.tracing import Recorder
 from ssd_ray.transport.channel import Channel
+from ssd_ray.transport.traced import traced
 from ssd_ray.wire import Close, Output, RequestStats
 
 MOST_TOKENS = MAX_LOOKAHEAD + 1
@@ -58,6 +60,7 @@ class Target:
         prefill_chunk: tokens of prompts that are prefilled between two rounds.
         prefix_cache: keep the KV of what has ended for prompts that begin alike.
         clock: seconds; another one lets time be simulated.
+        trace: notes what is done; None: nobody does.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class Target:
         prefill_chunk: int = 256,
         prefix_cache: bool = True,
         clock: Callable[[], float] = perf_counter,
+        trace: Recorder | None = None,
     ) -> None:
         self._clock = clock
+        self._trace = trace
         self._runner = runner
         self._sampler: Sampler = sampler
         self._rules = Rules(
@@ -103,9 +108,9 @@ class Target:
         self._pace, self.costs = Pace(), Costs(measured, learned)
         self._planner = Planner(self._pace, self.costs, lookahead, saguaro_c if sampler == "rejection" else None)
         show = runner.show if runner.shows else None
-        self._links = Links(channel, session, self.batch, self._pace, self._isolation, show)
+        self._links = Links(traced(channel, trace), session, self.batch, self._pace, self._isolation, show)
         estimates = self._planner, self._pace, self.costs
-        self._rounds = Rounds(runner, self._links, self._rules, *estimates, self._isolation, clock)
+        self._rounds = Rounds(runner, self._links, self._rules, *estimates, self._isolation, clock, trace)
 
     @property
     def malformed(self) -> int:
@@ -197,10 +202,13 @@ class Target:
             left -= sum(cost for _, cost in self._isolation.each([row], self._prefill_chunk_of))
 
     def _prefill_chunk_of(self, row: Row) -> int:
-        start = self._clock()
+        start, filled = self._clock(), row.filled
         cost = self.batch.prefill(row)
         self._links.show(row)
-        row.session.tally.prefill_ms += 1e3 * (self._clock() - start)
+        end = self._clock()
+        row.session.tally.prefill_ms += 1e3 * (end - start)
+        if self._trace is not None:
+            self._trace.span("prefill", start, end, row.session.sequence, row.filled - filled)
         return cost
 
     def _round(self, rows: Sequence[Row]) -> None:

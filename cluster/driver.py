@@ -24,6 +24,7 @@ from ssd_ray.cluster.refs import DrainChannel
 from ssd_ray.cluster.requests import Deliver, Request, Requests
 from ssd_ray.cluster.runtime import RayRuntime
 from ssd_ray.cluster.supervisor import Supervisor
+from ssd_ray.cluster.trace_file import write_trace
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, EngineClosedError, EngineError, ProtocolError, SsdRayError
 from ssd_ray.stats import EngineStats
@@ -71,12 +72,17 @@ class Driver:
         self._metrics = Metrics(Path(config.target).name if config.target else "bundled")
         placer = Placer(config.device, drafts)
         self._supervisor = Supervisor(config, self._fingerprints, placer, self._turn_to, self._fail)
+        undo.callback(self._write_trace)
         undo.callback(self._supervisor.close)
         self._supervisor.start(drafts)
         self._pump = threading.Thread(target=self._pump_frames, name="ssd-ray-pump", daemon=True)
         self._pump.start()
         self._begun.wait()
         undo.callback(self._stop_pump)
+
+    def _write_trace(self) -> None:
+        if self._config.trace is not None:
+            write_trace(self._config.trace, self._supervisor.traces)
 
     def number(self) -> int:
         """A number for a request that is to come. Who has it may cancel the request, however far its submission is."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ssd_ray.cluster.runtime import is_private
+from ssd_ray.cluster.trace_file import require_writable
 from ssd_ray.config import MAX_LOOKAHEAD, TEXT_DRAFT, EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, ModelError, PromptTooLongError, RequestError, ResourceError, shown
 from ssd_ray.models.info import (
@@ -137,9 +138,11 @@ def check(config: EngineConfig) -> Checked:
 
     Raises:
         ModelError: a model is not there, or not whole, or cannot work here, or the two do not share one vocabulary.
-        ConfigError: ``max_model_len`` is above what the target can take.
+        ConfigError: ``max_model_len`` is above what the target can take, or ``trace`` cannot be written.
         ResourceError: they would run on this machine, and it lacks the memory or the GPU.
     """
+    if config.trace is not None:
+        require_writable(config.trace)
     trust = config.trust_remote_code
     taps = _check_head(config)
     look = partial(model_info, quantize=config.quantised, trust_remote_code=trust)

@@ -29,6 +29,7 @@ with collector_rests():
     from ssd_ray.models.checkpoint import same_model
     from ssd_ray.models.info import model_fingerprint
     from ssd_ray.stats import EngineStats
+    from ssd_ray.tracing import Lane
     from ssd_ray.transport.channel import HUB, Channel
     from ssd_ray.transport.hybrid import HybridChannel
     from ssd_ray.transport.inbox import Inbox
@@ -62,6 +63,11 @@ class _Process(RefEndpoint):
     def pulse(self) -> Pulse:
         """What the actor's loop has done."""
         return self._actor.pulse
+
+    @ray.method(concurrency_group="inbox")
+    def lanes(self) -> list[Lane]:
+        """What the actor's loops have noted for a trace."""
+        return self._actor.lanes
 
     @ray.method(concurrency_group="inbox")
     def info(self) -> dict[str, Any]:

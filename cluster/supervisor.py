@@ -33,11 +33,16 @@ from ssd_ray.cluster.tries import Tries
 from ssd_ray.cluster.watch import LOOK_SECONDS, Watch
 from ssd_ray.config import EngineConfig
 from ssd_ray.errors import EngineClosedError, EngineError, SsdRayError
+from ssd_ray.tracing import Lane
 
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
 """How long an actor may take to leave by itself."""
+
+
+TRACE_SECONDS = 10.0
+"""How long actors that have left may take to hand over what they did; a trace goes on without it."""
 
 
 CONNECT_SECONDS = 5.0
@@ -67,6 +72,7 @@ class Member:
     leaving: bool = False  # its end is expected
     gone: bool = False  # its place has been taken back
     contact: Contact | None = None  # of a target
+    lanes: Sequence[Lane] | None = None  # what it did, for a trace, once it has left in order
 
     @property
     def ran(self) -> float:
@@ -111,6 +117,7 @@ class Supervisor:
         self._drafts: list[Member] = []
         self._spares: list[Member] = []
         self._loading: list[Member] = []
+        self._traced: list[Member] = []  # that have run, if a trace is wanted
         self._wanted = 0  # drafts, those that are replaced now included
         self._launched = self._launched_spares = 0
         self.draft_restarts = self.target_restarts = 0
@@ -138,6 +145,11 @@ class Supervisor:
         """Actor handles by name: "target", "draft-0", "spare-0" and so on."""
         with self._changing:
             return {member.name: member.handle for member in self._running}
+
+    @property
+    def traces(self) -> list[tuple[str, Sequence[Lane] | None]]:
+        """Of each actor that has run its name and what it did; None if it has not left in order. For a trace."""
+        return [(member.name, member.lanes) for member in self._traced]
 
     @property
     def _running(self) -> list[Member]:
@@ -314,6 +326,8 @@ class Supervisor:
         with self._changing:
             self._loading.remove(member)
         member.running_since = monotonic()
+        if self._config.trace is not None:
+            self._traced.append(member)
         member.sentinel = member.handle.run.remote()
         member.sentinel.future().add_done_callback(partial(self._note_end, member))
 
@@ -332,9 +346,20 @@ class Supervisor:
             member.handle.stop.remote()
         if running:
             sentinels = [member.sentinel for member in running]
-            ray.wait(sentinels, num_returns=len(sentinels), timeout=STOP_SECONDS)
+            left, _ = ray.wait(sentinels, num_returns=len(sentinels), timeout=STOP_SECONDS)
+            self._collect([member for member in running if member.sentinel in left])
         for member in members:
             self._remove(member)
+
+    def _collect(self, members: Sequence[Member]) -> None:
+        """Take what actors that have left have noted for a trace, while their processes are still there."""
+        if self._config.trace is None or not members:
+            return
+        asked = {call(member.handle.lanes): member for member in members}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=TRACE_SECONDS)
+        for ref in answered:
+            with suppress(RayError):  # it has died meanwhile
+                asked[ref].lanes = ray.get(ref)
 
     def _remove(self, member: Member) -> None:
         """End an actor for good, if it has not, and take back its place."""

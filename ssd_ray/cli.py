@@ -6,10 +6,11 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import fields, replace
+from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from ssd_ray.config import EngineConfig, OnError, Quantize, SamplingParams, chec
 from ssd_ray.errors import ConfigError, ModelError, RequestError, RequestFailedError, ResourceError, SsdRayError
 from ssd_ray.flags import from_flags, said, with_flags
 from ssd_ray.heap import collector_rests, keep_what_is_there
+from ssd_ray.logs import LogFormat, formatter
 from ssd_ray.prompt_files import Item, ResultFile, count_prompts, read_prompts
 from ssd_ray.training.config import TrainingConfig
 
@@ -66,16 +68,24 @@ class _Commands(TyperGroup):
         if name == "bench" and find_spec("ssd_ray.bench.cli"):
             command = typer.main.get_command(import_module("ssd_ray.bench.cli").app)
             command.name = name
-        if command is not None:
-            _take_flag(command, self._verbose())
+        for flag in self._log_flags() if command is not None else ():
+            _take_flag(command, flag)
         return command
 
-    def _verbose(self) -> Any:
-        """The flag of the group for its commands."""
-        flag = copy(next(parameter for parameter in self.params if parameter.name == "verbose"))
-        flag.expose_value = False
-        flag.callback = lambda _context, _flag, wanted: _log_to_stderr(logging.DEBUG) if wanted else None
-        return flag
+    def _log_flags(self) -> Iterator[Any]:
+        """Those of the group's flags that its commands take, too."""
+        for parameter in self.params:
+            if (act := _LOG_FLAGS.get(parameter.name or "")) is not None:
+                flag = copy(parameter)
+                flag.expose_value = False
+                flag.default = None  # what is not said here has been said before the command, or is as it was
+                flag.callback = partial(_act, act)
+                yield flag
+
+
+def _act(act: Callable[[Any], None], _context: Any, _flag: Any, value: Any) -> None:
+    if value:
+        act(value)
 
 
 def _take_flag(command: Any, flag: Any) -> None:
@@ -141,6 +151,10 @@ def _options(
             "--verbose", "-v", help="Log what happens, also in actors, and where the logs are. Show tracebacks."
         ),
     ] = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(help="How what is logged is written: `text`, or `json`, an object a line.", metavar="<choice>"),
+    ] = "text",
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -157,7 +171,7 @@ def _options(
 
     Exit code: 0, or 2 if the input is at fault, or 1.
     """
-    _log_to_stderr(logging.DEBUG if verbose else logging.WARNING)
+    _log_to_stderr(logging.DEBUG if verbose else logging.WARNING, log_format)
 
 
 @app.command()
@@ -521,13 +535,27 @@ def _follow(show: Any) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setLevel(level)
-    handler.setFormatter(logging.Formatter("ssd-ray: %(message)s"))
+def _log_to_stderr(level: int, form: LogFormat) -> None:
+    logging.getLogger("ssd_ray").handlers = [logging.StreamHandler()]
+    _set_level(level)
+    _set_format(form)
+
+
+def _set_level(level: int) -> None:
     logger = logging.getLogger("ssd_ray")
-    logger.handlers = [handler]
     logger.setLevel(level)
+    logger.handlers[0].setLevel(level)
+
+
+def _set_format(form: LogFormat) -> None:
+    logging.getLogger("ssd_ray").handlers[0].setFormatter(formatter(form))
+
+
+_LOG_FLAGS: dict[str, Callable[[Any], None]] = {
+    "verbose": lambda _: _set_level(logging.DEBUG),
+    "log_format": _set_format,
+}
+"""Flags of the group that every command takes, too, and what they do there."""
 
 
 def _stderr() -> Console:

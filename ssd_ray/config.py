@@ -138,6 +138,18 @@ def _model(name: str, value: Any) -> str | None:
     return str(folder.absolute()) if here else str(path)
 
 
+def _file(name: str, value: Any) -> str | None:
+    """The path of a file, absolute."""
+    path: str | None = fspath(value) if isinstance(value, PathLike) else value
+    _require(
+        path is None or (isinstance(path, str) and path != "" and "\0" not in path),
+        name,
+        "the path of a file, or None",
+        value,
+    )
+    return None if path is None else str(Path(expanduser(path)).absolute())
+
+
 def _choice(name: str, value: object, literal: Any) -> None:
     options = get_args(literal)
     _require(value in options, name, "one of " + ", ".join(map(repr, options)), value)
@@ -380,6 +392,8 @@ class EngineConfig:
         max_restarts: how often in a row a target or a draft that dies is started again. A run of five minutes counts
             as a good one, after which it is so often again. 0: never.
         trust_remote_code: run the Python code that comes with a model whose architecture transformers does not have.
+        trace: file to which a timeline of what each actor did is written when the engine closes, in Chrome's trace
+            format, for ui.perfetto.dev or chrome://tracing. It replaces one that is there.
     """
 
     target: str | None = None
@@ -412,12 +426,14 @@ class EngineConfig:
     stall_timeout: float = 30.0
     max_restarts: int = 3
     trust_remote_code: bool = False
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         for name, literal in _CHOICES.items():
             _choice(name, getattr(self, name), literal)
         for name in ("target", "draft", "adapter"):
             object.__setattr__(self, name, _model(name, getattr(self, name)))
+        object.__setattr__(self, "trace", _file("trace", self.trace))
         _integer("num_drafts", self.num_drafts, 0, 1024)
         if self.lookahead != "auto":
             _integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)

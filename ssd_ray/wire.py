@@ -299,6 +299,15 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], Meta(max_length=4096)]])
 
 
+class _Tagged(Struct, array_like=True):
+    """A message of which only the tag is read."""
+
+    tag: str
+
+
+_outline = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[_Tagged], Meta(max_length=4096)]])
+
+
 def encode(session: int, *messages: Message) -> bytes:
     """Make a frame of messages."""
     return _encoder.encode((VERSION, session, messages))
@@ -318,3 +327,11 @@ def decode(session: int, frame: bytes | memoryview) -> list[AnyMessage]:
     if version != VERSION or other != session:
         raise ProtocolError(f"version {version} and session {other:#x}, expected {VERSION} and {session:#x}")
     return messages
+
+
+def kinds(frame: bytes | memoryview) -> list[str]:
+    """The tags of a frame's messages, whosever they are; none if it is malformed."""
+    try:
+        return [message.tag for message in _outline.decode(frame)[2]]
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return []

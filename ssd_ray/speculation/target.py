@@ -89,6 +89,7 @@ class TargetSession:
         self.finish_reason: FinishReason | None = None
         self.tally = Tally()
         self.hit = False
+        self.miss: MissCause | None = None
         self._vocab_size = vocab_size
         self._node = SampledNode if sampled else CachedNode
         self.cache = SpeculationCache(self.tokens[-1], vocab_size, node=self._node)
@@ -178,11 +179,11 @@ class TargetSession:
         ``drafts`` are those that take part, for the cause of a miss.
         """
         self.hit = self.cache.available(1) > 0
-        if self.hit:
+        self.miss = None if self.hit else self._miss_cause(drafts)
+        if self.miss is None:
             self.tally.hits += 1
         else:
-            cause = self._miss_cause(drafts)
-            self.tally.misses[cause] = self.tally.misses.get(cause, 0) + 1
+            self.tally.misses[self.miss] = self.tally.misses.get(self.miss, 0) + 1
         return self.hit
 
     def back_up(self, kind: BackupKind) -> None:

@@ -530,8 +530,10 @@ def test_texts_outlive_their_target(llm, expected, kills):
     in_time(lambda: llm.generate(PROMPT, PARAMS)[0], lambda output: output.stats.sums.tree_tokens > 0)
 
 
-def test_actor_calls_can_carry_everything_and_a_target_that_is_not_replaced_ends_every_request(cluster, pair, expected):
-    engine = LLM(*pair, transport="ray", max_restarts=0)
+def test_actor_calls_can_carry_everything_and_a_target_that_is_not_replaced_ends_every_request(
+    cluster, pair, expected, tmp_path
+):
+    engine = LLM(*pair, transport="ray", max_restarts=0, trace=tmp_path / "trace.json")
     assert engine.generate(PROMPT, PARAMS)[0].text == expected.text
     assert engine.stats().misses["no_draft"] == 0
     target = info(engine, "target")["pid"]
@@ -548,6 +550,9 @@ def test_actor_calls_can_carry_everything_and_a_target_that_is_not_replaced_ends
     with pytest.raises(EngineClosedError):
         engine.generate(PROMPT)
     engine.close()
+    trace = json.loads((tmp_path / "trace.json").read_bytes())
+    assert trace["otherData"]["lost"] == ["target"]
+    assert {"step", "send", "receive"} <= {event["name"] for event in trace["traceEvents"]}
 
 
 def test_a_failed_start_leaves_nothing_running(cluster, llm, pair, tmp_path):

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from ssd_ray.actors.batch import Batch
 from ssd_ray.actors.drafting import Draft
@@ -18,6 +19,8 @@ from ssd_ray.models.table import TableModel
 from ssd_ray.saguaro.fanout import Histogram
 from ssd_ray.sampling.rejection import Proposing
 from ssd_ray.speculation.window import SCRATCH
+from ssd_ray.tracing import Lane, Recorder
+from ssd_ray.transport.channel import HUB
 from ssd_ray.transport.memory import MemoryAddress, MemoryHub, MemorySpoke
 from ssd_ray.wire import Output, RequestStats, TokenLogprobs, decode
 
@@ -105,6 +108,7 @@ class Pump:
         proposing: how drafts draw their tokens in rejection mode; None is coupled mode.
         clock: makes the clock of each part. With the default a run repeats to the last token, and drafting costs the
             target no time, though it is done in its thread.
+        trace: note what each part does.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class Pump:
         width: int = 8,
         proposing: Proposing | None = None,
         clock: Callable[[], Callable[[], float]] = ticking,
+        trace: bool = False,
         **options: object,
     ) -> None:
         self._hub = lambda address: LossyHub(address, random.Random(seed), trouble, self._run_drafts)
@@ -126,6 +131,7 @@ class Pump:
             options["sampler"] = "rejection"
         self._proposing = proposing
         self._clock = clock
+        self._recorders: list[Recorder] | None = [] if trace else None
         self._width, self._draft_turns = width, draft_turns
         self.session = SESSION
         self._start(target)
@@ -138,7 +144,22 @@ class Pump:
         self.address = MemoryAddress()
         self.driver = MemorySpoke(self.address, DRIVER)
         runner = Hooked(model, on_append=lambda rows, tokens: self._run_drafts())
-        self.target = Target(runner, self._hub(self.address), self.session, clock=self._clock(), **self._options)  # type: ignore[arg-type]
+        timed = self._timed(HUB)
+        self.target = Target(runner, self._hub(self.address), self.session, **timed, **self._options)  # type: ignore[arg-type]
+
+    def _timed(self, name: str) -> dict[str, Any]:
+        """The clock of a part, and what notes its events."""
+        clock = self._clock()
+        if self._recorders is None:
+            return {"clock": clock}
+        self._recorders.append(Recorder(name, clock))
+        return {"clock": clock, "trace": self._recorders[-1]}
+
+    @property
+    def traces(self) -> list[tuple[str, list[Lane]]]:
+        """What each part did, as actors hand it over."""
+        lanes = [recorder.lane for recorder in self._recorders or ()]
+        return [(lane.name, [lane]) for lane in lanes]
 
     def lose_target(self, model: ModelRunner) -> None:
         """Throw the target away, with all that it has not handed out. Another one, of this model, goes on with what
@@ -166,7 +187,7 @@ class Pump:
             Histogram,
             width=self._width,
             proposing=self._proposing,
-            clock=self._clock(),
+            **self._timed(name),
         )
 
     def join(self, name: str, model: ModelRunner) -> Draft:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import msgspec
@@ -333,6 +334,41 @@ def test_verbose_shows_the_traceback_and_what_is_logged(llm, monkeypatch, argume
     assert result.stderr.endswith("ssd-ray: why\n")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--log-format", "json", "-v", "generate"],
+        ["-v", "generate", "--log-format", "json"],
+        ["generate", "-v", "--log-format", "json"],
+        ["--log-format", "json", "generate", "-v"],
+    ],
+)
+def test_what_is_logged_may_be_json_lines(llm, monkeypatch, arguments):
+    monkeypatch.setattr(llm, "failure", EngineError("why\nand where"))
+    before = llm.__init__
+
+    def logging_init(self, **options):
+        logging.getLogger("ssd_ray.cluster").warning("draft-%d died:\nsomehow", 3)
+        before(self, **options)
+
+    monkeypatch.setattr(llm, "__init__", logging_init)
+    *logged, said = run(*arguments, "a secret prompt").stderr.splitlines()
+    assert said == "ssd-ray: why and where"
+    warning, failure = (line for line in map(json.loads, logged) if line["level"] in ("WARNING", "ERROR"))
+    assert datetime.fromisoformat(warning.pop("time")).utcoffset() == timedelta()
+    assert warning == {"level": "WARNING", "logger": "ssd_ray.cluster", "message": "draft-3 died:\nsomehow"}
+    assert (failure["logger"], failure["message"]) == ("ssd_ray.cli", "the command failed")
+    assert failure["error"].startswith("Traceback")
+    assert failure["error"].endswith("EngineError: why\nand where")
+    assert "secret" not in "".join(logged)
+
+
+def test_another_format_of_the_log_is_refused():
+    result = run("--log-format", "xml", "generate", "x")
+    assert result.exit_code == 2
+    assert "--log-format" in result.stderr
+
+
 def every_command(command, words=()):
     yield command, words
     names = command.list_commands(typer.Context(command)) if hasattr(command, "list_commands") else ()
@@ -340,12 +376,13 @@ def every_command(command, words=()):
         yield from every_command(command.get_command(typer.Context(command), name), (*words, name))
 
 
-def test_every_command_takes_verbose():
+def test_every_command_takes_the_flags_of_the_log():
     commands = {words: command for command, words in every_command(typer.main.get_command(app))}
     assert {("generate",), ("serve",), ("bench",), ("bench", "methods")} <= commands.keys()
     for words, command in commands.items():
         (flag,) = [parameter for parameter in command.params if "--verbose" in parameter.opts]
         assert "-v" in flag.opts, words
+        assert len([parameter for parameter in command.params if "--log-format" in parameter.opts]) == 1, words
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train-draft", "--help"], ["--version"]])

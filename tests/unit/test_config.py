@@ -69,6 +69,7 @@ BAD_ENGINE = {
     "inline_max_bytes": [0],
     "generation_config": ["vllm", None],
     "trust_remote_code": ["yes", 1, None],
+    "trace": ["", 3, True, b"t.json", "a\0b"],
 }
 
 

@@ -34,9 +34,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chat", "progress"),
     ("outputs",),
     ("stats", "text"),
-    ("sampling", "saguaro", "wire", "flags", "prompt_files", "prompts"),
+    ("sampling", "saguaro", "wire", "flags", "prompt_files", "prompts", "tracing"),
     ("config",),
-    ("errors", "heap"),
+    ("errors", "heap", "logs"),
 )
 
 # Foreign packages that only these units may import.
@@ -55,6 +55,7 @@ NEVER_IN: dict[str, frozenset[str]] = {
     "ssd_ray": frozenset({"torch", "numpy", "msgspec"}),
     "errors": frozenset({"torch", "numpy", "msgspec"}),
     "heap": frozenset({"torch", "numpy", "msgspec"}),
+    "logs": frozenset({"torch", "numpy", "msgspec"}),
     "config": frozenset({"torch", "numpy", "msgspec"}),
     "wire": frozenset({"torch"}),
 }
