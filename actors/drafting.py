@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from math import inf
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,8 +95,7 @@ class Seat:
         return self.session.past
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """How long a step took, how many sequences it served, and how many tokens it ran."""
 
     step_ms: float = 0.0
@@ -479,7 +479,7 @@ class Draft:
 
     def _push(self, work: Mapping[Seat, Sequence[Item]], rankings: Mapping[Seat, list[Ranking]]) -> None:
         """Grow the trees by what the model has said, and send what is new."""
-        last = asdict(self._last)
+        last = self._last._asdict()
 
         def complete(seat: Seat) -> Nodes | None:
             return seat.session.complete(work[seat], rankings[seat], **last)
