@@ -37,7 +37,7 @@ class TargetActor:
         self._stopping = False
         inline = config.method == "sd" and config.runs_draft
         self._channel = InlineChannel(channel) if inline else channel
-        self._traces = [recorder(config, channel.name)]
+        self._trace, self._inline_trace = recorder(config, channel.name), recorder(config, INLINE) if inline else None
         trust = config.trust_remote_code
         tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
         runner = load_model(config, "target", MOST_TOKENS)
@@ -61,13 +61,12 @@ class TargetActor:
             prefix_cache=config.prefix_cache,
             end_tokens=end_tokens(model_info(config.target, trust_remote_code=trust), tokenizer),
             tokenizer=tokenizer,
-            trace=self._traces[0],
+            trace=self._trace,
         )
         self._heart = Heart(1e-3 * self._target.costs.alone_ms(config.prefill_chunk))
         if isinstance(self._channel, InlineChannel):
-            self._traces.append(recorder(config, INLINE))
             spoke = MemorySpoke(self._channel.address, INLINE)
-            self._channel.host(load_draft(config, spoke, session, self._traces[-1]))
+            self._channel.host(load_draft(config, spoke, session, self._inline_trace))
 
     def run(self) -> None:
         """Decode until :meth:`stop`, from one thread."""
@@ -91,7 +90,7 @@ class TargetActor:
     @property
     def lanes(self) -> list[Lane]:
         """What the loops of this process have noted for a trace."""
-        return [trace.lane for trace in self._traces if trace is not None]
+        return [trace.lane for trace in (self._trace, self._inline_trace) if trace is not None]
 
     def submit(
         self,

@@ -30,6 +30,10 @@ Json = dict[str, Any]
 
 NANOSECOND = 1e-9
 
+APART = 1 << 16
+"""Between the numbers of an actor's threads, the first of which has its process's, as on Linux: to viewers no two of
+all processes are the same, and 0 is the idle one."""
+
 
 def require_writable(path: str) -> None:
     """Refuse a path at which no file can be written.
@@ -86,13 +90,13 @@ def document(traces: Traces) -> Json:
 
 def _process(number: int, name: str, lanes: Sequence[Lane] | None, origin: float, arrows: _Arrows) -> Iterator[Json]:
     """The events of one actor, and what it is called."""
-    place = {"pid": number, "tid": 0}
+    place = {"pid": number, "tid": number}
     label = "its events are lost: it did not leave in order" if lanes is None else ""
     yield _named("process_name", place, name=name)
     yield _named("process_labels", place, labels=label)
     yield _named("process_sort_index", place, sort_index=number)
     for thread, lane in enumerate(lanes or ()):
-        place = {"pid": number, "tid": thread}
+        place = {"pid": number, "tid": number + APART * thread}
         yield _named("thread_name", place, name=lane.name)
         for event in lane.events:
             made = _made(event, lane.anchor - origin) | place

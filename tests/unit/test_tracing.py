@@ -61,6 +61,7 @@ def traced_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Traced, Engine
 def test_every_actor_has_a_lane_of_its_own_events(traced_run: Any) -> None:
     trace, _, _ = traced_run
     assert sorted(trace.names.values()) == ["draft-0", "draft-1", "target"]
+    assert len({each["tid"] for each in trace.events}) == 3
     assert trace.other["lost"] == []
     assert set(trace.other["dropped"].values()) == {0}
     common = {"prefill", "send", "receive"}
