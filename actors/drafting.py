@@ -69,6 +69,9 @@ KNOCK_SECONDS = 0.02
 LOST_ROUNDS = 8
 """Rounds after which a sequence that is unknown is asked for again."""
 
+MOST_ASKED = 4096
+"""Sequences of which a draft remembers that it has asked for them, or declined them, at most."""
+
 SILENT_ROUNDS = 2
 """Rounds of all sequences after which one of which nothing was heard is doubted, where its row is needed."""
 
@@ -167,7 +170,7 @@ class Draft:
         self.costs = Costs(runner.measured)
         self._last_rate = 0.0  # value that the last step added, by the millisecond
         self._time_is_worth = 0.0  # the same of the last step of a round: what another millisecond would have brought
-        self.malformed = 0
+        self._dropped = 0
 
     @property
     def name(self) -> str:
@@ -178,6 +181,11 @@ class Draft:
     def sequences(self) -> dict[int, DraftSession]:
         """The open sequences by number."""
         return {number: seat.session for number, seat in self._seats.items()}
+
+    @property
+    def dropped(self) -> int:
+        """Frames, and messages in them, that were dropped: malformed, not for this draft, or said before."""
+        return self._dropped + self._channel.refused
 
     def turn(self, idle_seconds: float = HELLO_SECONDS) -> bool:
         """Take what has arrived and run one step; without work wait for a message. Returns whether a step ran."""
@@ -227,7 +235,7 @@ class Draft:
         # Again and again: the target may not be there yet, or may have given this draft up while it was stopped.
         now = self._clock()
         if now >= self._hello_due:
-            sent = self._send(Hello(self._channel.name, reads=self._runner.reads > 0))
+            sent = self._send(Hello(self._channel.name, self._runner.reads > 0, self.dropped))
             self._hello_due = now + (HELLO_SECONDS if sent else KNOCK_SECONDS)
 
     def _send(self, *messages: Message) -> bool:
@@ -243,9 +251,10 @@ class Draft:
         while received is not None:
             try:
                 messages = [each for each in decode(self._session, received[1]) if isinstance(each, ToDraft)]
+                self._dropped += not messages
                 self._isolation.each(messages, self._handle)
             except ProtocolError as error:
-                self.malformed += 1
+                self._dropped += 1
                 logger.debug("dropped a frame: %s", error)
             received = self._channel.receive(0.0)
 
@@ -300,7 +309,7 @@ class Draft:
 
     def _decline(self, sequence: int) -> None:
         self._close(sequence)
-        self._asked[sequence] = inf
+        self._remember(sequence, inf)
         self._send(Declined(sequence))
 
     def _agrees(self, seat: Seat, message: Open) -> bool:
@@ -338,7 +347,7 @@ class Draft:
             try:
                 states = from_message(message, self._runner.reads)
             except ProtocolError as error:
-                self.malformed += 1
+                self._dropped += 1
                 logger.debug("dropped states: %s", error)
                 continue
             known = past.read(message.start, message.count)
@@ -392,7 +401,8 @@ class Draft:
         if seat is not None:
             seat.heard = self._outcomes
         if seat is not None and message.round < seat.session.round:
-            return  # said before
+            self._dropped += 1  # said before
+            return
         if seat is None or not seat.session.expects(message):
             self._ask(message)
             return
@@ -407,9 +417,15 @@ class Draft:
 
     def _ask(self, message: Outcome) -> None:
         if message.round >= self._asked.get(message.sequence, -LOST_ROUNDS) + LOST_ROUNDS:
-            self._asked[message.sequence] = message.round
+            self._remember(message.sequence, message.round)
             seat = self._seats.get(message.sequence)
             self._send(Lost(message.sequence, seat.past.read_tokens if seat else 0))
+
+    def _remember(self, sequence: int, asked: float) -> None:
+        """Note the round in which a sequence was asked for; the oldest note goes if there are too many."""
+        self._asked[sequence] = asked
+        if len(self._asked) > MOST_ASKED:
+            self._asked.pop(next(iter(self._asked)))
 
     def _close(self, sequence: int) -> None:
         self._handover.drop(sequence)

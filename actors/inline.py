@@ -37,6 +37,10 @@ class InlineChannel(Channel):
             received = self._hub.receive()
         return received or self._outer.receive(0.0 if timeout == inf else timeout)
 
+    @property
+    def refused(self) -> int:
+        return self._outer.refused
+
     def wake(self) -> None:
         self._outer.wake()
 

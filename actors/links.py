@@ -9,17 +9,19 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
+from typing import Literal
 
 from torch import Tensor
 
 from ssd_ray.actors.batch import Batch, Row
 from ssd_ray.actors.isolation import Isolation
 from ssd_ray.actors.states import to_messages
-from ssd_ray.errors import ProtocolError
+from ssd_ray.errors import FrameFault, ProtocolError
 from ssd_ray.saguaro.backup import NARROW, Pace
 from ssd_ray.saguaro.planner import Planner
-from ssd_ray.transport.channel import MAX_FRAME_BYTES, Channel
+from ssd_ray.transport.channel import MAX_FRAME_BYTES, Channel, Frame
 from ssd_ray.wire import (
+    MAX_SHARES,
     Begin,
     Close,
     Declined,
@@ -41,6 +43,11 @@ logger = logging.getLogger(__name__)
 MOST_OUTPUTS = 64
 """Messages of tokens in one frame."""
 
+DropCause = FrameFault | Literal["unexpected", "stale"]
+"""Why a frame does nothing; see :class:`~ssd_ray.stats.EngineStats`."""
+
+DROP_CAUSES: tuple[DropCause, ...] = ("malformed", "version", "session", "unexpected", "stale")
+
 DRIVER = "driver"
 """The driver's name on the channel."""
 
@@ -60,7 +67,6 @@ class Links:
     Attributes:
         drafts: names of the drafts that are connected.
         drafted_ms: milliseconds of steps that drafts have told of; whoever asks sets it back.
-        malformed: frames that were dropped.
     """
 
     def __init__(
@@ -74,7 +80,8 @@ class Links:
     ) -> None:
         self.channel = channel
         self.drafts: list[str] = []
-        self.malformed = 0
+        self._dropped: dict[str, int] = dict.fromkeys(DROP_CAUSES, 0)
+        self._dropped_by: dict[str, int] = {}  # drafts, by their own word
         self.drafted_ms = 0.0
         self._session = session
         self._batch = batch
@@ -91,34 +98,56 @@ class Links:
         received = self.channel.receive(timeout)
         came = received is not None
         while received is not None:
-            peer, frame = received
-            try:
-                for message in decode(self._session, frame):
-                    self._handle(peer, message)
-            except ProtocolError as error:
-                self.malformed += 1
-                logger.debug("dropped a frame of %s: %s", peer, error)
+            if (cause := self._read(*received)) is not None:
+                self._dropped[cause] += 1
             received = self.channel.receive(0.0)
         return came
 
-    def _handle(self, peer: str, message: Message) -> None:
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Frames that were dropped, by cause; :class:`~ssd_ray.stats.EngineStats` explains each. From any thread."""
+        counts = dict(self._dropped)
+        counts["malformed"] += self.channel.refused
+        return counts | {"by_drafts": sum(tuple(self._dropped_by.values()))}
+
+    def _read(self, peer: str, frame: Frame) -> DropCause | None:
+        """Take what a frame says; why not, if nothing of it is of use."""
+        try:
+            messages = decode(self._session, frame)
+        except ProtocolError as error:
+            logger.debug("dropped a frame of %s: %s", peer, error)
+            return error.fault
+        causes = [self._handle(peer, message) for message in messages]
+        return None if None in causes else next(iter(causes), "unexpected")
+
+    def _handle(self, peer: str, message: Message) -> DropCause | None:
+        """Take a message; why not, if it is not taken."""
         match message:
-            case Hello() if message.name == peer and peer not in self.drafts:
-                self.drafts.append(peer)
-                if message.reads:
-                    self._readers.add(peer)
-                for row in self._batch.rows:
-                    row.unaware.append(peer)
+            case Hello() if message.name == peer:
+                return self._greet(peer, message)
             case Nodes() if peer in self.drafts:
-                self._take(peer, message)
+                return self._take(peer, message)
             case Lost() if peer in self.drafts:
                 self._open_again(peer, message.sequence, message.known)
             case Declined() if peer in self.drafts:
                 self._leave_alone(peer, message.sequence)
-            case Goodbye():
+            case Goodbye() if peer in self.drafts:
                 self.remove(peer)
             case _:
-                pass
+                return "unexpected"
+        return None
+
+    def _greet(self, peer: str, hello: Hello) -> DropCause | None:
+        if peer not in self.drafts:
+            if len(self.drafts) == MAX_SHARES:
+                return "unexpected"
+            self.drafts.append(peer)
+            if hello.reads:
+                self._readers.add(peer)
+            for row in self._batch.rows:
+                row.unaware.append(peer)
+        self._dropped_by[peer] = hello.dropped
+        return None
 
     def _leave_alone(self, draft: str, sequence: int) -> None:
         row = self._batch.running(sequence)
@@ -134,19 +163,21 @@ class Links:
             row.unaware.append(draft)
             row.shown[draft] = known
 
-    def _take(self, draft: str, nodes: Nodes) -> None:
+    def _take(self, draft: str, nodes: Nodes) -> DropCause | None:
         self.drafted_ms += nodes.step_ms / nodes.sequences
         self._pace.saw_step(nodes.step_ms, narrow=nodes.step_tokens <= NARROW * nodes.sequences)
         row = self._batch.running(nodes.sequence)
-        if row is not None:
-            self._isolation.each([row], lambda row: row.session.add(draft, nodes))
-        else:  # it may have missed the end, and would keep a row and memory for ever
+        if row is None:  # it may have missed the end, and would keep a row and memory for ever
             self._send(draft, Close(nodes.sequence))
+            return "stale"
+        taken = self._isolation.each([row], lambda row: row.session.add(draft, nodes))
+        return None if any(new for _, new in taken) else "stale"
 
     def remove(self, draft: str) -> None:
         """Forget a draft. The guesses are dealt anew with the next outcome."""
         if draft in self.drafts:
             self.drafts.remove(draft)
+            self._dropped_by.pop(draft, None)
             self._readers.discard(draft)
             for row in self._batch.rows:
                 row.shown.pop(draft, None)

@@ -112,11 +112,6 @@ class Target:
         estimates = self._planner, self._pace, self.costs
         self._rounds = Rounds(runner, self._links, self._rules, *estimates, self._isolation, clock, trace)
 
-    @property
-    def malformed(self) -> int:
-        """Frames that were dropped."""
-        return self._links.malformed
-
     # Called from any thread
 
     def submit(
@@ -162,6 +157,7 @@ class Target:
                 kv_pages=self.batch.pool.size,
                 kv_pages_free=self.batch.pool.available,
                 plan=self._plan(),
+                dropped_frames=self._links.dropped,
             )
 
     def _plan(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -56,6 +57,7 @@ class Driver:
         self._hopeful: list[Callable[[], None]] = []  # told when there is room
         # Guards these and the next ones. Garbage collection may cancel a forgotten request in any thread: hence R.
         self._lock = threading.RLock()
+        self._dropped: Counter[str] = Counter()  # frames, by what was wrong with them
         self._failure: EngineError | None = None
         self._offered: Contact | None = None  # the target that there is now
         self._contact: Contact | None = None  # the one that has all requests under way
@@ -166,7 +168,13 @@ class Driver:
             draft_restarts=keeper.draft_restarts,
             target_restarts=keeper.target_restarts,
             spare_targets=keeper.spares,
+            dropped_frames=self._all_dropped(stats),
         )
+
+    def _all_dropped(self, stats: EngineStats) -> dict[str, int]:
+        counts = Counter(stats.dropped_frames)
+        counts.update(self._dropped)
+        return dict(counts)
 
     def _targets_stats(self) -> EngineStats | None:
         """What the present target says; None if there is none."""
@@ -259,6 +267,7 @@ class Driver:
         try:
             messages = decode(contact.session, frame)
         except ProtocolError as error:
+            self._dropped[error.fault] += 1
             logger.debug("dropped a frame: %s", error)
             return
         for message in messages:

@@ -92,13 +92,14 @@ class TargetProcess(_Process):
         session: int,
         cores: Cores = None,
         one_node: bool = True,
+        users: Sequence[int] = (),
     ) -> None:
         require_same(config, fingerprints, ("target",) if config.method == "ssd" else ("target", "draft"))
         super().__init__(HUB, config.inline_max_bytes)
         self._address: ZmqAddress | None = None
         channel: Channel = self.refs
         if config.transport != "ray":
-            hub = ZmqHub() if one_node else ZmqHub("tcp", ray.util.get_node_ip_address())
+            hub = ZmqHub(users=users) if one_node else ZmqHub("tcp", ray.util.get_node_ip_address())
             channel, self._address = HybridChannel(hub, self.refs, config.inline_max_bytes), hub.address
         self._actor: TargetActor = TargetActor(config, channel, session=session, cores=cores)
 

@@ -120,6 +120,7 @@ class RefChannel(InboxChannel):
         self._inline_max_bytes = inline_max_bytes
         self._peers: dict[str, _Calls | _Outbox] = {}
         self._closed = False
+        self._refused = 0
         for peer, handle in (peers or {}).items():
             self.add_peer(peer, handle)
 
@@ -136,9 +137,16 @@ class RefChannel(InboxChannel):
         self._peers.pop(name, None)
 
     def deliver(self, sender: str, frame: Payload) -> None:
-        """Put a frame into the inbox, from any thread."""
+        """Put a frame into the inbox, from one thread at a time; one that is too long is dropped."""
+        if len(frame) > MAX_FRAME_BYTES:
+            self._refused += 1
+            return
         # A view: the object store keeps a large frame until whoever received it lets go of it, and of its parts.
         self.inbox.put(sender, frame if isinstance(frame, bytes) else frame.data)
+
+    @property
+    def refused(self) -> int:
+        return self._refused
 
     def drain(self, name: str, reader: str, timeout: float) -> list[Frame]:
         """Take what waits for a peer that is no actor, from any thread; wait up to ``timeout`` seconds for the first.

@@ -10,6 +10,7 @@ end. A spare target is loaded, and rests until it takes over.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -261,7 +262,8 @@ class Supervisor:
         logger.info("loading the target")
         one_node = sum(node["Alive"] for node in ray.nodes()) == 1
         session = secrets.randbits(53)
-        pass_on(get(self._load(target, session=session, one_node=one_node), target.name))
+        users = [os.getuid()]  # the driver's, should the actors' be another
+        pass_on(get(self._load(target, session=session, one_node=one_node, users=users), target.name))
         target.contact = Contact(target.handle, get(target.handle.address.remote(), target.name), session)
 
     def _install(self, target: Member) -> None:

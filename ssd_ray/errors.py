@@ -22,6 +22,10 @@ the others to 1.
 from __future__ import annotations
 
 import re
+from typing import Literal
+
+FrameFault = Literal["malformed", "version", "session"]
+"""What is wrong with a frame: it has no messages of ours, or they are of another version or session."""
 
 LONGEST_SHOWN = 200
 """Characters of a value that a message has at most."""
@@ -101,7 +105,11 @@ class StoppedError(SsdRayError):
 
 
 class ProtocolError(SsdRayError):
-    """A frame is not a message of this protocol."""
+    """A frame is not a message of this protocol; ``fault`` says in which way."""
+
+    def __init__(self, message: str, fault: FrameFault = "malformed") -> None:
+        super().__init__(message)
+        self.fault: FrameFault = fault
 
 
 def quoted_error(text: str) -> SsdRayError | None:

@@ -165,6 +165,10 @@ class EngineStats(Stats):
         kv_pages: pages of the target's KV memory, and ``kv_pages_free`` those that no running request holds; some of
             them keep what has ended for prompts that begin alike.
         plan: what a round is planned to be like now, and why.
+        dropped_frames: frames that did nothing, by cause: "malformed" (no messages of the protocol, or too long), of
+            another "version" or "session", "unexpected" (of a peer that is no draft, or nothing that a draft says),
+            "stale" (late or said before; some of these are usual), and "by_drafts", those that connected drafts have
+            dropped by their own word. Since the present target began.
         shared_vocabulary: part of the target's tokens that the draft has, too; others are never proposed.
     """
 
@@ -178,6 +182,7 @@ class EngineStats(Stats):
     kv_pages: int = 0
     kv_pages_free: int = 0
     plan: str = ""
+    dropped_frames: dict[str, int] = field(default_factory=dict)
     shared_vocabulary: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from msgspec import Meta, Struct
 from ssd_ray.config import MAX_LOGPROBS, SamplingParams
 from ssd_ray.errors import ConfigError, ProtocolError
 
-VERSION = 3
+VERSION = 4
+
+MAX_SHARES = 4096
+"""Drafts among which guesses are dealt out at most."""
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Token = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -30,6 +33,8 @@ Parent = Annotated[int, Meta(ge=-65, le=2**53)]
 Factor = Annotated[float, Meta(ge=0.0, le=1.0)]
 StatesDtype = Literal["float32", "bfloat16", "float16"]
 Price = Annotated[float, Meta(ge=0.0)]
+Shares = Annotated[int, Meta(ge=1, le=MAX_SHARES)]
+Milliseconds = Annotated[float, Meta(ge=0.0, le=3.6e6)]
 
 
 class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -41,10 +46,11 @@ class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 class Hello(Message, frozen=True, tag="hello"):
     """The draft is there, its model is loaded: deal it a share of every open sequence. ``reads`` says whether it wants
-    the target's hidden states, too."""
+    the target's hidden states, too; ``dropped`` how many frames it has dropped so far."""
 
     name: Name
     reads: bool = False
+    dropped: Count = 0
 
 
 class Nodes(Message, frozen=True, tag="nodes"):
@@ -66,7 +72,7 @@ class Nodes(Message, frozen=True, tag="nodes"):
     first: Count
     parents: Annotated[list[Parent], Meta(max_length=4096)]
     tokens: Annotated[list[Token], Meta(max_length=4096)]
-    step_ms: Annotated[float, Meta(ge=0.0)] = 0.0
+    step_ms: Milliseconds = 0.0
     sequences: Annotated[int, Meta(ge=1)] = 1
     step_tokens: Count = 0
     chances: Annotated[bytes, Meta(max_length=4096)] = b""
@@ -115,7 +121,7 @@ class Open(Message, frozen=True, tag="open"):
     params: SamplingParams
     c: Factor = 1.0
     share: Count = 0
-    shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+    shares: Shares = 1
     prompt_tokens: Count = 0
     omitted: Count = 0
 
@@ -142,7 +148,7 @@ class Outcome(Message, frozen=True, tag="outcome"):
     wanted: Count = 0
     c: Factor = 1.0
     share: Count = 0
-    shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+    shares: Shares = 1
     price: Price = 0.0
     floor: Factor = 0.0
 
@@ -155,7 +161,7 @@ class Begin(Message, frozen=True, tag="begin"):
     round: Count
     speculation: Speculation
     share: Count = 0
-    shares: Annotated[int, Meta(ge=1, le=4096)] = 1
+    shares: Shares = 1
 
 
 class States(Message, frozen=True, tag="states"):
@@ -324,8 +330,10 @@ def decode(session: int, frame: bytes | memoryview) -> list[AnyMessage]:
         version, other, messages = _decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
         raise ProtocolError(f"no messages: {error}") from None
-    if version != VERSION or other != session:
-        raise ProtocolError(f"version {version} and session {other:#x}, expected {VERSION} and {session:#x}")
+    if version != VERSION:
+        raise ProtocolError(f"version {version}, expected {VERSION}", "version")
+    if other != session:
+        raise ProtocolError(f"session {other:#x}, expected {session:#x}", "session")
     return messages
 
 

@@ -159,24 +159,24 @@ class SpeculationCache:
             node.known_as = [name for name in node.known_as if name[0] != draft]
 
     def add(self, draft: str, message: Nodes) -> int:
-        """Take nodes of a draft; returns how many are of use now."""
+        """Take nodes of a draft; returns how many are of use now and were not said before."""
         if message.round > self.round or not _well_formed(message):
             return 0
         self.latest[draft] = max(self.latest.get(draft, 0), message.round)
         laws = unpack_laws(packed_laws(message))
         step = DraftStep(message.step_ms / message.sequences)
-        used = 0
+        new = 0
         for offset, (parent, token) in enumerate(zip(message.parents, message.tokens, strict=True)):
             node = self._place(draft, message.round, parent, token, laws.get(offset))
             if node is not None:
-                used += 1
                 node.said = node.said or (message.chances[offset] if message.chances else UNSAID)
                 name = (draft, message.first + offset)
                 if name not in self._nodes and len(self._nodes) < MAX_NODES:
+                    new += 1
                     self._nodes[name] = node
                     node.step = node.step if node.known_as else step
                     node.known_as.append(name)
-        return used
+        return new
 
     def _place(self, draft: str, round: int, parent: int, token: int, law: Law | None) -> CachedNode | None:
         """Find or make the node of one pushed token; None if it has no place in the tree any more."""

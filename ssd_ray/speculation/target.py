@@ -154,7 +154,7 @@ class TargetSession:
         return [proposal_of(node.law, self._vocab_size) for node in self.cache.tree.trunk[1:]]
 
     def add(self, draft: str, message: Nodes) -> int:
-        """Take nodes of a draft; returns how many are of use."""
+        """Take nodes of a draft; returns how many are of use and were not said before."""
         self.tally.tree_tokens += len(message.tokens)
         self.tally.draft_ms += message.step_ms / message.sequences
         return self.cache.add(draft, message)

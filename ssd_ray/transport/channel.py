@@ -6,7 +6,8 @@ A channel is one endpoint. One *hub* (the target) talks to any number of *spokes
 - ``send`` never blocks. It returns False when the frame was dropped: peer unknown or gone, its queue full, the frame
   longer than the limit, the channel closed. A dropped frame is not an error: the protocol above lives with losses.
   True is no promise: a frame may still be lost on its way, or in the queue of a peer that dies;
-- frames of one peer arrive at most once, whole, and in the order in which they were sent (some may be missing);
+- frames of one peer arrive at most once, whole, and in the order in which they were sent (some may be missing); what
+  arrives and is no frame, or one above the limit, is dropped and counted in ``refused``;
 - spokes reach the hub alone; a name belongs to one live spoke at a time, and a restarted one takes it over;
 - a spoke needs no hub to start: frames that it sends before the hub is there may be dropped;
 - ``receive`` returns at once with what is there, or waits up to ``timeout`` seconds for the first frame. ``wake`` ends
@@ -40,6 +41,11 @@ class Channel(ABC):
 
     dropped: int = 0
     """Frames that ``send`` dropped."""
+
+    @property
+    def refused(self) -> int:
+        """How much has arrived that is no frame, or one above the limit, and was dropped."""
+        return 0
 
     @abstractmethod
     def send(self, peer: str, frame: bytes) -> bool:

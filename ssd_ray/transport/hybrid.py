@@ -32,6 +32,10 @@ class HybridChannel(Channel):
         # A frame that comes through the large one wakes the small one.
         return self._small.receive() or self._large.receive() or self._small.receive(timeout) or self._large.receive()
 
+    @property
+    def refused(self) -> int:
+        return self._small.refused + self._large.refused
+
     def wake(self) -> None:
         self._small.wake()
 

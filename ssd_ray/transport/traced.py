@@ -42,6 +42,10 @@ class TracedChannel(Channel):
             self._note("receive", self._trace.clock(), *received)
         return received
 
+    @property
+    def refused(self) -> int:
+        return self._channel.refused
+
     def wake(self) -> None:
         self._channel.wake()
 

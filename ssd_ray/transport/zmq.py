@@ -2,7 +2,8 @@
 
 On Linux the peers of one machine meet at an abstract socket, a name in the kernel without a file: whoever dies, nothing
 is left behind. Such a name is open to every process of the machine, as a TCP port is to every process of the network,
-so all connections are encrypted and authenticated by CURVE with a key pair made for each hub.
+so all connections are encrypted and authenticated by CURVE with a key pair made for each hub. Of the peers of one
+machine the kernel also says whose they are, and only connections of users who belong there are taken at all.
 
 The hub's *public* key is the capability to talk to it. A CURVE client proves in its first message that it knows that
 key, and the key itself never crosses the wire. It is handed to spokes, inside :class:`ZmqAddress`, by Ray. Checking
@@ -11,9 +12,11 @@ client keys as well would add nothing, since they would have to be handed out in
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
@@ -35,10 +38,27 @@ _DROPPED = (zmq.EAGAIN, zmq.EHOSTUNREACH)
 _LINGER_MS = 50
 """How long close() waits for a last frame, such as a goodbye, to leave; a peer that reads takes it in one."""
 
+_HANDSHAKE_MS = 5000
+"""How long a connection may take to prove that it knows the key; until then it holds a descriptor."""
+
 _HEARTBEAT_MS = 1000
 _HEARTBEAT_TIMEOUT_MS = 5000
 _RECONNECT_MS = 10
 _RECONNECT_MAX_MS = 500
+
+
+def key_pair() -> tuple[bytes, bytes]:
+    """A new pair of CURVE keys: public, secret.
+
+    Raises:
+        ResourceError: this libzmq has no CURVE.
+    """
+    if not zmq.has("curve"):
+        raise ResourceError(
+            f"libzmq {zmq.zmq_version()} was built without CURVE, which every connection needs: install pyzmq's own "
+            "wheel (pip install --force-reinstall --only-binary pyzmq pyzmq), or use transport='ray'"
+        )
+    return zmq.curve_keypair()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +74,7 @@ class _ZmqChannel(Channel):
 
     def __init__(self, name: str, kind: int) -> None:
         self.name = name
+        self._refused = 0
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
         self._woken, self._waker = socket.socketpair()
@@ -64,6 +85,7 @@ class _ZmqChannel(Channel):
             zmq.SNDHWM: QUEUE_FRAMES,
             zmq.RCVHWM: QUEUE_FRAMES,
             zmq.MAXMSGSIZE: MAX_FRAME_BYTES + _CURVE_OVERHEAD_BYTES,
+            zmq.HANDSHAKE_IVL: _HANDSHAKE_MS,
             zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
             zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS,
         }
@@ -80,13 +102,17 @@ class _ZmqChannel(Channel):
         while True:
             try:
                 while (item := self._open(self._socket.recv_multipart(zmq.NOBLOCK))) is None:
-                    pass
+                    self._refused += 1
                 return item
             except zmq.Again:
                 now = monotonic()
             deadline = now + timeout if deadline is None else deadline
             if now >= deadline or not self._wait(ceil((deadline - now) * 1000)):
                 return None
+
+    @property
+    def refused(self) -> int:
+        return self._refused
 
     def wake(self) -> None:
         with suppress(OSError):  # closed, or woken often enough
@@ -124,28 +150,35 @@ class _ZmqChannel(Channel):
 class ZmqHub(_ZmqChannel):
     """The hub. ``address`` is what its spokes are made with."""
 
-    def __init__(self, bind: Literal["ipc", "tcp"] = "ipc", host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, bind: Literal["ipc", "tcp"] = "ipc", host: str = "127.0.0.1", users: Collection[int] = ()
+    ) -> None:
         """Listen on this machine alone ("ipc") or on a free port of ``host``, an address of this machine ("tcp").
 
-        Without abstract sockets, that is outside Linux, "ipc" is a port of the loopback interface.
+        An abstract socket takes connections of this process's user, and of ``users``, by their ids. Without abstract
+        sockets, that is outside Linux, "ipc" is a port of the loopback interface.
 
         Raises:
-            ResourceError: nothing can listen there.
+            ResourceError: nothing can listen there, or there is no encryption.
         """
+        public, secret = key_pair()
         super().__init__(HUB, zmq.ROUTER)
-        public, secret = zmq.curve_keypair()
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-        self.address = ZmqAddress(self._listen(bind, host), public)
+        self.address = ZmqAddress(self._listen(bind, host, users), public)
 
     def send(self, peer: str, frame: bytes) -> bool:
         return self._offer([peer.encode(), frame])
 
-    def _listen(self, bind: Literal["ipc", "tcp"], host: str) -> str:
+    def _listen(self, bind: Literal["ipc", "tcp"], host: str, users: Collection[int]) -> str:
         if bind == "ipc" and sys.platform == "linux":
             url = f"ipc://@ssd-ray-{secrets.token_hex(16)}"
+            # libzmq ends the process where connections to such a socket use its descriptors up, whoever makes them. The
+            # kernel says whose they are: those of others are closed before they can be many.
+            for user in {os.getuid(), *users}:
+                self._socket.setsockopt(zmq.IPC_FILTER_UID, user)
         else:
             host = "127.0.0.1" if bind == "ipc" else host
             self._socket.setsockopt(zmq.IPV6, ":" in host)
@@ -166,8 +199,8 @@ class ZmqSpoke(_ZmqChannel):
     """A spoke. One made under a name that is in use takes that name over."""
 
     def __init__(self, address: ZmqAddress, name: str) -> None:
+        public, secret = key_pair()
         super().__init__(name, zmq.DEALER)
-        public, secret = zmq.curve_keypair()
         self._socket.setsockopt(zmq.IDENTITY, name.encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)

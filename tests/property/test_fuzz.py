@@ -107,7 +107,9 @@ def test_whatever_is_asked_others_do_not_notice(proposing: Proposing | None, cas
                 beside[index] = bench.submit(*WITNESSES[index])
                 compared += 1
     bench.finish()
-    assert bench.pump.target.malformed == sum(draft.malformed for draft in bench.pump.drafts) == 0
+    assert (
+        bench.pump.target.stats().dropped_frames["malformed"] == sum(draft.dropped for draft in bench.pump.drafts) == 0
+    )
     assert bench.pump.target.stats().running == 0
     assert not bench.pump.drafts[0].sequences
     bench.pump.validate()

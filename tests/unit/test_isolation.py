@@ -50,7 +50,7 @@ def run(pump):
     pump.validate()
     assert pump.target.stats().running == 0
     assert not any(draft.sequences for draft in pump.drafts)
-    assert pump.target.malformed == sum(draft.malformed for draft in pump.drafts) == 0
+    assert pump.target.stats().dropped_frames["malformed"] == sum(draft.dropped for draft in pump.drafts) == 0
     return dict(zip(SEEDS, texts, strict=True))
 
 

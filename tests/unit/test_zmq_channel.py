@@ -3,9 +3,10 @@
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -82,6 +83,70 @@ def test_a_wrong_key_gets_nothing_in_and_nothing_out(hub):
         assert_serves(hub)
 
 
+def test_the_key_of_another_engine_gets_nothing_in(hub):
+    with ZmqHub() as other, ZmqSpoke(replace(hub.address, server_key=other.address.server_key), "guest") as spoke:
+        assert not send_soon(spoke, seconds=0.3)
+        assert hub.receive() is None
+        assert_serves(hub)
+        assert_serves(other)
+
+
+@contextmanager
+def listener(url):
+    """Stands between a hub and a spoke, and tells what it hears of the spoke."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        heard, links = bytearray(), []
+
+        def pass_on(source, sink, keep):
+            with suppress(OSError):
+                while data := source.recv(1 << 16):
+                    heard.extend(data if keep else b"")
+                    sink.sendall(data)
+
+        def accept():
+            links.extend([server.accept()[0], socket.create_connection(tcp_place(url))])
+            near, far = links
+            back = threading.Thread(target=pass_on, args=(far, near, False))
+            back.start()
+            pass_on(near, far, True)
+            back.join()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}", heard, links
+        for link in links:
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for link in links:
+            link.close()
+
+
+def tcp_place(url):
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
+
+
+@pytest.mark.parametrize("change", [0, 1], ids=["as it was", "changed"])
+def test_what_a_listener_repeats_never_arrives(change):
+    with ZmqHub("tcp") as hub, listener(hub.address.url) as (url, heard, links):
+        with ZmqSpoke(ZmqAddress(url, hub.address.server_key), "speaker") as spoke:
+            assert send_soon(spoke)
+            assert hub.receive(5.0) == ("speaker", b"hello")
+            before = len(heard)
+            assert spoke.send(HUB, b"once")
+            assert hub.receive(5.0) == ("speaker", b"once")
+            assert b"once" not in heard
+            again = heard[before:]
+            again[-1] ^= change
+            links[1].sendall(again)
+            assert hub.receive(0.3) is None
+        with closing(socket.create_connection(tcp_place(hub.address.url))) as connection:
+            connection.sendall(heard)
+            assert hub.receive(0.3) is None
+        assert_serves(hub)
+
+
 def test_a_peer_without_encryption_gets_nothing_in(hub):
     with raw_dealer(hub.address) as dealer:
         dealer.send(b"in the clear")
@@ -108,6 +173,7 @@ def test_messages_of_more_than_one_part_are_dropped(hub, parts):
         dealer.send_multipart(parts)
         dealer.send(b"one part")
         assert hub.receive(5.0) == ("raw", b"one part")
+        assert hub.refused == 1
 
 
 def test_a_name_that_is_no_text_arrives_as_one(hub):
@@ -183,6 +249,56 @@ def test_ipc_has_no_file():
         name = hub.address.url.removeprefix("ipc://")
         assert name.startswith("@")
         assert name in Path("/proc/net/unix").read_text()
+
+
+@linux
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_cannot_use_descriptors_up():
+    """libzmq ends the process when it cannot accept: hence in one of its own."""
+    done = subprocess.run([sys.executable, "-c", BESIEGED], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "still here\n", done.stderr
+
+
+BESIEGED = """
+import os, resource, socket
+from ssd_ray.transport.channel import HUB
+from ssd_ray.transport.zmq import ZmqHub, ZmqSpoke
+
+with ZmqHub() as hub:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, most))
+        os.setuid(65534)
+        kept = [socket.socket(socket.AF_UNIX) for _ in range(200)]
+        for connection in kept:
+            connection.connect("\\0" + hub.address.url.removeprefix("ipc://@"))
+        os._exit(any(connection.recv(10) for connection in kept))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with ZmqSpoke(hub.address, "own") as spoke:
+        while not spoke.send(HUB, b"hello"):
+            spoke.receive(0.01)
+        assert hub.receive(10.0) == ("own", b"hello")
+print("still here")
+"""
+
+
+@linux
+def test_an_abstract_socket_takes_its_own_user_and_those_it_is_told_of(monkeypatch):
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    with ZmqHub() as hub, ZmqSpoke(hub.address, "foreign") as spoke:
+        assert not send_soon(spoke, seconds=0.3)
+    with ZmqHub(users=[own]) as hub:
+        assert_serves(hub)
+
+
+def test_without_curve_it_is_said_what_to_do(monkeypatch):
+    monkeypatch.setattr(zmq, "has", lambda capability: False)
+    for make in (ZmqHub, lambda: ZmqSpoke(ZmqAddress("tcp://127.0.0.1:1", b""), "a")):
+        with pytest.raises(ResourceError, match=r"without CURVE.*or use transport='ray'"):
+            make()
 
 
 def test_ipc_falls_back_to_the_loopback_interface(monkeypatch):
