@@ -48,7 +48,7 @@ def run(path: Path, requests: int = 3, drafts: int = 2) -> tuple[Traced, EngineS
     """The trace, figures and ends of some requests to a target and drafts in one thread, in real time."""
     target, models = table_pair(drafts=drafts)
     pump = Pump(target, models, clock=lambda: perf_counter, trace=True, concurrency=4, prefill_chunk=8)
-    texts = pump.run_all([([1, 2, 3, *range(4, 14)], LONG) for _ in range(requests)])
+    texts = pump.run_all([([*range(1, 31)], LONG) for _ in range(requests)])
     write_trace(str(path), pump.traces)
     return Traced(json.loads(path.read_bytes())), pump.target.stats(), [text.finish_reason for text in texts]
 
