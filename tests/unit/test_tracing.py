@@ -82,7 +82,7 @@ def test_the_figures_are_those_of_the_engine(traced_run: Any) -> None:
     assert following["hit"] == stats.sums.hits > 0
     assert {cause: following[cause] for cause in stats.misses} == stats.misses
     assert following["length"] == len(ends) == 3
-    assert sum(trace.figures("target", "prefill", "tokens")) + stats.cached_tokens == 3 * 12
+    assert sum(trace.figures("target", "prefill", "tokens")) + stats.cached_tokens == 3 * 29
     for kind, total_ms in (("verify", stats.verify_ms), ("wait for drafts", stats.wait_ms)):
         assert 1e-3 * sum(each["dur"] for each in trace.of("target", kind)) == pytest.approx(total_ms, abs=0.01)
 
