@@ -6,7 +6,11 @@ from time import monotonic
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssd_ray.cluster.refs import RefChannel
+from ssd_ray.transport.channel import MAX_FRAME_BYTES
+from ssd_ray.transport.hybrid import HybridChannel
 from ssd_ray.transport.inbox import Inbox
+from ssd_ray.transport.memory import MemoryHub
 
 
 @given(st.lists(st.one_of(st.sampled_from("abc"), st.none()), max_size=60), st.integers(1, 4))
@@ -65,3 +69,13 @@ def test_threads_lose_and_double_nothing():
     assert inbox.get() is None
     for name in "abcd":
         assert [frame for sender, frame in items if sender == name] == [n.to_bytes(2, "big") for n in range(500)]
+
+
+def test_an_overlong_frame_in_a_call_is_counted_and_dropped():
+    refs = RefChannel("draft-0", Inbox())
+    with HybridChannel(MemoryHub(), refs, 1 << 16) as channel:
+        refs.deliver("target", bytes(MAX_FRAME_BYTES + 1))
+        refs.deliver("target", b"next")
+        assert channel.receive() == ("target", b"next")
+        assert channel.receive() is None
+        assert channel.refused == 1

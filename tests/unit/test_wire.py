@@ -77,11 +77,13 @@ def test_a_damaged_frame_is_refused_or_still_a_message(message: wire.Message, da
 
 
 def test_other_sessions_and_versions_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="session"):
+    with pytest.raises(ProtocolError, match="session") as error:
         wire.decode(2, wire.encode(1, wire.Close(1)))
+    assert error.value.fault == "session"
     other = msgspec.msgpack.encode((wire.VERSION + 1, 1, [wire.Close(1)]))
-    with pytest.raises(ProtocolError, match="version"):
+    with pytest.raises(ProtocolError, match="version") as error:
         wire.decode(1, other)
+    assert error.value.fault == "version"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def test_other_sessions_and_versions_are_refused() -> None:
         ["close", -1],
         ["hello", "x" * 65],
         ["nodes", 1, 1, 1, [-66], [1], 0.0],
+        ["nodes", 1, 1, 1, [-1], [1], float("inf")],
         ["nodes", 1, 1, 1, [0] * 4097, [1] * 4097, 0.0],
         ["begin", 1, 1, [1] * 65],
         ["open", 1, 1, [1], [], {"temperature": -1.0}],
