@@ -126,7 +126,7 @@ def watching():
     """What to do in a draft's process; local, so that it need not import this module."""
 
     def watch(process):
-        channel, handover = process._actor._draft._channel, process._actor._draft._handover
+        channel, handover = process._actor._draft._uplink.channel, process._actor._draft._handover
         receive, give = channel.receive, handover.give
 
         def watched_receive(timeout=0.0):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_ray.actors import drafting
+from ssd_ray.actors import uplink
 from ssd_ray.actors.verifying import MOST_TOKENS
 from ssd_ray.config import SamplingParams
 from ssd_ray.models.reach import EVERYTHING, Reach
@@ -280,13 +280,13 @@ def test_a_draft_that_missed_the_end_of_requests_has_room_for_others() -> None:
 def test_laws_of_many_rows_that_no_frame_holds_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = pump(4, 1, None, proposing=Proposing())
     params = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
-    for module in (drafting, memory):
+    for module in (uplink, memory):
         monkeypatch.setattr(module, "MAX_FRAME_BYTES", 1500)
     for number in range(4):
         engine.target.submit(number, [number, 3], replace(params, seed=number))
     drain(engine, set(range(4)))
     assert all(engine.texts[number].stats.tree_tokens > 0 for number in range(4))
-    assert engine.drafts[0]._channel.dropped == 0
+    assert engine.drafts[0]._uplink.channel.dropped == 0
 
 
 def test_figures_count_a_request_once_whenever_they_are_asked_for() -> None:

@@ -8,9 +8,10 @@ import torch
 
 from ssd_ray.actors import isolation
 from ssd_ray.actors.batch import Batch, Row
-from ssd_ray.actors.drafting import Draft
 from ssd_ray.actors.isolation import Isolation, told
 from ssd_ray.actors.rounds import Rounds
+from ssd_ray.actors.seats import Seats
+from ssd_ray.actors.stepping import Rankings, Steps
 from ssd_ray.actors.verifying import Target
 from ssd_ray.config import SamplingParams
 from ssd_ray.errors import EngineError
@@ -110,11 +111,11 @@ IN_TARGET = {
 
 ON_DRAFTS = {
     "opened": (DraftSession, "__init__", lambda _, message, *__: message.sequence == BAD),
-    "its noise": (Draft, "_noise", lambda _, params: params.seed == SEEDS[BAD]),
-    "given pages": (Draft, "_make_room", lambda _, number, *__: number == BAD),
-    "prefilled": (Draft, "_prefill_chunk_of", lambda _, seat: seat.sequence == BAD),
+    "its noise": (Seats, "_noise", lambda _, params: params.seed == SEEDS[BAD]),
+    "given pages": (Seats, "make_room", lambda _, seat: seat.sequence == BAD),
+    "prefilled": (Steps, "_prefill_chunk_of", lambda _, seat: seat.sequence == BAD),
     "planned": (DraftSession, "next_step", by_session),
-    "ranked": (Draft, "_rankings", lambda _, work: any(seat.sequence == BAD for seat, _ in work)),
+    "ranked": (Rankings, "of", lambda _, work: any(seat.sequence == BAD for seat, _ in work)),
     "completed": (DraftSession, "complete", by_session),
     "advanced": (DraftSession, "advance", by_session),
     "told what begins": (DraftSession, "begin", by_session),
