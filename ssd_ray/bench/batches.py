@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from time import perf_counter
 
-from ssd_ray.bench.methods import OWN, on_cores, target_cores
+from ssd_ray.bench.methods import OWN, cores_of, on_cores
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import SsdRayError
 from ssd_ray.stats import Stats, add
@@ -164,7 +164,7 @@ def _server(config: EngineConfig) -> Iterator[Serve]:
     # Imported late: the command line is to be quick without Ray.
     from ssd_ray.engine import Engine
 
-    with on_cores(None if config.method == "ssd" else target_cores()):
+    with on_cores(cores_of(config)):
         engine = Engine(config)
 
     def serve(prompts: Sequence[Sequence[int]], params: SamplingParams) -> Served:

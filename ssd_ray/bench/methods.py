@@ -166,7 +166,7 @@ def _engine(config: EngineConfig) -> Iterator[Contender]:
     from ssd_ray.llm import LLM
 
     fields = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
-    with on_cores(None if config.method == "ssd" else target_cores()):
+    with on_cores(cores_of(config)):
         llm = LLM(**fields)
     with llm:
 
@@ -190,7 +190,7 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
     from ssd_ray.models.loader import find_device
     from ssd_ray.models.sources import ASSETS
 
-    device = find_device(config.device)
+    device, cores = find_device(config.device), cores_of(replace(config, method="ar"))
 
     def load(role: str) -> Any:
         dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -205,7 +205,7 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
         inputs = torch.tensor([prompt], device=device)
         sampling = {"do_sample": False} if params.greedy else {"do_sample": True, "temperature": params.temperature}
         torch.manual_seed(params.seed)
-        with on_cores(target_cores()):
+        with on_cores(cores):
             start, used = perf_counter(), process_time()
             tokens = target.generate(
                 inputs,
@@ -219,6 +219,13 @@ def _transformers(config: EngineConfig, *, assisted: bool) -> Iterator[Contender
         return Run(tokens.shape[1] - len(prompt), seconds, processor_seconds=used)
 
     yield run
+
+
+def cores_of(config: EngineConfig) -> list[int] | None:
+    """The cores that a contender is given, so that all have those of ssd's target; None: it divides all of them, as ssd
+    does, or ssd has no drafts that take some."""
+    drafts = replace(config, method="ssd").draft_actors
+    return None if config.method == "ssd" or not drafts else target_cores()
 
 
 def target_cores() -> list[int] | None:

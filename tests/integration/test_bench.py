@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ssd_ray.bench.cli import app
-from ssd_ray.bench.methods import Result, Run, verdict
+from ssd_ray.bench.methods import Result, Run, cores_of, verdict
 from ssd_ray.bench.plot import check_plotting
 from ssd_ray.bench.prompts import held_out_prompts, held_out_texts
+from ssd_ray.config import EngineConfig
 from ssd_ray.errors import ConfigError
 from ssd_ray.models.info import load_tokenizer
 from ssd_ray.saguaro.fanout import POLICIES
@@ -32,6 +34,15 @@ def test_ratios_are_taken_prompt_by_prompt() -> None:
     slow = Result("ar", 0.0, [Run(100, 2.0), Run(100, 20.0), Run(100, 3.0)])
     assert fast.ratio(slow) == pytest.approx(2.0)
     assert (fast.rate, slow.rate) == (100.0, pytest.approx(100.0 / 3))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be pinned")
+def test_all_have_the_cores_of_ssds_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without drafts beside it that one has all of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
+    assert [cores_of(EngineConfig(method=method)) for method in ("ar", "sd", "ssd")] == [[4, 5], [4, 5], None]
+    for fields in ({"draft": "ngram"}, {"num_drafts": 0}):
+        assert [cores_of(EngineConfig(method=method, **fields)) for method in ("ar", "sd", "ssd")] == [None] * 3
 
 
 def test_a_sentence_says_what_serves_best() -> None:
