@@ -208,7 +208,7 @@ def kept_blocks() -> int:
 
 @pytest.mark.parametrize(
     ("frames", "proposing"),
-    [(12_000, None), (2_000, Proposing(16)), pytest.param(1_000_000, None, marks=pytest.mark.slow)],
+    [(8_000, None), (2_000, Proposing(16)), pytest.param(1_000_000, None, marks=pytest.mark.slow)],
     ids=["coupled", "rejection", "a million"],
 )
 def test_nothing_that_arrives_changes_anything(
