@@ -35,6 +35,7 @@ StatesDtype = Literal["float32", "bfloat16", "float16"]
 Price = Annotated[float, Meta(ge=0.0)]
 Shares = Annotated[int, Meta(ge=1, le=MAX_SHARES)]
 Milliseconds = Annotated[float, Meta(ge=0.0, le=3.6e6)]
+OfFrame = Meta(max_length=4096)  # how many messages a frame has
 
 
 class Message(Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -302,7 +303,7 @@ class Output(Message, frozen=True, tag="output"):
 AnyMessage = Hello | Nodes | Lost | Declined | Goodbye | Open | Outcome | Begin | States | Close | Output
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], Meta(max_length=4096)]])
+_decoder = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[AnyMessage], OfFrame]])
 
 
 class _Tagged(Struct, array_like=True):
@@ -311,7 +312,7 @@ class _Tagged(Struct, array_like=True):
     tag: str
 
 
-_outline = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[_Tagged], Meta(max_length=4096)]])
+_outline = msgspec.msgpack.Decoder(tuple[int, int, Annotated[list[_Tagged], OfFrame]])
 
 
 def encode(session: int, *messages: Message) -> bytes:
