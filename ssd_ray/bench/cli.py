@@ -166,6 +166,55 @@ def soak(
 
 
 @app.command()
+def chaos(
+    target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
+    faults: Annotated[int, typer.Option(min=1, help="Faults, one after the other.")] = 100,
+    every: Annotated[float, typer.Option(min=0.001, help="Seconds between two faults, on average.")] = 0.5,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Clients, each with a text under way.")] = 8,
+    num_drafts: Annotated[int, typer.Option(min=1, help="Drafts at the start.")] = 1,
+    most_drafts: Annotated[int, typer.Option(min=1, help="Drafts that there are at most.")] = 2,
+    spare_targets: Annotated[int, typer.Option(min=0, help="Targets that wait to take over.")] = 0,
+    dtype: Annotated[str, typer.Option()] = "auto",
+    seed: Annotated[int, typer.Option(help="Of all that is chosen.")] = 0,
+) -> None:
+    """Stop, kill and scale an engine's processes under running requests: whether a text changes or a request is lost.
+
+    The exit code is 1 if one does, or if a process outlives the engine.
+    """
+    from ssd_ray.bench.chaos import chaos as disturb
+    from ssd_ray.models.info import load_tokenizer
+
+    config = EngineConfig.from_kwargs(
+        target=target,
+        draft=draft,
+        num_drafts=num_drafts,
+        max_num_seqs=max_num_seqs,
+        spare_targets=spare_targets,
+        dtype=dtype,
+    )
+    texts = held_out_prompts(load_tokenizer(target), count=30, tokens=400)
+    with Console(stderr=True).status("") as status:
+        report = disturb(
+            config, texts, faults, every_s=every, most_drafts=most_drafts, seed=seed, progress=status.update
+        )
+    table = Table(
+        title=f"{report.texts} texts, {report.changed} changed, {sum(report.lost.values())} lost; "
+        f"{report.left} processes left",
+        caption=_stills(*report.still_ms),
+        box=SIMPLE,
+    )
+    table.add_column("fault")
+    table.add_column("times", justify="right")
+    for kind, count in sorted(report.faults.items()):
+        table.add_row(kind, str(count))
+    _console().print(table)
+    _report("chaos", asdict(report))
+    if not report.held:
+        raise typer.Exit(1)
+
+
+@app.command()
 def policies(
     target: Annotated[str | None, typer.Option(help="Target model; default: the bundled one.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model; default: the bundled one.")] = None,
@@ -311,6 +360,10 @@ def costs(
     for each in figures:
         _console().print(_costs_table(each))
     _report("machine", [asdict(each) for each in figures])
+
+
+def _stills(median: float, most: float, longest: float) -> str:
+    return f"A text stood still for {median:.0f} ms (median), {most:.0f} (99 %), {longest:.0f} (the longest)"
 
 
 def _table(results: Sequence[Result], params: SamplingParams, prompts: int) -> Table:

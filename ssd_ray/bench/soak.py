@@ -10,13 +10,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import Random
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING
 
+from psutil import Process
+
 from ssd_ray.config import EngineConfig, SamplingParams
-from ssd_ray.errors import EngineError, ResourceError
+from ssd_ray.errors import EngineError
 from ssd_ray.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -149,7 +150,6 @@ def soak(
 
     Raises:
         EngineError: a request goes on after all have been read or cancelled.
-        ResourceError: this system does not say how much memory a process has.
     """
     # Imported late: the command line is to be quick without Ray.
     from ssd_ray.llm import LLM
@@ -212,12 +212,4 @@ def _processes(llm: LLM) -> Iterator[tuple[str, int]]:
 
 def _memory(processes: dict[str, int]) -> dict[str, float]:
     """MiB of each process that are resident."""
-    return {name: _resident_mib(process) for name, process in processes.items()}
-
-
-def _resident_mib(process: int) -> float:
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except OSError as error:
-        raise ResourceError(f"cannot read the memory of process {process}: {error}") from error
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return {name: Process(process).memory_info().rss / 2**20 for name, process in processes.items()}

@@ -1,15 +1,16 @@
 """Linear layers in a few bits, made when a model is loaded.
 
-On a CPU by products of integers that torch itself has: torchao's take several times as long without a compiler. A
-weight has one scale for each output (int8) or for each 32 inputs (int4), and activations one for each token, never one
-for all: then a token's numbers depend on no other token. Sums of integers are exact in whatever order they are
-taken, so in int8 a token has the same bits among any number of others. On a GPU torchao's kernels serve, with such
-scales, too.
+On a CPU by products that torch itself has: torchao's take several times as long without a compiler. A weight has one
+scale for each output (int8) or for each 32 inputs (int4), and activations that become integers one for each token,
+never one for all: then a token's numbers depend on no other token. Sums of integers are exact in whatever order they
+are taken, so in int8 a token has the same bits among any number of others. A CPU whose instructions cut such sums off
+multiplies int8 weights with inputs in bfloat16. On a GPU torchao's kernels serve, with such scales, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssd_ray.errors import ConfigError
-from ssd_ray.models.packing import Packing, find_siblings, plain_linears
+from ssd_ray.models.packing import Matrix, Packing, find_siblings, plain_linears
 
 Kind = Literal["int8", "int4", "fp8"]
 
@@ -57,19 +58,44 @@ class Int8:
         integers = torch.cat([coarse, fine]).to(torch.int8)  # [2 * R, in_features]
         coarse, fine = torch._int_mm(integers, self._integers.t()).float().chunk(2)
         product = fine.mul_(1 / FINER).add_(coarse).mul_(self._scales).mul_(scales)
-        if bias is not None:
-            product.add_(bias)
-        return product.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        return _with_bias(product, bias, inputs).to(inputs.dtype)
 
     def whole(self) -> Tensor:
         """What it stands for, float32."""
         return self._integers * self._scales[:, None]
 
 
+def _with_bias(product: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    """A product [R, out_features], to which a bias is added, in the shape of its inputs."""
+    if bias is not None:
+        product.add_(bias)
+    outputs: Tensor = product.view(*inputs.shape[:-1], -1)
+    return outputs
+
+
 def _scales_of(rows: Tensor) -> Tensor:
     """What 1 stands for in each row [R, N] of numbers up to 127, float32 [R, 1]."""
     scales: Tensor = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
     return scales
+
+
+class Int8Weight:
+    """A matrix of int8 with a scale for each output. Inputs become bfloat16, and are summed one by one in float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        scales = _scales_of(weight.float())
+        self._integers = (weight.float() / scales).round_().to(torch.int8)
+        self._scales = scales.view(-1).bfloat16()
+
+    def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """See :class:`~ssd_ray.models.packing.Matrix`. How many tokens there are does not move the bits of one."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).bfloat16()
+        product = torch.ops.aten._weight_int8pack_mm(rows, self._integers, self._scales).to(inputs.dtype)
+        return _with_bias(product, bias, inputs)
+
+    def whole(self) -> Tensor:
+        """What it stands for, float32."""
+        return self._integers * self._scales[:, None].float()
 
 
 class Int4:
@@ -89,10 +115,7 @@ class Int4:
         """See :class:`~ssd_ray.models.packing.Matrix`."""
         rows = inputs.reshape(-1, inputs.shape[-1]).bfloat16()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._packed, GROUP, self._terms).to(inputs.dtype)
-        if bias is not None:
-            product.add_(bias)
-        outputs: Tensor = product.view(*inputs.shape[:-1], -1)
-        return outputs
+        return _with_bias(product, bias, inputs)
 
     def whole(self) -> Tensor:
         """What it stands for, bfloat16."""
@@ -109,10 +132,6 @@ def refuse_kind(kind: Kind, device: torch.device) -> None:
     if device.type == "cpu":
         if kind == "fp8":
             raise ConfigError("quantize", "'int8' or 'int4' on a CPU, which has no arithmetic for fp8", kind)
-        if not _sums_right():
-            raise ConfigError(
-                "quantize", "'none' on this CPU, which lacks VNNI: its sums of int8 products overflow", kind
-            )
         return
     if find_spec("torchao") is None:
         raise ConfigError("quantize", "'none' without torchao (pip install 'ssd-ray[quantize]')", kind)
@@ -120,6 +139,7 @@ def refuse_kind(kind: Kind, device: torch.device) -> None:
         raise ConfigError("quantize", "'int8' or 'int4' on a GPU of a compute capability below 8.9", kind)
 
 
+@cache
 def _sums_right() -> bool:
     """Whether the largest products of integers are summed as they are: instructions before VNNI cut them off."""
     most = torch.full((4, 64), 127, dtype=torch.int8)
@@ -156,10 +176,12 @@ def _replace(model: PreTrainedModel, kind: Kind, dtype: torch.dtype, siblings: S
         setattr(module, name, packings[chosen[linear]].packed(linear))
 
 
-def _matrix(kind: Kind, linear: nn.Linear, head: nn.Module | None) -> type[Int8 | Int4]:
+def _matrix(kind: Kind, linear: nn.Linear, head: nn.Module | None) -> type[Matrix]:
     """How a layer is kept on a CPU: what makes logits is worth 8 bits, and not every shape can have 4."""
     fits = linear.in_features % GROUP == 0 and linear.out_features % TILE == 0
-    return Int4 if kind == "int4" and fits and linear is not head else Int8
+    if kind == "int4" and fits and linear is not head:
+        return Int4
+    return Int8 if _sums_right() else Int8Weight
 
 
 def quantised_bytes(model: PreTrainedModel, kind: Kind, dtype: torch.dtype) -> int:
@@ -177,7 +199,7 @@ def _tables(model: PreTrainedModel) -> Iterator[nn.Embedding]:
     return (each for each in model.modules() if isinstance(each, nn.Embedding))
 
 
-BITS: dict[type[Int8 | Int4], int] = {Int8: 8, Int4: 5}
+BITS: dict[type[Matrix], int] = {Int8: 8, Int8Weight: 8, Int4: 5}
 """Of a number: a scale and a zero in half precision for 32 numbers are a bit for each."""
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from ssd_ray.bench.chaos import KINDS, Report
 from ssd_ray.bench.cli import app
 from ssd_ray.bench.methods import Result, Run, cores_of, verdict
 from ssd_ray.bench.plot import check_plotting
@@ -133,6 +136,31 @@ def test_soak(tmp_path: Path) -> None:
     assert figures["kv_pages_held"] == 0
     assert set(figures["memory"]) == {"driver", "target", "draft-0"}
     assert all(each["end"] > 0 for each in figures["memory"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_chaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("a draft is killed", "the target is killed"):
+        monkeypatch.setitem(KINDS, kind, 12)
+    target, draft = tiny_pair(tmp_path, vocab=4096, context=512)
+    arguments = ["chaos", "--target", target, "--draft", draft, "--faults", "40", "--every", "0.2"]
+    result = CliRunner().invoke(app, [*arguments, "--max-num-seqs", "4", "--seed", "3"], catch_exceptions=False)
+    figures = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert sum(figures["faults"].values()) == 40
+    assert figures["texts"] > 0
+    assert figures["changed"] == figures["left"] == 0
+    assert figures["lost"] == {}
+    assert result.exit_code == 0
+    assert figures["target_restarts"] + figures["draft_restarts"] > 0
+
+
+@pytest.mark.parametrize("wrong", [{"changed": 1}, {"lost": {"it died": 1}}, {"left": 1}, {"texts": 0}])
+def test_what_chaos_must_not_find(wrong: dict[str, Any]) -> None:
+    held = Report({}, 1.0, 5, 0, {}, {}, (1.0, 1.0, 1.0), 0, 0, 0)
+    assert held.held
+    assert not replace(held, **wrong).held
 
 
 @pytest.mark.slow
