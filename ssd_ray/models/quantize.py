@@ -80,12 +80,13 @@ def _scales_of(rows: Tensor) -> Tensor:
 
 
 class Int8Weight:
-    """A matrix of int8 with a scale for each output. Inputs become bfloat16, and are summed one by one in float32."""
+    """A matrix of int8 with a scale for each output. Inputs become bfloat16, and products are summed one by one in
+    float32."""
 
     def __init__(self, weight: Tensor) -> None:
-        scales = _scales_of(weight.float())
-        self._integers = (weight.float() / scales).round_().to(torch.int8)
-        self._scales = scales.view(-1).bfloat16()
+        scales = _scales_of(weight.float()).bfloat16()  # as the kernel takes them: no output is off as a whole
+        self._integers = (weight.float() / scales).round_().clamp_(-127, 127).to(torch.int8)
+        self._scales = scales.view(-1)
 
     def of(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`~ssd_ray.models.packing.Matrix`. How many tokens there are does not move the bits of one."""
