@@ -71,9 +71,7 @@ def test_int8_is_what_its_integers_say() -> None:
 def test_int8_weights_are_as_near_as_eight_bits_are() -> None:
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 64)[:, None]
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert (
-        (Int8Weight(weight).whole() - weight).abs() < 0.76 * step
-    ).all()  # a largest one may be cut off by a quarter
+    assert ((Int8Weight(weight).whole() - weight).abs() < 0.76 * step).all()  # the largest may lose a quarter
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
