@@ -3,12 +3,13 @@
 On a CPU by products that torch itself has: torchao's take several times as long without a compiler. A weight has one
 scale for each output (int8) or for each 32 inputs (int4), and activations that become integers one for each token,
 never one for all: then a token's numbers depend on no other token. Sums of integers are exact in whatever order they
-are taken, so in int8 a token has the same bits among any number of others. A CPU whose instructions cut such sums off
-multiplies int8 weights with inputs in bfloat16. On a GPU torchao's kernels serve, with such scales, too.
+are taken, so in int8 a token has the same bits among any number of others. A CPU without VNNI multiplies int8
+weights with inputs in bfloat16. On a GPU torchao's kernels serve, with such scales, too.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -140,9 +141,16 @@ def refuse_kind(kind: Kind, device: torch.device) -> None:
         raise ConfigError("quantize", "'int8' or 'int4' on a GPU of a compute capability below 8.9", kind)
 
 
+NO_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
+"""Limits of ONEDNN_MAX_CPU_ISA without instructions for int8."""
+
+
 @cache
-def _sums_right() -> bool:
-    """Whether the largest products of integers are summed as they are: instructions before VNNI cut them off."""
+def multiplies_int8() -> bool:
+    """Whether this CPU multiplies integers fast, and sums the products as they are: older instructions cut sums off, or
+    are not used at all, which takes ten times as long."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in NO_VNNI or not torch.cpu._is_vnni_supported():
+        return False
     most = torch.full((4, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(most, -most.repeat(4, 1).t()) == -64 * 127 * 127).all())
 
@@ -182,7 +190,7 @@ def _matrix(kind: Kind, linear: nn.Linear, head: nn.Module | None) -> type[Matri
     fits = linear.in_features % GROUP == 0 and linear.out_features % TILE == 0
     if kind == "int4" and fits and linear is not head:
         return Int4
-    return Int8 if _sums_right() else Int8Weight
+    return Int8 if multiplies_int8() else Int8Weight
 
 
 def quantised_bytes(model: PreTrainedModel, kind: Kind, dtype: torch.dtype) -> int:

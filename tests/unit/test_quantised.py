@@ -36,7 +36,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(tmp_path_factory.mktemp("plain"), model))
 
 
-needs_vnni = pytest.mark.skipif(not quantize._sums_right(), reason="this CPU does not sum int8 products as they are")
+needs_vnni = pytest.mark.skipif(not quantize.multiplies_int8(), reason="this CPU lacks VNNI")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,17 @@ def test_int8_is_what_its_integers_say() -> None:
     torch.testing.assert_close(Int8(weight).of(inputs, None), want, rtol=0.0, atol=0.02)
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((Int8(weight).whole() - weight).abs() < 0.501 * step).all()
+
+
+@pytest.mark.parametrize("limit", sorted(quantize.NO_VNNI))
+def test_int8_suits_the_instructions(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    linear = nn.Linear(8, 8)
+    for there, matrix in ((True, Int8), (False, Int8Weight)):
+        monkeypatch.setattr(quantize, "multiplies_int8", lambda: there)  # noqa: B023
+        assert quantize._matrix("int8", linear, None) is matrix
+    monkeypatch.undo()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert not quantize.multiplies_int8.__wrapped__()
 
 
 @torch.inference_mode()
