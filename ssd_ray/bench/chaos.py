@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from random import Random
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from psutil import NoSuchProcess, Process, wait_procs
 
+from ssd_ray.bench.prompts import any_params, any_prompt
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import SsdRayError
 
@@ -84,7 +85,7 @@ class Report:
 class _Case:
     prompt: Sequence[int]
     params: SamplingParams
-    tokens: Sequence[int] = ()
+    tokens: Sequence[int]
 
 
 class _Clients:
@@ -224,7 +225,7 @@ def chaos(
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Disturb an engine so many times while it serves ``max_num_seqs`` clients.
+    """Disturb an engine so many times, or until a request is lost, while it serves ``max_num_seqs`` clients.
 
     Args:
         config: the engine; its method is ``ssd``, and all that dies is replaced, however often.
@@ -233,6 +234,9 @@ def chaos(
         every_s: seconds between two faults, on average.
         most_drafts: drafts that there may be, beside one another.
         seed: of everything that is chosen here; what comes of it hangs on the machine's timing, too.
+
+    Raises:
+        EngineError: the engine has failed for good.
     """
     # Imported late: the command line is to be quick without Ray.
     from ssd_ray.llm import LLM
@@ -241,13 +245,13 @@ def chaos(
     progress("starting")
     with LLM(**asdict(replace(config, max_restarts=max(faults, config.max_restarts)))) as llm:
         progress("writing the texts undisturbed")
-        cases = _written(llm, [_case(texts, dice) for _ in range(2 * config.max_num_seqs)])
+        cases = _cases(llm, texts, dice)
         clients, trouble = _Clients(llm, cases, config.max_num_seqs, seed), _Faults(llm, most_drafts, dice)
         start = perf_counter()
         try:
-            while (done := sum(trouble.counts.values())) < faults:
+            while (done := sum(trouble.counts.values())) < faults and not clients.lost:
                 progress(f"{done} of {faults} faults, {clients.texts} texts, {clients.changed} changed")
-                threading.Event().wait(dice.expovariate(1.0 / every_s))
+                sleep(dice.expovariate(1.0 / every_s))
                 trouble.next()
         finally:
             trouble.end()
@@ -267,17 +271,11 @@ def chaos(
     )
 
 
-def _case(texts: Sequence[Sequence[int]], dice: Random) -> _Case:
-    text = dice.choice(texts)
-    prompt = list(text[dice.randrange(len(text) // 2) :][: dice.randint(4, 120)])
-    temperature, tokens = dice.choice([0.0, 1.0]), dice.randint(*TOKENS)
-    params = SamplingParams(temperature=temperature, max_tokens=tokens, seed=dice.randrange(1 << 32), ignore_eos=True)
-    return _Case(prompt, params)
-
-
-def _written(llm: LLM, cases: Sequence[_Case]) -> list[_Case]:
-    outputs = llm.generate([case.prompt for case in cases], [case.params for case in cases], progress=False)
-    return [replace(case, tokens=output.token_ids) for case, output in zip(cases, outputs, strict=True)]
+def _cases(llm: LLM, texts: Sequence[Sequence[int]], dice: Random) -> list[_Case]:
+    """Two requests for each client, and what comes of them undisturbed."""
+    asked = [(any_prompt(texts, dice), any_params(dice, TOKENS)) for _ in range(2 * llm.config.max_num_seqs)]
+    outputs = llm.generate(*zip(*asked, strict=True), progress=False)
+    return [_Case(*each, output.token_ids) for each, output in zip(asked, outputs, strict=True)]
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

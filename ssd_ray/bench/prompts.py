@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
+from random import Random
 from typing import Any
+
+from ssd_ray.config import SamplingParams
 
 
 def held_out_texts() -> dict[str, str]:
@@ -19,3 +23,15 @@ def held_out_prompts(tokenizer: Any, *, count: int = 20, tokens: int = 192) -> l
     count = min(count, len(texts))
     chosen = [texts[index * len(texts) // count] for index in range(count)]
     return [tokenizer.encode(text, add_special_tokens=False)[:tokens] for text in chosen]
+
+
+def any_prompt(texts: Sequence[Sequence[int]], dice: Random) -> list[int]:
+    """Token ids from somewhere in one of some texts, 4 to 120 of them."""
+    text = dice.choice(texts)
+    return list(text[dice.randrange(len(text) // 2) :][: dice.randint(4, 120)])
+
+
+def any_params(dice: Random, tokens: tuple[int, int]) -> SamplingParams:
+    """Greedy or at temperature 1, with a seed, for so many tokens at least and at most."""
+    temperature, count = dice.choice([0.0, 1.0]), dice.randint(*tokens)
+    return SamplingParams(temperature=temperature, max_tokens=count, seed=dice.randrange(1 << 32))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from psutil import Process
 
-from ssd_ray.config import EngineConfig, SamplingParams
+from ssd_ray.bench.prompts import any_params, any_prompt
+from ssd_ray.config import EngineConfig
 from ssd_ray.errors import EngineError
 from ssd_ray.stats import EngineStats
 
@@ -30,6 +31,9 @@ CANCELLED, FORGOTTEN = 0.06, 0.06
 
 ALIKE = 0.3
 """Share of the requests that begin as others do."""
+
+TOKENS = 8, 24
+"""Tokens of a text at least and at most."""
 
 SAMPLE_EVERY = 250
 """Requests between two looks at the memory."""
@@ -97,7 +101,7 @@ class Load:
         """Start a request as soon as there is room for it."""
         while len(self._under_way) >= self._most:
             self._finish()
-        self._under_way.append(self._llm.stream(self._prompt(), self._params()))
+        self._under_way.append(self._llm.stream(self._prompt(), any_params(self._dice, TOKENS)))
         self._disturb()
 
     def finish(self) -> None:
@@ -119,15 +123,8 @@ class Load:
 
     def _prompt(self) -> list[int]:
         dice = self._dice
-        text = dice.choice(self._texts)
-        own = text[dice.randrange(len(text) // 2) :][: dice.randint(4, 120)]
         begin = dice.choice(self._texts[:4])[:96] if dice.random() < ALIKE else []
-        return [*begin, *own]
-
-    def _params(self) -> SamplingParams:
-        dice = self._dice
-        temperature, tokens = dice.choice([0.0, 1.0]), dice.randint(8, 24)
-        return SamplingParams(temperature=temperature, max_tokens=tokens, seed=dice.randrange(1 << 32))
+        return [*begin, *any_prompt(self._texts, dice)]
 
 
 def soak(

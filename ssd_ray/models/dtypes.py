@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 TIMED_TOKENS = (1, 4, 8, 16)
 
-POORER = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
-"""Limits of ONEDNN_MAX_CPU_ISA that leave no instructions for half precision."""
+_WITHOUT_INT8 = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
+_WITHOUT_HALF = _WITHOUT_INT8 | {"AVX2_VNNI", "AVX512_CORE_VNNI"}
+POORER = {torch.bfloat16: _WITHOUT_HALF, torch.float16: _WITHOUT_HALF, torch.int8: _WITHOUT_INT8}
+"""Limits of ONEDNN_MAX_CPU_ISA that leave no instructions for a dtype."""
 
 
 class Times(msgspec.Struct, frozen=True):
@@ -30,12 +32,13 @@ class Times(msgspec.Struct, frozen=True):
 
 
 def has_instructions(dtype: torch.dtype) -> bool:
-    """Whether this processor computes in a half precision. What PyTorch does not know is taken for a no."""
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in POORER:
+    """Whether this processor computes in a half precision, or in int8. What PyTorch does not know is taken for a no."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in POORER.get(dtype, ()):
         return False
     names = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
         torch.float16: ("_is_amx_fp16_supported",),
+        torch.int8: ("_is_vnni_supported",),
     }
     return any(getattr(torch.cpu, name, bool)() for name in names.get(dtype, ()))
 

@@ -9,7 +9,6 @@ weights with inputs in bfloat16. On a GPU torchao's kernels serve, with such sca
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssd_ray.errors import ConfigError
+from ssd_ray.models.dtypes import has_instructions
 from ssd_ray.models.packing import Matrix, Packing, find_siblings, plain_linears
 
 Kind = Literal["int8", "int4", "fp8"]
@@ -141,15 +141,11 @@ def refuse_kind(kind: Kind, device: torch.device) -> None:
         raise ConfigError("quantize", "'int8' or 'int4' on a GPU of a compute capability below 8.9", kind)
 
 
-NO_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
-"""Limits of ONEDNN_MAX_CPU_ISA without instructions for int8."""
-
-
 @cache
 def multiplies_int8() -> bool:
     """Whether this CPU multiplies integers fast, and sums the products as they are: older instructions cut sums off, or
     are not used at all, which takes ten times as long."""
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in NO_VNNI or not torch.cpu._is_vnni_supported():
+    if not has_instructions(torch.int8):
         return False
     most = torch.full((4, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(most, -most.repeat(4, 1).t()) == -64 * 127 * 127).all())

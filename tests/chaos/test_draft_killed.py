@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from time import monotonic, sleep
 
 import pytest
-import ray
 
 from ssd_ray import LLM, EngineStats, SamplingParams
 from ssd_ray.bench.batches import Arrivals
 from ssd_ray.bench.prompts import held_out_prompts
 from ssd_ray.saguaro.backup import MOST_PATIENCE_MS
+from tests.support.actors import info, wait_until
 from tests.support.engines import at_rest, in_time, stopped
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -66,7 +65,7 @@ def calm(engine) -> list[Recorded]:
 @pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one draft", "two drafts"])
 def llm(request, engine, calm) -> LLM:
     engine.scale_drafts(request.param)
-    wait_until(lambda: len(engine.stats().drafts) == request.param)
+    wait_until(lambda: len(engine.stats().drafts) == request.param, 30.0)
     return engine
 
 
@@ -86,28 +85,16 @@ def texts(requests: Sequence[Recorded]) -> list[list[int]]:
     return [recorded.tokens for recorded in requests]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, "it did not happen in time"
-        sleep(0.005)
-
-
 def in_the_middle(llm: LLM) -> list[Recorded]:
     """Requests that have all begun; some may be quick, but most are not near their end."""
 
     def attempt() -> list[Recorded]:
         at_rest(lambda: llm.stats().as_dict())
         requests = start(llm)
-        wait_until(lambda: all(recorded.tokens for recorded in requests))
+        wait_until(lambda: all(recorded.tokens for recorded in requests), 30.0)
         return requests
 
     return in_time(attempt, lambda each: sum(len(recorded.tokens) < TOKENS // 2 for recorded in each) >= ROWS // 2)
-
-
-def pid(llm: LLM, draft: str) -> int:
-    handle = llm._engine.driver.actors[draft]
-    return ray.get(handle.info.remote())["pid"]
 
 
 def check_gaps(calm: Sequence[Recorded], troubled: Sequence[Recorded]) -> None:
@@ -124,7 +111,7 @@ def check_waits(requests: Sequence[Recorded], before: EngineStats, after: Engine
 
 def test_a_killed_draft(llm: LLM, calm: list[Recorded]) -> None:
     victim, *others = llm.stats().drafts
-    process = pid(llm, victim)
+    process = info(llm, victim)["pid"]
     requests = in_the_middle(llm)
     before = llm.stats()
     os.kill(process, signal.SIGKILL)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from ssd_ray import LLM, SamplingParams
 from ssd_ray.cluster.placement import Placer
 from ssd_ray.errors import EngineError, ResourceError
 from ssd_ray.llm import TextStream
+from tests.support.actors import info, wait_until
 from tests.support.tiny import tiny_pair
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,22 +29,8 @@ PROMPT = "def add(a, b):"
 PARAMS = [SamplingParams(max_tokens=400, seed=seed, temperature=seed % 2, ignore_eos=True) for seed in range(6)]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> float:
-    """Seconds that it took."""
-    start = monotonic()
-    while not condition():
-        assert monotonic() < start + seconds, "it did not happen in time"
-        sleep(0.005)
-    return monotonic() - start
-
-
-def pid(llm: LLM, name: str) -> int:
-    handle = llm._engine.driver.actors[name]
-    return int(ray.get(handle.info.remote())["pid"])
-
-
 def kill(llm: LLM, name: str) -> None:
-    os.kill(pid(llm, name), signal.SIGKILL)
+    os.kill(info(llm, name)["pid"], signal.SIGKILL)
 
 
 def hang(llm: LLM, name: str) -> None:
@@ -53,7 +40,6 @@ def hang(llm: LLM, name: str) -> None:
         loop = getattr(process._actor, "_target", None) or process._actor._draft
 
         def turn(*_: object) -> bool:
-            from time import sleep
 
             sleep(10_000.0)
             return True
@@ -65,7 +51,7 @@ def hang(llm: LLM, name: str) -> None:
 
 
 def freeze(llm: LLM, name: str) -> None:
-    os.kill(pid(llm, name), signal.SIGSTOP)
+    os.kill(info(llm, name)["pid"], signal.SIGSTOP)
 
 
 def begun(llm: LLM) -> list[TextStream]:
@@ -103,7 +89,7 @@ def test_a_target(llm: LLM, harm: Callable[[LLM, str], None], caplog: pytest.Log
     assert llm.stats().target_restarts == before + 1
     if harm is not kill:
         assert re.search(r"target has made no progress for \d+ seconds; requests wait", caplog.text)
-    wait_until(lambda: len(llm.stats().drafts) == 1)
+    wait_until(lambda: len(llm.stats().drafts) == 1, 60.0)
 
 
 @pytest.mark.parametrize("harm", [freeze, hang])
@@ -112,8 +98,8 @@ def test_a_draft(llm: LLM, harm: Callable[[LLM, str], None]) -> None:
     before = llm.stats().draft_restarts
     with undisturbed(llm):
         harm(llm, victim)
-    wait_until(lambda: llm.stats().draft_restarts == before + 1)
-    wait_until(lambda: len(llm.stats().drafts) == 1)
+    wait_until(lambda: llm.stats().draft_restarts == before + 1, 60.0)
+    wait_until(lambda: len(llm.stats().drafts) == 1, 60.0)
     assert victim not in llm.stats().drafts
 
 
@@ -124,7 +110,7 @@ def test_whoever_comes_while_there_is_no_target(llm: LLM) -> None:
         cancelled = llm.stream(PROMPT, PARAMS[0])
         next(cancelled)
         kill(llm, "target")
-        wait_until(lambda: llm.stats().running == 0)
+        wait_until(lambda: llm.stats().running == 0, 60.0)
         cancelled.cancel()
         assert cancelled.wait().finish_reason == "cancelled"
         assert llm.generate(PROMPT, PARAMS[0], timeout=0.3)[0].finish_reason == "timeout"
@@ -135,14 +121,14 @@ def test_whoever_comes_while_there_is_no_target(llm: LLM) -> None:
     assert late.wait().finish_reason == "length"
     after = llm.stats()
     assert after.requests == before.requests + 2 * len(PARAMS) + 3
-    wait_until(lambda: len(llm.stats().drafts) == 2)
+    wait_until(lambda: len(llm.stats().drafts) == 2, 60.0)
     llm.scale_drafts(1)
 
 
 def test_a_spare_takes_over_at_once(cluster: Any, pair: tuple[str, str]) -> None:
     with LLM(*pair, spare_targets=1) as llm:
         for restarts in (1, 2):
-            wait_until(lambda: llm.stats().spare_targets == 1)
+            wait_until(lambda: llm.stats().spare_targets == 1, 60.0)
             with undisturbed(llm) as streams:
                 tokens = llm._engine.driver._requests._under_way[streams[0]._number].text
                 kill(llm, "target")
@@ -150,10 +136,10 @@ def test_a_spare_takes_over_at_once(cluster: Any, pair: tuple[str, str]) -> None
                 seen = len(tokens)
                 took = wait_until(lambda: len(tokens) > seen, 5.0)  # noqa: B023
                 assert took < 1.0
-        wait_until(lambda: llm.stats().spare_targets == 1)
+        wait_until(lambda: llm.stats().spare_targets == 1, 60.0)
         kill(llm, "spare-2")
-        wait_until(lambda: llm.stats().spare_targets == 0)
-        wait_until(lambda: llm.stats().spare_targets == 1)
+        wait_until(lambda: llm.stats().spare_targets == 0, 60.0)
+        wait_until(lambda: llm.stats().spare_targets == 1, 60.0)
 
 
 def test_when_all_tries_are_spent_everybody_is_told_why(
@@ -165,9 +151,9 @@ def test_when_all_tries_are_spent_everybody_is_told_why(
     with LLM(str(target), pair[1], max_restarts=1) as llm:
         (draft,) = llm.stats().drafts
         kill(llm, draft)
-        wait_until(lambda: llm.stats().draft_restarts == 1)
+        wait_until(lambda: llm.stats().draft_restarts == 1, 60.0)
         kill(llm, *llm.stats().drafts)
-        wait_until(lambda: "0 drafts are left: texts stay the same, speed does not" in caplog.text)
+        wait_until(lambda: "0 drafts are left: texts stay the same, speed does not" in caplog.text, 60.0)
         assert caplog.text.count("it is not started again, as max_restarts=1 has it") == 1
         long = replace(PARAMS[0], max_tokens=400)
         streams = [llm.stream(PROMPT, long) for _ in range(20)]

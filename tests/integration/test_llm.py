@@ -9,7 +9,6 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from ssd_ray.errors import (
     RequestError,
     RequestFailedError,
 )
+from tests.support.actors import info, wait_until
 from tests.support.engines import at_rest, in_time, target_alone
 from tests.support.tiny import with_weights
 
@@ -56,18 +56,6 @@ def no_page_is_held(llm):
 def expected(llm):
     """What PROMPT and PARAMS give; whatever happens to drafts must not change it."""
     return llm.generate(PROMPT, PARAMS)[0]
-
-
-def info(engine, name):
-    handle = engine._engine.driver.actors[name]
-    return ray.get(handle.info.remote())
-
-
-def wait_until(condition, seconds=20.0):
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, "it did not happen in time"
-        sleep(0.02)
 
 
 def free_cpus():

@@ -8,27 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from time import monotonic, sleep
 from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
 
 from ssd_ray import LLM, SamplingParams
+from tests.support.actors import info, wait_until
 
 PROMPT = "def add(a, b):"
 PARAMS = [SamplingParams(max_tokens=300, seed=seed, temperature=seed % 2, ignore_eos=True) for seed in range(4)]
-
-
-def node_of(llm: LLM, name: str) -> str:
-    return str(ray.get(llm._engine.driver.actors[name].info.remote())["node"])
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, "it did not happen in time"
-        sleep(0.05)
 
 
 def lose(cluster: Cluster, node_id: str) -> None:
@@ -49,13 +38,13 @@ def changed(llm: LLM, calm: list[list[int]], harm: Callable[[], None]) -> int:
 def tell(cluster: Cluster, llm: LLM) -> dict[str, Any]:
     """What an engine on two nodes does, while it loses one and then the other, and others come."""
     calm = [list(output.token_ids) for output in llm.generate([PROMPT] * len(PARAMS), PARAMS)]
-    report: dict[str, Any] = {"texts": calm, "hits": llm.stats().sums.hits}
+    report: dict[str, Any] = {"texts": calm}
     (draft,) = llm.stats().drafts
-    nodes = node_of(llm, "target"), node_of(llm, draft)
+    nodes = info(llm, "target")["node"], info(llm, draft)["node"]
     report["nodes"] = nodes
     report["changed by a draft's node"] = changed(llm, calm, lambda: lose(cluster, nodes[1]))
     cluster.add_node(num_cpus=1)
-    wait_until(lambda: len(llm.stats().drafts) == 1)
+    wait_until(lambda: len(llm.stats().drafts) == 1, 120.0)
     cluster.add_node(num_cpus=1)
     report["changed by the target's node"] = changed(llm, calm, lambda: lose(cluster, nodes[0]))
     report["restarts"] = llm.stats().draft_restarts, llm.stats().target_restarts

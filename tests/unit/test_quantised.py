@@ -18,7 +18,7 @@ from ssd_ray.cluster import preflight
 from ssd_ray.cluster.preflight import check
 from ssd_ray.config import EngineConfig, SamplingParams
 from ssd_ray.errors import ConfigError, UnsupportedModelError
-from ssd_ray.models import formats, quantize
+from ssd_ray.models import dtypes, formats, quantize
 from ssd_ray.models.describe import describe
 from ssd_ray.models.loader import load_runner
 from ssd_ray.models.packing import Matrix
@@ -67,14 +67,27 @@ def test_int8_is_what_its_integers_say() -> None:
     assert ((Int8(weight).whole() - weight).abs() < 0.501 * step).all()
 
 
-@pytest.mark.parametrize("limit", sorted(quantize.NO_VNNI))
-def test_int8_suits_the_instructions(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    linear = nn.Linear(8, 8)
-    for there, matrix in ((True, Int8), (False, Int8Weight)):
-        monkeypatch.setattr(quantize, "multiplies_int8", lambda: there)  # noqa: B023
-        assert quantize._matrix("int8", linear, None) is matrix
-    monkeypatch.undo()
+@pytest.mark.parametrize(("there", "matrix"), [(True, Int8), (False, Int8Weight)])
+def test_int8_suits_the_instructions(monkeypatch: pytest.MonkeyPatch, there: bool, matrix: type[Matrix]) -> None:
+    monkeypatch.setattr(quantize, "multiplies_int8", lambda: there)
+    assert quantize._matrix("int8", nn.Linear(8, 8), None) is matrix
+
+
+@pytest.mark.parametrize("limit", ["", "AVX512_CORE_VNNI", "AVX512_CORE", "avx2"])
+def test_whether_there_are_instructions_for_int8(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert dtypes.has_instructions(torch.int8) == (limit in ("", "AVX512_CORE_VNNI"))
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not dtypes.has_instructions(torch.int8)
+    assert not quantize.multiplies_int8.__wrapped__()
+
+
+def test_sums_that_are_cut_off_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "has_instructions", lambda dtype: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda some, others: some.int() @ others.int())
+    assert quantize.multiplies_int8.__wrapped__()
+    monkeypatch.setattr(torch, "_int_mm", lambda some, others: (some.int() @ others.int()).clamp(min=-(2**15)))
     assert not quantize.multiplies_int8.__wrapped__()
 
 
